@@ -1,0 +1,1 @@
+"""Benchmarks: every number of the README comes from here."""

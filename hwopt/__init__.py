@@ -1,0 +1,1 @@
+"""hwopt: a hardware-aware, compiler-style optimizer for trained models."""

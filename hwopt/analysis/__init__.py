@@ -1,0 +1,1 @@
+"""Questions about a Graph: regions, workloads, coupling, statistics."""

@@ -1,0 +1,1 @@
+"""Compiling a Graph with Apache TVM."""

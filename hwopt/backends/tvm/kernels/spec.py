@@ -1,0 +1,133 @@
+"""What a kernel template is asked for: shapes, dtypes and the epilogue that is fused behind the accumulators.
+
+Data is channels-last ([batch, height, width, channels]; a matmul is [rows, channels]). Every template has the same form:
+
+    pack(spec, weights, micro) -> the weights as the kernel reads them, done once at compile time
+    default_schedule(spec, micro, target) -> blocking chosen by a small analytical model, no search
+    build(spec, schedule, micro, symbol) -> tirx.PrimFunc(data, packed weights, *epilogue tensors, out)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Bias:
+    """Adds a [channels] tensor of the accumulator's dtype; for integers the zero-point correction is folded into it."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """int32 accumulator -> float32, times a [channels] float32 tensor (activation scale x weight scale)."""
+
+
+@dataclass(frozen=True)
+class Add:
+    """Adds a tensor shaped like the output; a quantized one is dequantized as (value - zero_point) * scale."""
+
+    dtype: str = "float32"
+    scale: float = 1.0
+    zero_point: int = 0
+
+
+@dataclass(frozen=True)
+class Multiply:
+    """Multiplies by a float32 tensor: `channels` ([channels]), `image` ([batch, 1, 1, channels]) or `full` (like the output)."""
+
+    over: str = "full"
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One of relu, clip(low, high), leaky_relu(slope), hard_swish, hard_sigmoid(alpha, beta), sigmoid, silu, tanh, gelu, gelu_tanh."""
+
+    function: str
+    parameters: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """float32 -> saturate(round_half_even(x / scale) + zero_point) as `dtype` (uint8 or int8); always the last step."""
+
+    scale: float
+    zero_point: int
+    dtype: str
+
+
+Step = Bias | Scale | Add | Multiply | Activation | Quantize
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """A convolution of [batch, height, width, groups * k] with [groups * n, k, kernel...] weights.
+
+    `pads` are top, left, bottom, right; padded places hold `pad_value` (the zero point of quantized data).
+    `data_dtype` is float32, uint8 or int8; `weight_dtype` float32 or int8; the accumulator is float32 or int32.
+    """
+
+    batch: int
+    height: int
+    width: int
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int]
+    strides: tuple[int, int] = (1, 1)
+    dilations: tuple[int, int] = (1, 1)
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+    groups: int = 1
+    data_dtype: str = "float32"
+    weight_dtype: str = "float32"
+    out_dtype: str = "float32"
+    pad_value: int = 0
+    epilogue: tuple[Step, ...] = ()
+
+    @property
+    def out_height(self) -> int:
+        return _extent(self.height + self.pads[0] + self.pads[2], self.kernel[0], self.strides[0], self.dilations[0])
+
+    @property
+    def out_width(self) -> int:
+        return _extent(self.width + self.pads[1] + self.pads[3], self.kernel[1], self.strides[1], self.dilations[1])
+
+    @property
+    def accumulator(self) -> str:
+        return "int32" if self.weight_dtype == "int8" else "float32"
+
+    @property
+    def macs(self) -> int:
+        taps = self.kernel[0] * self.kernel[1]
+        pixels = self.batch * self.out_height * self.out_width
+        return pixels * self.out_channels * (self.in_channels // self.groups) * taps
+
+
+@dataclass(frozen=True)
+class MatmulSpec:
+    """[batch, m, k] x [batch or 1, k, n] -> [batch, m, n]. `constant` weights are packed at compile time.
+
+    With `transposed`, a non-constant right side lies as [batch, n, k].
+    """
+
+    batch: int
+    m: int
+    n: int
+    k: int
+    constant: bool = True
+    transposed: bool = False
+    shared: bool = False  # one right side for the whole batch
+    data_dtype: str = "float32"
+    weight_dtype: str = "float32"
+    out_dtype: str = "float32"
+    epilogue: tuple[Step, ...] = ()
+
+    @property
+    def accumulator(self) -> str:
+        return "int32" if self.weight_dtype in ("int8", "uint8") else "float32"
+
+    @property
+    def macs(self) -> int:
+        return self.batch * self.m * self.n * self.k
+
+
+def _extent(size: int, kernel: int, stride: int, dilation: int) -> int:
+    return (size - (kernel - 1) * dilation - 1) // stride + 1

@@ -1,0 +1,1 @@
+"""The generated C driver: memory plan, weights, header, runtime."""

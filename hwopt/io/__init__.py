@@ -1,0 +1,1 @@
+"""Loading models into Graphs and saving them."""

@@ -1,0 +1,213 @@
+"""Passes, how they are written as text, and the manager that runs, verifies and records them."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import re
+import time
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from hwopt.errors import HwoptError, PassError, UsageError, VerifyError, did_you_mean
+from hwopt.ir import Graph, Node, verify
+from hwopt.samples import Samples
+from hwopt.target import Target
+
+
+class Phase(enum.IntEnum):
+    """When a pass runs: the order in which families compose."""
+
+    CLEAN = 0
+    PRUNE = 1
+    FACTOR = 2
+    SHARE = 3
+    QUANTIZE = 4
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a pass leaves a place alone: `low-rank fc3: weight is shared with fc4`."""
+
+    by: str
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything a pass may look at besides the graph. `refused` collects what passes declined to do, for the report."""
+
+    target: Target | None = None
+    calibration: Samples | None = None
+    seed: int = 0
+    refused: list[Refusal] = field(default_factory=list)
+
+    def refuse(self, by: Pass, site: Node | str, reason: str) -> None:
+        self.refused.append(Refusal(by.name, site.name if isinstance(site, Node) else site, reason))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One transformation. Subclass it as a frozen dataclass whose fields are its options; its text form is `name{site=fc1}`.
+
+    `site` names the nodes (or, for pruning, the group) to change; empty means every place where it applies.
+    """
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    phase: ClassVar[Phase] = Phase.CLEAN
+    exact: ClassVar[bool] = False  # True if outputs stay equal to float rounding
+
+    site: tuple[str, ...] = ()
+
+    def run(self, graph: Graph, ctx: Context) -> Graph:
+        """The transformed graph; the same object if nothing changed."""
+        raise NotImplementedError(f"{type(self).__name__} lacks run")
+
+    @classmethod
+    def candidates(cls, graph: Graph, target: Target) -> Iterator[Pass | Refusal]:
+        """The instances of itself worth considering on this graph and target, and the places where it declines."""
+        return iter(())
+
+    def covers(self, node: Node) -> bool:
+        return not self.site or node.name in self.site
+
+    def check_site(self, graph: Graph) -> None:
+        """Raise PassError for a site that the graph does not have."""
+        for name in self.site:
+            if name not in graph.node:
+                raise PassError(f"no node {name} in {graph.name}", place=str(self), hint=did_you_mean(name, graph.node))
+
+    def __str__(self) -> str:
+        shown = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)
+        options = ",".join(f"{key}={_print(value)}" for key, value in shown)
+        return f"{self.name}{{{options}}}" if options else self.name
+
+
+_BARE = r'[^\s,+=(){}"]+'
+_ITEM = rf'(?:"(?:[^"\\]|\\.)*"|{_BARE})'
+_PLAIN, _ATOM = re.compile(_BARE), re.compile(_ITEM)
+_OPTION = re.compile(rf"\s*([\w-]+)\s*=\s*({_ITEM}(?:\+{_ITEM})*)\s*(,|$)")
+
+
+def _print(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "+".join(_print(item) for item in value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = value if isinstance(value, str) else repr(value)
+    return text if _PLAIN.fullmatch(text) else json.dumps(text)
+
+
+def parse(text: str, passes: Mapping[str, type[Pass]]) -> Pass:
+    """The inverse of `str(pass)`: `low-rank{site=fc1,rank=16}`. Raises UsageError that names the unknown part."""
+    head, brace, rest = text.strip().partition("{")
+    if head not in passes:
+        raise UsageError(f"unknown pass {head!r}", place=text, hint=did_you_mean(head, passes))
+    if brace and not rest.endswith("}"):
+        raise UsageError("the closing } is missing", place=text)
+    kind = passes[head]
+    hints = typing.get_type_hints(kind)
+    known = {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+    options: dict[str, Any] = {}
+    for key, raw in _options(rest.removesuffix("}"), text):
+        if key not in known:
+            raise UsageError(f"{head} has no option {key!r}", place=text, hint=did_you_mean(key, known))
+        options[key] = _value(raw, known[key], text)
+    return kind(**options)
+
+
+def _options(body: str, whole: str) -> Iterator[tuple[str, list[str]]]:
+    position = 0
+    while position < len(body.rstrip()):
+        match = _OPTION.match(body, position)
+        if match is None:
+            raise UsageError(f"cannot read {body[position:]!r}", place=whole, hint="write name{key=value,key=value}")
+        yield match[1], [json.loads(atom) if atom.startswith('"') else atom for atom in _ATOM.findall(match[2])]
+        position = match.end()
+
+
+def _value(atoms: list[str], kind: Any, whole: str) -> Any:
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return tuple(_value([atom], arguments[0], whole) for atom in atoms)
+    if len(atoms) != 1:
+        raise UsageError(f"takes one value, not {'+'.join(atoms)}", place=whole)
+    base = next((a for a in arguments if a is not type(None)), kind) if arguments else kind
+    try:
+        if base is bool:
+            return {"true": True, "false": False}[atoms[0].lower()]
+        return base(atoms[0])
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"{atoms[0]!r} is no {getattr(base, '__name__', base)}", place=whole) from error
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass did: sizes and time, for `Trace`."""
+
+    by: str
+    seconds: float
+    nodes_before: int
+    nodes_after: int
+    changed: bool
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The result of a pipeline and how it came about."""
+
+    graph: Graph
+    steps: tuple[Step, ...]
+
+
+Observer = Callable[[Pass, Graph, Graph], None]
+
+
+@dataclass(frozen=True)
+class PassManager:
+    """Runs passes in order; verifies whatever changed. Observers see (pass, before, after) after each one."""
+
+    passes: tuple[Pass, ...]
+    observers: tuple[Observer, ...] = ()
+
+    def run(self, graph: Graph, ctx: Context) -> Trace:
+        """Raises PassError, naming the pass, if one fails or leaves an invalid graph."""
+        steps = []
+        for one in self.passes:
+            started = time.perf_counter()
+            after = run_pass(one, graph, ctx)
+            changed = after is not graph
+            steps.append(Step(str(one), time.perf_counter() - started, len(graph.nodes), len(after.nodes), changed))
+            for observe in self.observers:
+                observe(one, graph, after)
+            graph = after
+        return Trace(graph, tuple(steps))
+
+
+def run_pass(one: Pass, graph: Graph, ctx: Context) -> Graph:
+    """Run one pass and verify what it changed."""
+    try:
+        after = one.run(graph, ctx)
+        if after is not graph:
+            verify(after)
+    except VerifyError as error:
+        raise PassError(f"left an invalid graph: {error}", place=str(one), hint="this is an error in the pass") from error
+    except HwoptError:
+        raise
+    except Exception as error:  # whatever a plug-in raises must name the plug-in
+        raise PassError(f"failed: {type(error).__name__}: {error}", place=str(one)) from error
+    return after
+
+
+def merged(passes: Iterable[Pass]) -> tuple[Pass, ...]:
+    """Passes in phase order, equal ones with different sites joined into one that runs once."""
+    sites: dict[Pass, list[str]] = {}
+    for one in passes:
+        sites.setdefault(dataclasses.replace(one, site=()), []).extend(one.site)
+    joined = [dataclasses.replace(one, site=tuple(dict.fromkeys(names))) for one, names in sites.items()]
+    return tuple(sorted(joined, key=lambda one: one.phase))

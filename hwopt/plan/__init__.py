@@ -1,0 +1,1 @@
+"""Decisions: what to change where, and why."""

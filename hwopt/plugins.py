@@ -1,0 +1,63 @@
+"""Finding passes and targets: in-tree ones and anybody else's, all by the same entry points."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator, Mapping
+from importlib.metadata import entry_points
+from types import MappingProxyType, ModuleType
+
+from hwopt.errors import UsageError, did_you_mean
+from hwopt.pipeline import Pass
+from hwopt.target import Target
+
+
+@functools.cache
+def find_passes() -> Mapping[str, type[Pass]]:
+    """Name -> pass class. A package behind the entry point group `hwopt.passes` gives every Pass in its modules."""
+    found: dict[str, type[Pass]] = {}
+    for module in _modules("hwopt.passes"):
+        for _, value in inspect.getmembers(module, inspect.isclass):
+            if issubclass(value, Pass) and value.name and value.__module__ == module.__name__:
+                _add(found, value.name, value)
+    return MappingProxyType(dict(sorted(found.items(), key=lambda item: (item[1].phase, item[0]))))
+
+
+@functools.cache
+def find_targets() -> Mapping[str, Target]:
+    """Name -> target. A module behind the group `hwopt.targets` gives `TARGET`, a Target or a function that returns one."""
+    found: dict[str, Target] = {}
+    for module in _modules("hwopt.targets"):
+        value = getattr(module, "TARGET", None)
+        target = value() if callable(value) else value
+        if isinstance(target, Target):
+            _add(found, target.name, target)
+    return MappingProxyType(dict(sorted(found.items())))
+
+
+def find_target(name: str) -> Target:
+    targets = find_targets()
+    if name not in targets:
+        raise UsageError(f"unknown target {name!r}", hint=did_you_mean(name, targets))
+    return targets[name]
+
+
+def _add(found: dict, name: str, value: object) -> None:
+    if name in found and found[name] is not value:
+        raise UsageError(f"two plug-ins are called {name!r}", hint="uninstall one of them")
+    found[name] = value
+
+
+def _modules(group: str) -> Iterator[ModuleType]:
+    """The modules of every package an entry point of the group names; names that start with _ are helpers, not plug-ins."""
+    for entry in sorted(entry_points(group=group), key=lambda e: e.name):
+        package = entry.load()
+        if not hasattr(package, "__path__"):
+            yield package
+            continue
+        for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda i: i.name):
+            if not info.name.startswith("_"):
+                yield importlib.import_module(f"{package.__name__}.{info.name}")

@@ -1,0 +1,103 @@
+"""Calibration and evaluation data: arrays by input name, checked against the model before anything else happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from hwopt.errors import DataError, did_you_mean
+from hwopt.ir import Graph, TensorType, numpy_dtype
+
+LABELS = "labels"
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """`arrays[input]` is [samples, ...] where the model's input is [batch, ...]; `labels` is [samples] or absent."""
+
+    arrays: Mapping[str, np.ndarray]
+    labels: np.ndarray | None = None
+    source: str = "data"
+
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+    def head(self, count: int) -> Samples:
+        """The first `count` samples."""
+        return self.rows(slice(count))
+
+    def rows(self, rows: slice | np.ndarray) -> Samples:
+        labels = None if self.labels is None else self.labels[rows]
+        return Samples(MappingProxyType({name: array[rows] for name, array in self.arrays.items()}), labels, self.source)
+
+    def feeds(self, graph: Graph) -> Iterator[Mapping[str, np.ndarray]]:
+        """Inputs for one run after the other, as many samples each as the graph's batch holds; an incomplete rest is left out."""
+        batch = batch_of(graph)
+        for start in range(0, len(self) - batch + 1, batch):
+            yield {name: self.arrays[name][start : start + batch] for name in graph.inputs}
+
+
+def batch_of(graph: Graph) -> int:
+    """The leading dimension that all inputs share (1 if it is not static)."""
+    sizes = {t.shape[0] for t in map(graph.tensor, graph.inputs) if t.shape}
+    size = sizes.pop() if len(sizes) == 1 else 1
+    return size if isinstance(size, int) else 1
+
+
+def load_samples(path: Path | str, graph: Graph) -> Samples:
+    """Read an .npz with the inputs by name and optionally `labels`; raises DataError that names what does not fit."""
+    path = Path(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except FileNotFoundError as error:
+        raise DataError("no such file", place=str(path)) from error
+    except (OSError, ValueError, EOFError, KeyError) as error:
+        raise DataError(f"not a readable .npz ({error})", place=str(path), hint="write it with numpy.savez") from error
+    except Exception as error:  # zipfile and zlib raise their own kinds
+        raise DataError(f"damaged .npz ({error})", place=str(path)) from error
+    labels = arrays.pop(LABELS, None) if LABELS not in graph.inputs else None
+    return checked(Samples(MappingProxyType(arrays), labels, str(path)), graph)
+
+
+def checked(samples: Samples, graph: Graph) -> Samples:
+    """The same samples if they fit the graph's inputs; raises DataError otherwise."""
+    place = samples.source
+    if not isinstance(samples.arrays, Mapping):
+        raise DataError("arrays by input name are needed", place=place)
+    for name in graph.inputs:
+        if name not in samples.arrays:
+            raise DataError(f"lacks input {name!r}", place=place, hint=f"it has {', '.join(samples.arrays) or 'nothing'}")
+    for name in samples.arrays:
+        if name not in graph.inputs:
+            raise DataError(f"the model has no input {name!r}", place=place, hint=did_you_mean(name, graph.inputs))
+    counts = {name: len(array) if array.ndim else 0 for name, array in samples.arrays.items()}
+    if len(set(counts.values())) > 1:
+        raise DataError(f"inputs have different numbers of samples: {counts}", place=place)
+    for name in graph.inputs:
+        _check_input(samples.arrays[name], graph.tensor(name), f"{place}: input {name!r}")
+    batch = batch_of(graph)
+    if len(samples) < batch:
+        raise DataError(f"{len(samples)} samples, the model needs at least {batch}", place=place)
+    if samples.labels is not None and len(samples.labels) != len(samples):
+        raise DataError(f"{len(samples.labels)} labels for {len(samples)} samples", place=place)
+    return samples
+
+
+def _check_input(array: np.ndarray, kind: TensorType, place: str) -> None:
+    wanted = numpy_dtype(kind.dtype)
+    if array.dtype != wanted:
+        raise DataError(f"is {array.dtype}, the model takes {wanted}", place=place, hint=f"convert it with .astype('{wanted}')")
+    shape = kind.shape or ()
+    if array.ndim != len(shape):
+        raise DataError(f"has {array.ndim} dimensions, the model takes {kind}", place=place)
+    for axis, dim in enumerate(shape):
+        if axis and isinstance(dim, int) and array.shape[axis] != dim:
+            raise DataError(f"has shape {list(array.shape)}, the model takes {kind}", place=place)
+    if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+        where = np.argwhere(~np.isfinite(array))[0]
+        raise DataError(f"holds {array[tuple(where)]} at {where.tolist()}", place=place, hint="clean the data")

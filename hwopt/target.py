@@ -1,0 +1,129 @@
+"""What hwopt knows of a piece of hardware, and what a kernel costs on it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One level of the memory hierarchy, nearest first in Target.memories; the last one holds everything."""
+
+    name: str
+    bytes: int
+    bytes_per_second: float
+    joules_per_byte: float = 0.0
+
+
+@dataclass(frozen=True)
+class MicroKernel:
+    """The inner step of a target's convolutions and matmuls: acc[lanes] += weight[lanes, depth] * activation[depth].
+
+    `intrinsic` is LLVM's name of the instruction, or "" where plain multiply-add vector code is right. `activation` is the
+    integer dtype that the instruction takes for activations; weights are int8 (or the float dtype itself).
+    """
+
+    dtype: str  # float32, bfloat16, int8
+    lanes: int  # accumulators in one vector register
+    depth: int  # products added into one accumulator by one instruction
+    registers: int  # vector registers that the code can use
+    accumulator: str  # float32, int32
+    activation: str = ""
+    intrinsic: str = ""
+    features: tuple[str, ...] = ()  # LLVM -mattr names that it needs
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One fused kernel as a cost model sees it: `groups` independent [m, k] x [k, n] products, or elementwise work.
+
+    A convolution is m = output pixels (batch included), n = output channels per group, k = input channels per group x taps.
+    Bytes are what the kernel must read and write at least once.
+    """
+
+    name: str
+    kind: str  # conv, depthwise, matmul, pool, elementwise, reduce, move
+    dtype: str  # of the multiplicands: float32, int8, bfloat16 ...
+    m: int = 0
+    n: int = 0
+    k: int = 0
+    groups: int = 1
+    taps: int = 1
+    elements: int = 0  # scalar results outside of the products: epilogues, activations, pooling windows
+    read_bytes: int = 0  # activations
+    write_bytes: int = 0
+    weight_bytes: int = 0
+
+    @property
+    def macs(self) -> int:
+        return self.m * self.n * self.k * self.groups
+
+    @property
+    def bytes(self) -> int:
+        return self.read_bytes + self.write_bytes + self.weight_bytes
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a kernel, or a model, costs. `low` and `high` bound the seconds where the source states an interval."""
+
+    seconds: float = 0.0
+    joules: float = 0.0
+    bytes: int = 0  # of weights
+    source: str = "analytical"  # analytical | table | learned | measured
+    low: float | None = None
+    high: float | None = None
+
+    def __add__(self, other: Cost) -> Cost:
+        source = self.source if self.source == other.source else "mixed"
+        low = (self.seconds if self.low is None else self.low) + (other.seconds if other.low is None else other.low)
+        high = (self.seconds if self.high is None else self.high) + (other.seconds if other.high is None else other.high)
+        return Cost(self.seconds + other.seconds, self.joules + other.joules, self.bytes + other.bytes, source, low, high)
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    """The sum of costs; zero for none."""
+    found = list(costs)
+    return functools.reduce(Cost.__add__, found[1:], found[0]) if found else Cost()
+
+
+class CostModel(Protocol):
+    """Estimates kernels; never to be mistaken for an Evaluator, which measures them."""
+
+    def estimate(self, workload: Workload, threads: int) -> Cost: ...
+
+
+class Evaluator(Protocol):
+    """Measures kernels on the real device."""
+
+    def measure(self, workload: Workload, threads: int) -> Cost: ...
+
+
+@dataclass(frozen=True)
+class Target:
+    """One piece of hardware. `peak` is operations (2 per multiply-add) per second of one core by multiplicand dtype."""
+
+    name: str
+    summary: str
+    kind: str  # cpu | gpu | asic
+    cores: int
+    peak: Mapping[str, float]
+    memories: tuple[Memory, ...]
+    granule: Mapping[str, int]  # dtype -> channels that cost the same as one more channel
+    cost: CostModel
+    tvm: Mapping[str, Any]  # a TVM target as a dictionary, "mtriple" always stated
+    microkernels: Mapping[str, MicroKernel] = field(default_factory=dict)
+    features: tuple[str, ...] = ()  # what the machine must have, in /proc/cpuinfo's words
+    runs_here: bool = False  # True where this process can execute the compiled code
+
+    @property
+    def activation(self) -> str:
+        """The dtype of quantized activations that its integer kernels take: uint8 or int8."""
+        kernel = self.microkernels.get("int8")
+        return kernel.activation if kernel else "int8"
+
+    def granule_of(self, dtype: str) -> int:
+        return self.granule.get(dtype, 1)

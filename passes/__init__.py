@@ -1,0 +1,1 @@
+"""Transformations, one per file; found through the entry point group hwopt.passes."""
