@@ -40,7 +40,7 @@ class Multiply:
 
 @dataclass(frozen=True)
 class Activation:
-    """One of relu, clip(low, high), leaky_relu(slope), hard_swish, hard_sigmoid(alpha, beta), sigmoid, silu, tanh, gelu, gelu_tanh."""
+    """relu, clip(low, high), leaky_relu(slope), hard_swish, hard_sigmoid(alpha, beta), sigmoid, silu, tanh, gelu, gelu_tanh."""
 
     function: str
     parameters: tuple[float, ...] = ()

@@ -1,0 +1,46 @@
+"""Run a Graph on ONNX Runtime: the oracle of every test, and the engine of calibration."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+import numpy as np
+import onnxruntime
+
+from hwopt.errors import ModelError
+from hwopt.io.proto import to_model
+from hwopt.ir import Graph
+
+
+class Session:
+    """A Graph loaded into ONNX Runtime. `optimize=False` runs the operators exactly as they stand."""
+
+    def __init__(self, graph: Graph, *, threads: int = 1, optimize: bool = False) -> None:
+        options = onnxruntime.SessionOptions()
+        level = onnxruntime.GraphOptimizationLevel
+        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.log_severity_level = 4
+        self.outputs = graph.outputs
+        try:
+            model = to_model(graph).SerializeToString()
+            self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime raises a kind of its own for every status code
+            raise ModelError(f"ONNX Runtime refuses the model: {error}", place=graph.name) from error
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name."""
+        return dict(zip(self.outputs, self._session.run(list(self.outputs), dict(feeds)), strict=True))
+
+
+def run(graph: Graph, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """One run, outputs by name; keep a Session for several."""
+    return Session(graph).run(feeds)
+
+
+def observing(graph: Graph, values: Iterable[str]) -> Graph:
+    """The graph with these intermediate values as its outputs, in this order (values that are inputs or parameters left out)."""
+    wanted = tuple(dict.fromkeys(value for value in values if value in graph.producer))
+    return dataclasses.replace(graph, outputs=wanted, types=MappingProxyType(dict(graph.types)))
