@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 from torch import nn
 
@@ -119,10 +120,16 @@ def train(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, epochs: 
 
 
 def export(model: nn.Module, path: Path) -> None:
+    """ONNX with a free batch; every layer's node is called as the module it comes from."""
     model.eval()
-    shapes = {"image": {0: torch.export.Dim("batch")}}
-    program = torch.export.export(model, (torch.zeros(2, 1, 28, 28),), dynamic_shapes=({0: shapes["image"][0]},))
-    torch.onnx.export(program, (), str(path), input_names=["image"], output_names=["logits"], dynamo=True, external_data=False)
+    batch = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(model, (torch.zeros(2, 1, 28, 28),), dynamic_shapes=batch)
+    names = {"input_names": ["image"], "output_names": ["logits"]}
+    exported = torch.onnx.export(program, (), dynamo=True, verbose=False, **names).model_proto
+    for node in exported.graph.node:
+        owner = next((name for name in node.input if name.endswith("weight")), "")
+        node.name = owner.removesuffix(".weight").removesuffix(".0") or node.name.removeprefix("node_")
+    onnx.save(exported, path)
 
 
 def main() -> None:
@@ -130,17 +137,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--weights", type=Path, help="a state dict to export instead of training")
     options = parser.parse_args()
     torch.manual_seed(0)
     options.out.mkdir(parents=True, exist_ok=True)
     (train_x, train_y), (test_x, test_y) = dataset(options.data, "train"), dataset(options.data, "t10k")
     model = FashionNet().to(memory_format=torch.channels_last)
     as_input = lambda x: torch.from_numpy(x[:, None].astype(np.float32) / 255)  # noqa: E731
-    train(model, as_input(train_x), torch.from_numpy(train_y.astype(np.int64)), options.epochs)
+    if options.weights:
+        model.load_state_dict(torch.load(options.weights))
+    else:
+        train(model, as_input(train_x), torch.from_numpy(train_y.astype(np.int64)), options.epochs)
     score = accuracy(model, as_input(test_x), torch.from_numpy(test_y.astype(np.int64)))
     print(f"top-1 on all 10,000 test images: {score:.4f}")
     export(model, options.out / "fashion.onnx")
-    torch.save(model.state_dict(), options.out / "fashion.pt")
     np.savez_compressed(
         options.out / "fashion.npz",
         calibrate=train_x[:CALIBRATION_IMAGES, None],

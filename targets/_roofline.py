@@ -1,0 +1,64 @@
+"""The roofline cost model that CPUs and GPUs share: max(compute, memory) + epilogue + launch.
+
+Williams, Waterman, Patterson, "Roofline: an insightful visual performance model", CACM 2009.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from hwopt.target import Cost, Memory, Workload
+
+
+def round_up(size: int, granule: int) -> int:
+    return -(-size // granule) * granule
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Seconds of one kernel from peaks, bandwidths and the shape's waste against the hardware's granules."""
+
+    peak: Mapping[str, float]  # operations per second and core, 2 per multiply-add
+    elements_per_second: float  # epilogue and elementwise results per core
+    memories: tuple[Memory, ...]
+    granule: Mapping[str, int]  # channels that one vector or tile holds
+    depth: Mapping[str, int] = field(default_factory=dict)  # products along k that one instruction adds
+    rows: int = 1  # rows (pixels) that one tile holds
+    units: int = 0  # tiles that run at once, for wave quantization; 0: no waves
+    efficiency: Mapping[str, float] = field(default_factory=dict)  # share of the peak that a kind of kernel reaches
+    launch_seconds: float = 0.0
+    uncertainty: float = 0.3  # half width of the interval, relative
+    joules_per_op: Mapping[str, float] = field(default_factory=dict)
+
+    def estimate(self, workload: Workload, threads: int) -> Cost:
+        """Cost of one kernel on `threads` cores; dtypes without a peak of their own run as float32."""
+        dtype = workload.dtype if workload.dtype in self.peak else "float32"
+        compute = self._operations(workload, dtype) / (self.peak[dtype] * self.efficiency.get(workload.kind, 0.7) * threads)
+        compute += workload.elements / (self.elements_per_second * threads)
+        seconds = max(compute, workload.bytes / self._bandwidth(workload.bytes)) + self.launch_seconds
+        joules = 2 * workload.macs * self.joules_per_op.get(dtype, 0.0) + workload.bytes * self._joules_per_byte(workload.bytes)
+        spread = self.uncertainty * seconds
+        return Cost(seconds, joules, workload.weight_bytes, "analytical", seconds - spread, seconds + spread)
+
+    def _operations(self, workload: Workload, dtype: str) -> float:
+        """Operations including those spent on padding to the granules."""
+        granule, depth = self.granule.get(dtype, 1), self.depth.get(dtype, 1)
+        if workload.kind == "depthwise":  # vectors run along the groups
+            return 2.0 * workload.m * round_up(workload.groups * workload.n, granule) * workload.k
+        m, n, k = round_up(workload.m, self.rows), round_up(workload.n, granule), round_up(workload.k, depth)
+        waste = 1.0
+        if self.units and workload.macs:
+            tiles = (m // self.rows) * (n // granule) * workload.groups
+            waste = round_up(tiles, self.units) / tiles
+        return 2.0 * m * n * k * workload.groups * waste
+
+    def _holding(self, size: int) -> Memory:
+        """The nearest memory that the working set fits into."""
+        return next((memory for memory in self.memories if size <= memory.bytes), self.memories[-1])
+
+    def _bandwidth(self, size: int) -> float:
+        return self._holding(size).bytes_per_second
+
+    def _joules_per_byte(self, size: int) -> float:
+        return self._holding(size).joules_per_byte

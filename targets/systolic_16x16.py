@@ -1,0 +1,26 @@
+"""An ASIC-like edge accelerator: a Gemmini-like 16 x 16 weight-stationary array (Genc et al., DAC 2021)."""
+
+from __future__ import annotations
+
+from hwopt.target import Memory, Target
+from targets._systolic import DRAM_JOULES_PER_BYTE, SRAM_JOULES_PER_BYTE, Systolic
+
+HERTZ = 1e9
+SIDE = 16
+SCRATCHPAD = 256 * 1024  # Gemmini's default
+DRAM_BYTES_PER_SECOND = 16e9  # one 16-byte beat a cycle at 1 GHz, Gemmini's default system bus
+
+TARGET = Target(
+    name="systolic-16x16",
+    summary="Gemmini-like 16 x 16 int8 systolic array at 1 GHz, 256 KiB scratchpad",
+    kind="asic",
+    cores=1,
+    peak={"int8": 2 * SIDE * SIDE * HERTZ, "float32": 2 * SIDE * SIDE * HERTZ / 16},
+    memories=(
+        Memory("scratchpad", SCRATCHPAD, 2 * SIDE * HERTZ, SRAM_JOULES_PER_BYTE),
+        Memory("dram", 1 << 30, DRAM_BYTES_PER_SECOND, DRAM_JOULES_PER_BYTE),
+    ),
+    granule={"int8": SIDE, "float32": SIDE},
+    cost=Systolic(SIDE, SIDE, HERTZ, SCRATCHPAD, DRAM_BYTES_PER_SECOND),
+    tvm={"kind": "llvm", "mtriple": "riscv64-linux-gnu", "mcpu": "generic-rv64", "mattr": ["+m", "+a", "+f", "+d", "+c"]},
+)
