@@ -1,0 +1,100 @@
+"""What each region of a graph costs in counted work: the Workloads that cost models price."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from hwopt.analysis.regions import VIEWS, Region, regions
+from hwopt.ir import Graph, Node, TensorType
+from hwopt.target import Workload
+
+
+def workloads(graph: Graph) -> tuple[Workload, ...]:
+    """One Workload per region that becomes a kernel, in running order; views of memory (Reshape ...) cost nothing."""
+    return tuple(workload(graph, region) for region in regions(graph) if not _is_view(graph, region))
+
+
+def workload(graph: Graph, region: Region) -> Workload:
+    """The work of one region. Dimensions that are not static count as 1."""
+    read, weights = _read_bytes(graph, region)
+    written = sum(_bytes(graph.tensor(value)) for value in region.outputs)
+    m, n, k, groups, taps = _product(graph, region.anchor)
+    kind = region.kind if region.kind != "other" else "reduce"
+    return Workload(
+        name=region.name, kind=kind, dtype=_dtype(graph, region), m=m, n=n, k=k, groups=groups, taps=taps,
+        elements=_extra_elements(graph, region), read_bytes=read, write_bytes=written, weight_bytes=weights,
+    )  # fmt: skip
+
+
+def _is_view(graph: Graph, region: Region) -> bool:
+    visible = region.output in graph.outputs or region.inputs[:1] == () or region.inputs[0] in graph.inputs
+    return region.anchor.op in VIEWS and not visible and len(region.epilogue) == 0
+
+
+def _dtype(graph: Graph, region: Region) -> str:
+    if region.integer:
+        return "int8"
+    return graph.tensor(region.anchor.inputs[0] if region.anchor.inputs else region.output).dtype
+
+
+def _read_bytes(graph: Graph, region: Region) -> tuple[int, int]:
+    """Bytes of activations and of parameters that the region reads."""
+    read = weights = 0
+    for value in region.inputs:
+        size = _bytes(graph.tensor(value))
+        if value in graph.params:
+            weights += size
+        else:
+            read += size
+    return read, weights
+
+
+def _product(graph: Graph, node: Node) -> tuple[int, int, int, int, int]:
+    """m, n, k, groups, taps of the anchor's multiplications; zeros if it has none."""
+    if node.op in ("Conv", "ConvTranspose"):
+        return _conv(graph, node)
+    if node.op not in ("Gemm", "MatMul"):
+        return 0, 0, 0, 1, 1
+    left, right = (_dims(graph.tensor(value)) for value in node.inputs[:2])
+    if node.op == "Gemm":
+        left = left[::-1] if node.attr("transA", 0) else left
+        right = right[::-1] if node.attr("transB", 0) else right
+    left, right = (1, *left) if len(left) == 1 else left, (*right, 1) if len(right) == 1 else right
+    batch = math.prod(right[:-2])
+    rows = math.prod(_dims(graph.tensor(node.output))) // max(1, right[-1] * batch)
+    return max(rows, 1), right[-1], left[-1], batch, 1
+
+
+def _conv(graph: Graph, node: Node) -> tuple[int, int, int, int, int]:
+    weight, out = _dims(graph.tensor(node.inputs[1])), _dims(graph.tensor(node.output))
+    groups, taps = node.attr("group", 1), math.prod(weight[2:])
+    if node.op == "Conv":
+        return out[0] * math.prod(out[2:]), weight[0] // groups, weight[1] * taps, groups, taps
+    data = _dims(graph.tensor(node.inputs[0]))  # every input pixel meets every tap
+    return data[0] * math.prod(data[2:]), weight[1] * taps, weight[0] // groups, groups, taps
+
+
+def _extra_elements(graph: Graph, region: Region) -> int:
+    """Scalar results besides the products: one per epilogue step and element, windows of pools, inputs of reductions."""
+    steps = sum(_elements(graph, node.outputs) for node in region.epilogue)
+    if region.kind in ("conv", "depthwise", "matmul"):
+        return steps
+    anchor = region.anchor
+    if region.kind == "pool" and "kernel_shape" in anchor.attrs:
+        return steps + _elements(graph, anchor.outputs[:1]) * math.prod(anchor.attr("kernel_shape"))
+    if region.kind in ("pool", "reduce", "other"):
+        return steps + max(_elements(graph, anchor.inputs[:1]), _elements(graph, anchor.outputs))
+    return steps + _elements(graph, anchor.outputs)
+
+
+def _elements(graph: Graph, values: Iterable[str]) -> int:
+    return sum(math.prod(_dims(graph.tensor(value))) for value in values if value)
+
+
+def _dims(kind: TensorType) -> tuple[int, ...]:
+    return tuple(dim if isinstance(dim, int) else 1 for dim in kind.shape or ())
+
+
+def _bytes(kind: TensorType) -> int:
+    return TensorType(kind.dtype, _dims(kind)).bytes if kind.dtype not in ("undefined", "string") else 0
