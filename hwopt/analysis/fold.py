@@ -1,0 +1,213 @@
+"""Constant folding: which values do not depend on the inputs, what they are, and which of them are worth storing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from hwopt.ir import Graph, Node, TensorType, ValueType, frozen, infer_types, numpy_dtype, type_of
+
+LIMIT_BYTES = 1 << 20  # a constant above this is stored only if it is no larger than the parameters it comes from
+CEILING_BYTES = 1 << 28  # nothing larger is ever computed
+BATCH_BYTES = 1 << 28  # parameters of one ONNX Runtime session; a protobuf holds 2 GB
+
+# The same inputs do not give the same outputs, or the output is no tensor of a size that inference knows beforehand.
+_NEVER = {
+    "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout",
+    "If", "Loop", "Scan", "SequenceMap", "DequantizeLinear", "StringSplit", "ImageDecoder",
+}  # fmt: skip
+# Size known only from the values, but bounded by the input's.
+_BOUNDED = {"NonZero", "Unique", "Compress", "NonMaxSuppression"}
+_NARROW = {"uint8", "int8", "uint4", "int4", "uint2", "int2"}
+_FEW = 256  # elements: shapes, axes and scales
+
+
+def fold_constants(graph: Graph, limit_bytes: int = LIMIT_BYTES, by: str = "fold-constants") -> Graph:
+    """Replace everything that does not depend on the inputs by parameters; the same graph if there is nothing.
+
+    `Shape(x) -> Gather -> Concat -> Reshape(y, .)` becomes `Reshape(y, [1, 64])` as soon as x has a static type.
+    Values come from ONNX Runtime. Kept as they are: random operators, control flow, whatever stores weights in
+    fewer bits (DequantizeLinear, narrow integers, codebooks), and constants above `limit_bytes` that are larger than
+    the parameters they come from (`ConstantOfShape`, `Expand`); what such a node reads is folded all the same.
+    """
+    while True:
+        after = _fold_once(graph, limit_bytes, by)
+        if after is graph:
+            return graph
+        graph = after
+
+
+def _fold_once(graph: Graph, limit_bytes: int, by: str) -> Graph:
+    known, origin = _evaluate(graph)
+    edit = graph.edit()
+    for value in _stored(graph, known, origin, limit_bytes):
+        edit.forward(value, edit.param(f"{value}_const", known[value]))
+    return edit.finish(by)
+
+
+def _stored(graph: Graph, known: Mapping[str, np.ndarray], origin: Mapping[str, int], limit_bytes: int) -> list[str]:
+    """The computed constants that nodes (or the caller) read, each as late in its chain as its size allows."""
+    constant = {value for value in known if value in graph.producer}
+    done = {node.name for node in graph.nodes if node.outputs and all(v in known for v in node.outputs if v)}
+    queue = [value for value in graph.outputs if value in constant and graph.producer[value].op != "Identity"]
+    queue += [value for node in graph.nodes if node.name not in done for value in node.reads if value in constant]
+    stored: dict[str, None] = {}
+    seen: set[str] = set()
+    while queue:
+        value = queue.pop(0)
+        if value in seen:
+            continue
+        seen.add(value)
+        if _bytes(known[value]) <= max(limit_bytes, origin[value]):
+            stored[value] = None
+        else:
+            queue.extend(read for read in graph.producer[value].reads if read in constant)
+    return list(stored)
+
+
+def _evaluate(graph: Graph) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """All constants, parameters included, and for each the bytes of the parameters it comes from."""
+    known: dict[str, np.ndarray] = dict(graph.params)
+    origin = {name: _bytes(array) for name, array in known.items()}
+    for wave in _waves(graph, known):
+        computed = dict(_shapes(graph, wave, known))
+        computed.update(_computed(graph, [node for node in wave if node.output not in computed], known))
+        for node in wave:
+            total = sum(origin.get(value, 0) for value in node.reads)
+            for value in node.outputs:
+                if value in computed:
+                    known[value] = frozen(computed[value])
+                    origin[value] = _bytes(known[value]) if node.op == "Constant" else total
+    return known, origin
+
+
+def _waves(graph: Graph, known: Mapping[str, np.ndarray]) -> Iterator[list[Node]]:
+    """Nodes whose inputs are known by now, each node once; the caller adds what it computed before asking on."""
+    waiting = [node for node in graph.nodes if _foldable(graph, node)]
+    while True:
+        ready = [node for node in waiting if _is_shape(graph, node) or all(v in known for v in node.reads)]
+        if not ready:
+            return
+        yield ready
+        names = {node.name for node in ready}
+        fresh = {value for node in ready for value in node.outputs if value in known}
+        waiting = [node for node in waiting if node.name not in names]
+        if not fresh:
+            return
+
+
+def _foldable(graph: Graph, node: Node) -> bool:
+    if node.domain or node.op in _NEVER or not node.outputs or _stores_fewer_bits(graph, node):
+        return False
+    return all(_fetchable(graph.types.get(value)) for value in node.outputs if value)
+
+
+def _fetchable(kind: ValueType | None) -> bool:
+    """ONNX Runtime hands out tensors of numpy's own element types only."""
+    return isinstance(kind, TensorType) and numpy_dtype(kind.dtype).isbuiltin == 1
+
+
+def _stores_fewer_bits(graph: Graph, node: Node) -> bool:
+    """A weight kept in narrow integers, or as indices into a codebook: unpacking it would undo the compression."""
+    if node.op == "Cast":
+        array = graph.constant(node.inputs[0])
+        return array is not None and array.size > _FEW and type_of(array).dtype in _NARROW
+    if node.op == "Gather":
+        data, indices = (graph.constant(value) for value in node.inputs[:2])
+        return data is not None and indices is not None and data.ndim == 1 and indices.size > max(data.size, _FEW)
+    return False
+
+
+def _is_shape(graph: Graph, node: Node) -> bool:
+    return node.op in ("Shape", "Size") and graph.tensor(node.inputs[0]).static
+
+
+def _shapes(graph: Graph, wave: Iterable[Node], known: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """Shape and Size need the type of their input, not its value."""
+    for node in wave:
+        if _is_shape(graph, node):
+            array = known.get(node.inputs[0])
+            dims = graph.tensor(node.inputs[0]).dims if array is None else array.shape
+            if node.op == "Size":
+                yield node.output, np.array(math.prod(dims), np.int64)
+            else:
+                yield node.output, np.array(dims[node.attr("start", 0) : node.attr("end")], np.int64).reshape(-1)
+
+
+def _computed(graph: Graph, nodes: Sequence[Node], known: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The outputs of nodes whose inputs are all known; nodes that are too large, or that fail, are left out."""
+    small = [node for node in nodes if _bytes_read(node, known) <= BATCH_BYTES // 16]
+    chosen = _affordable(graph, small, known)
+    values = _run(graph, chosen, known)
+    if values is None:  # one of them fails: find out which
+        values = {}
+        for node in chosen:
+            values.update(_run(graph, [node], known) or {})
+    for node in nodes:
+        if node not in small and _bytes_read(node, known) <= 4 * BATCH_BYTES:
+            values.update(_run(graph, _affordable(graph, [node], known), known) or {})
+    return values
+
+
+def _affordable(graph: Graph, nodes: Sequence[Node], known: Mapping[str, np.ndarray]) -> list[Node]:
+    """Those whose outputs have a size that inference can tell from the input values, and a bearable one."""
+    if not nodes:
+        return []
+    types = _isolated(graph, nodes, known).types
+
+    def fits(node: Node) -> bool:
+        if node.op in _BOUNDED:
+            return True
+        kinds = [types.get(value) for value in node.outputs if value]
+        return all(isinstance(k, TensorType) and k.static and _size(k) <= CEILING_BYTES for k in kinds)
+
+    return [node for node in nodes if fits(node)]
+
+
+def _isolated(graph: Graph, nodes: Sequence[Node], known: Mapping[str, np.ndarray]) -> Graph:
+    """A graph of these nodes alone, with what they read as parameters."""
+    read = dict.fromkeys(value for node in nodes for value in node.reads)
+    params = {value: known[value] for value in read}
+    outputs = tuple(value for node in nodes for value in node.outputs if value)
+    bare = Graph("constants", (), outputs, tuple(nodes), {}, params, graph.opsets)
+    try:
+        return infer_types(bare)
+    except onnx.shape_inference.InferenceError:
+        return bare
+
+
+def _run(graph: Graph, nodes: Sequence[Node], known: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+    """Outputs by name, computed by ONNX Runtime; None if it cannot run these nodes."""
+    if not nodes:
+        return {}
+    outputs = [value for node in nodes for value in node.outputs if value]
+    read = dict.fromkeys(value for node in nodes for value in node.reads)
+    weights = [onnx.numpy_helper.from_array(np.asarray(known[value]), value) for value in read]
+    infos = [onnx.ValueInfoProto(name=value) for value in outputs]
+    body = onnx.helper.make_graph([node.proto for node in nodes], "constants", [], infos, weights)
+    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in sorted(graph.opsets.items())]
+    model = onnx.helper.make_model(body, opset_imports=opsets, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = 1, 1, 4
+    try:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return dict(zip(outputs, map(np.asarray, session.run(outputs, {})), strict=True))
+    except Exception:  # ONNX Runtime raises a kind of its own for every status code; the node is kept as it is
+        return None
+
+
+def _bytes(array: np.ndarray) -> int:
+    return array.size * 8 if array.dtype == object else type_of(array).bytes
+
+
+def _size(kind: TensorType) -> int:
+    return kind.elements * 8 if kind.dtype == "string" else kind.bytes
+
+
+def _bytes_read(node: Node, known: Mapping[str, np.ndarray]) -> int:
+    return sum(_bytes(known[value]) for value in node.reads)
