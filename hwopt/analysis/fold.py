@@ -53,7 +53,7 @@ def _stored(graph: Graph, known: Mapping[str, np.ndarray], origin: Mapping[str, 
     """The computed constants that nodes (or the caller) read, each as late in its chain as its size allows."""
     constant = {value for value in known if value in graph.producer}
     done = {node.name for node in graph.nodes if node.outputs and all(v in known for v in node.outputs if v)}
-    queue = [value for value in graph.outputs if value in constant and graph.producer[value].op != "Identity"]
+    queue = [value for value in graph.outputs if value in constant and not _carries_parameter(graph, value)]
     queue += [value for node in graph.nodes if node.name not in done for value in node.reads if value in constant]
     stored: dict[str, None] = {}
     seen: set[str] = set()
@@ -67,6 +67,12 @@ def _stored(graph: Graph, known: Mapping[str, np.ndarray], origin: Mapping[str, 
         else:
             queue.extend(read for read in graph.producer[value].reads if read in constant)
     return list(stored)
+
+
+def _carries_parameter(graph: Graph, output: str) -> bool:
+    """A constant output in its final form: a parameter, renamed by an Identity."""
+    node = graph.producer[output]
+    return node.op == "Identity" and node.inputs[0] in graph.params
 
 
 def _evaluate(graph: Graph) -> tuple[dict[str, np.ndarray], dict[str, int]]:
