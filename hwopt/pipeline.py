@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from hwopt.errors import HwoptError, PassError, UsageError, VerifyError, did_you_mean
-from hwopt.ir import Graph, Node, verify
+from hwopt.ir import Graph, Node, descended, descends, verify
 from hwopt.samples import Samples
 from hwopt.target import Target
 
@@ -74,12 +74,13 @@ class Pass:
         return iter(())
 
     def covers(self, node: Node) -> bool:
-        return not self.site or node.name in self.site
+        """True if the node is in `site`, was split off a node in `site`, or there is no `site`."""
+        return not self.site or any(descends(node.name, name) for name in self.site)
 
     def check_site(self, graph: Graph) -> None:
         """Raise PassError for a site that the graph does not have."""
         for name in self.site:
-            if name not in graph.node:
+            if name not in graph.node and not descended(graph, name):
                 raise PassError(f"no node {name} in {graph.name}", place=str(self), hint=did_you_mean(name, graph.node))
 
     def __str__(self) -> str:

@@ -1,0 +1,99 @@
+"""Second moments of layer inputs, E[x x^T] over channels, streamed through ONNX Runtime in constant memory.
+
+They weigh errors by what a layer really sees: E||x D||^2 = trace(D^T S D) for a weight error D and the moment S.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+
+import numpy as np
+
+from hwopt.analysis.memo import remembered
+from hwopt.backends.ort import Session, observing
+from hwopt.errors import DataError
+from hwopt.ir import Graph, Node, frozen
+from hwopt.samples import Samples, batch_of
+
+# A [k, k] moment needs a few times k rows; images and texts give hundreds of rows a sample, so more samples only cost time.
+SAMPLES = 512
+
+View = tuple[str, tuple[int, ...], bool]  # a value, the strides at which it is read, whether rows and columns are swapped
+
+
+def second_moments(
+    graph: Graph, samples: Samples, nodes: Iterable[Node], others: Iterable[Node] = ()
+) -> Mapping[str, np.ndarray]:
+    """Node name -> float64 [channels, channels], the second moment of the data input of each Conv, Gemm or MatMul.
+
+    Remembered for the graph and the samples: asked a second time, it computes those of `others` in the same sweep.
+    Raises DataError where activations are not finite.
+    """
+    known = _known(graph, samples)
+    views = {node.name: view_of(graph, node) for node in nodes}
+    missing = dict.fromkeys(view for view in views.values() if view not in known)
+    if missing and known:
+        missing.update((view, None) for view in (view_of(graph, node) for node in others) if view not in known)
+    if missing:
+        known.update(_measured(graph, samples.head(max(SAMPLES, batch_of(graph))), tuple(missing)))
+    return {name: known[view] for name, view in views.items()}
+
+
+@remembered
+def _known(_graph: Graph, _samples: Samples) -> MutableMapping[View, np.ndarray]:
+    return {}
+
+
+def view_of(graph: Graph, node: Node) -> View:
+    """Which value a layer reads, and how: a 1x1 convolution skips the pixels between its strides."""
+    if node.op != "Conv":
+        return node.inputs[0], (), bool(node.attr("transA", 0))
+    shape = graph.tensor(node.inputs[1]).shape or ()
+    padded = any(node.attr("pads", ()))  # strides then start outside of the data
+    strides = () if padded or any(size != 1 for size in shape[2:]) else tuple(node.attr("strides", ()))
+    return node.inputs[0], strides if any(stride != 1 for stride in strides) else (), True
+
+
+def _measured(graph: Graph, samples: Samples, views: tuple[View, ...]) -> Iterator[tuple[View, np.ndarray]]:
+    values = [value for value, _, _ in views]
+    watched = observing(graph, values)
+    session = Session(watched) if watched.outputs else None
+    sums: dict[View, np.ndarray] = {}
+    rows: dict[View, int] = dict.fromkeys(views, 0)
+    for feeds in samples.feeds(graph):
+        found = {**graph.params, **feeds, **(session.run(feeds) if session else {})}
+        for view in views:
+            second, count = _product(found[view[0]], view)
+            sums[view] = sums[view] + second if view in sums else second
+            rows[view] += count
+    for view in views:
+        if view not in sums or not np.isfinite(sums[view]).all():
+            raise DataError(f"the calibration data give no finite activations at {view[0]}", place=samples.source)
+        yield view, frozen(sums[view] / max(rows[view], 1))
+
+
+def _product(data: np.ndarray, view: View) -> tuple[np.ndarray, int]:
+    """Sum of x x^T over all rows x of one batch, and the number of rows."""
+    _, strides, swapped = view
+    data = data.astype(np.float32, copy=False)
+    if not swapped:
+        flat = data.reshape(-1, data.shape[-1])
+        return (flat.T @ flat).astype(np.float64), len(flat)
+    if data.ndim == 2:  # Gemm with transA: [channels, rows]
+        return (data @ data.T).astype(np.float64), data.shape[1]
+    seen = data[(slice(None), slice(None), *(slice(None, None, stride) for stride in strides))]
+    pixels = seen.reshape(seen.shape[0], seen.shape[1], -1)
+    return np.matmul(pixels, pixels.transpose(0, 2, 1)).sum(0, dtype=np.float64), len(pixels) * pixels.shape[-1]
+
+
+def damped(moment: np.ndarray, share: float) -> np.ndarray:
+    """The moment plus `share` of its mean diagonal: full rank, and milder on directions that few samples have shown."""
+    mean = float(np.trace(moment)) / len(moment)
+    return moment + (share * mean if mean > 0 else 1.0) * np.eye(len(moment))
+
+
+def output_error(weight: np.ndarray, changed: np.ndarray, moment: np.ndarray) -> float:
+    """E||x (W - W')||^2 / E||x W||^2 for [channels, outputs] weights: the relative output error of a layer."""
+    difference = weight.astype(np.float64) - changed
+    signal = np.sum(weight * (moment @ weight))
+    return float(np.sum(difference * (moment @ difference)) / signal) if signal > 0 else 0.0
