@@ -17,7 +17,7 @@ DRAM_JOULES_PER_BYTE = 162.5e-12  # 1.3 nJ for 64 bits, the lower end
 
 @dataclass(frozen=True)
 class Systolic:
-    """`rows` x `columns` multiply-accumulate cells, weights resident; everything else runs on a vector unit of `columns` lanes."""
+    """`rows` x `columns` multiply-accumulate cells, weights resident; the rest runs on a vector unit of `columns` lanes."""
 
     rows: int
     columns: int

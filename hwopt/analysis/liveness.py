@@ -1,0 +1,48 @@
+"""How much activation memory a graph needs at once, before any kernel exists: the planner's estimate of the arena."""
+
+from __future__ import annotations
+
+from hwopt.analysis.memo import remembered
+from hwopt.analysis.regions import regions
+from hwopt.analysis.workload import is_view
+from hwopt.ir import Graph
+
+
+@remembered
+def peak_activation_bytes(graph: Graph) -> int:
+    """Largest sum of bytes of values alive at one kernel; inputs and outputs of the network are the caller's and not counted.
+
+    Values inside of a fused kernel never exist. Views share the memory of what they view. Values without a static shape
+    count as nothing.
+    """
+    order = regions(graph)
+    owner = _owners(graph, order)
+    last: dict[str, int] = {}
+    for index, region in enumerate(order):
+        for value in region.inputs:
+            if value in owner:
+                last[owner[value]] = index
+    external = {owner[value] for value in graph.outputs if value in owner}
+    alive, peak = 0, 0
+    for index, region in enumerate(order):
+        made = [v for v in region.outputs if owner.get(v) == v and v not in external]
+        alive += sum(_bytes(graph, value) for value in made)
+        peak = max(peak, alive)
+        done = [value for value, end in last.items() if end == index and value not in external]
+        alive -= sum(_bytes(graph, value) for value in done)
+        alive -= sum(_bytes(graph, value) for value in made if value not in last)
+    return peak
+
+
+def _owners(graph: Graph, order: tuple) -> dict[str, str]:
+    """Value -> the value whose memory it uses: itself, or what a chain of views starts from."""
+    owner: dict[str, str] = {}
+    for region in order:
+        source = owner.get(region.inputs[0]) if region.inputs and is_view(graph, region) else None
+        owner.update({value: source or value for value in region.outputs})
+    return owner
+
+
+def _bytes(graph: Graph, value: str) -> int:
+    kind = graph.tensor(value)
+    return kind.bytes if kind.static and kind.dtype not in ("string", "undefined") else 0

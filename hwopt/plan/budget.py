@@ -1,0 +1,67 @@
+"""What the user allows: a drop of the score, and limits on latency, size and memory."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from hwopt.errors import UsageError, did_you_mean
+
+_UNITS = {
+    "latency": {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9},
+    "size": {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30},
+}
+_UNITS["memory"] = _UNITS["size"]
+_FIELDS = {"latency": "latency_seconds", "size": "weight_bytes", "memory": "activation_bytes"}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """None means no limit. `max_drop` is a fraction of 1: 0.01 allows one point."""
+
+    max_drop: float = 0.01
+    latency_seconds: float | None = None
+    weight_bytes: float | None = None
+    activation_bytes: float | None = None
+
+    @property
+    def limited(self) -> bool:
+        """True if anything but the score is limited."""
+        return any(limit is not None for limit in (self.latency_seconds, self.weight_bytes, self.activation_bytes))
+
+
+def parse_budget(max_drop: str | float, limits: tuple[str, ...] = ()) -> Budget:
+    """`1%` (or 0.01) and `latency=2ms`, `size=1MB`, `memory=4MB`, several in one text joined by commas."""
+    found: dict[str, float] = {}
+    for limit in (part for text in limits for part in re.split(r"[,|]", text) if part.strip()):
+        kind, _, amount = limit.strip().partition("=")
+        if kind not in _FIELDS:
+            raise UsageError(f"unknown budget {kind!r}", place=f"--budget {limit}", hint=did_you_mean(kind, _FIELDS))
+        found[_FIELDS[kind]] = _quantity(kind, amount, limit)
+    return Budget(max_drop=_fraction(max_drop), **found)
+
+
+def _quantity(kind: str, amount: str, whole: str) -> float:
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?\d+)?)\s*([A-Za-z]+)\s*", amount)
+    units = _UNITS[kind]
+    if match is None or match[2] not in units:
+        raise UsageError(
+            f"cannot read {amount!r}", place=f"--budget {whole}", hint=f"write a number and one of {', '.join(units)}"
+        )
+    try:
+        value = float(match[1]) * units[match[2]]
+    except ValueError as error:
+        raise UsageError(f"{match[1]!r} is no number", place=f"--budget {whole}") from error
+    if value <= 0:
+        raise UsageError("must be above zero", place=f"--budget {whole}")
+    return value
+
+
+def _fraction(text: str | float) -> float:
+    try:
+        value = float(text[:-1]) / 100 if isinstance(text, str) and text.endswith("%") else float(text)
+    except ValueError as error:
+        raise UsageError(f"cannot read {text!r}", place="--max-drop", hint="write 1% or 0.01") from error
+    if not 0 <= value <= 1:
+        raise UsageError(f"{text} is not between 0 and 100 %", place="--max-drop", hint="write 1% or 0.01")
+    return value

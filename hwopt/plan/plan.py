@@ -1,0 +1,89 @@
+"""Plan: every decision and every refusal with its numbers, as data that is written, read and replayed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hwopt.errors import UsageError
+from hwopt.ir import Graph
+from hwopt.pipeline import Context, Pass, PassManager, Refusal, Trace, merged, parse
+from hwopt.plan.budget import Budget
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One change at one place. Costs are those of the whole model by the target's cost model, the change alone."""
+
+    by: str  # a pass as text, with its site
+    seconds_before: float
+    seconds_after: float
+    bytes_before: int
+    bytes_after: int
+    error: float  # divergence of the outputs that this change alone causes
+    reason: str
+
+
+@dataclass(frozen=True)
+class Round:
+    """One turn of solve -> apply -> measure: what was allowed, and what came out."""
+
+    allowed_error: float
+    decisions: int
+    predicted_seconds: float
+    weight_bytes: int
+    score: float
+    drop: float
+    feasible: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do to one graph for one target. `str(pass)` in each decision parses back into the pass."""
+
+    target: str
+    threads: int
+    graph_digest: str
+    budget: Budget
+    seed: int
+    decisions: tuple[Decision, ...] = ()
+    refused: tuple[Refusal, ...] = ()
+    rounds: tuple[Round, ...] = ()
+    seconds_before: float = 0.0  # of the whole model, predicted
+    seconds_after: float = 0.0
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Sorted and indented: equal plans are equal bytes."""
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1, sort_keys=True) + "\n"
+
+    def passes(self, known: Mapping[str, type[Pass]]) -> tuple[Pass, ...]:
+        """The passes to run, in phase order, those that differ only in their site joined."""
+        return merged(parse(decision.by, known) for decision in self.decisions)
+
+
+def plan_from_json(text: str, place: str = "plan") -> Plan:
+    """The inverse of `Plan.to_json`; raises UsageError for what is no plan."""
+    try:
+        raw: dict[str, Any] = json.loads(text)
+        if raw.pop("format") != FORMAT:
+            raise UsageError("written by another version of hwopt", place=place, hint="make the plan again")
+        raw["budget"] = Budget(**raw["budget"])
+        for key, kind in (("decisions", Decision), ("refused", Refusal), ("rounds", Round)):
+            raw[key] = tuple(kind(**item) for item in raw[key])
+        return Plan(**raw)
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"not a plan ({type(error).__name__}: {error})", place=place) from error
+
+
+def apply_plan(graph: Graph, plan: Plan, ctx: Context, known: Mapping[str, type[Pass]]) -> Trace:
+    """Do exactly what the plan says; raises UsageError if it was made for another graph."""
+    if plan.graph_digest != graph.digest:
+        raise UsageError("the plan was made for another model", place="plan", hint="weights and shapes must be the same")
+    return PassManager(plan.passes(known)).run(graph, ctx)

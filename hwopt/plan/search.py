@@ -1,0 +1,261 @@
+"""Choosing a plan: price, solve, apply, measure the score, correct the allowance, solve again; the best feasible plan is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hwopt.analysis.liveness import peak_activation_bytes
+from hwopt.analysis.regions import regions
+from hwopt.analysis.size import weight_bytes
+from hwopt.analysis.workload import workloads
+from hwopt.backends.ort import Session
+from hwopt.errors import BudgetError, DataError
+from hwopt.evaluate import Comparison, Scorer, compare
+from hwopt.ir import Graph
+from hwopt.pipeline import Context, Pass, PassManager, Refusal, merged
+from hwopt.plan.budget import Budget
+from hwopt.plan.options import Base, Option, Progress, collect, measure_errors
+from hwopt.plan.plan import Decision, Plan, Round
+from hwopt.plan.solve import Edge, Limits, Solution, solve
+from hwopt.target import Target, Workload
+
+ROUNDS = 6
+SENSITIVITY_SAMPLES = 64
+FIRST_ERROR = 2.0  # allowed error per unit of allowed drop in the first round; the rounds correct it
+STEP = 4.0  # how far the allowance moves while only one side of the border is known
+NARROW = 1.25  # stop when the largest feasible and the smallest infeasible allowance are this close
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """Everything one search works with. `scale` is measured over predicted time of the unchanged model, 1 if not measured."""
+
+    graph: Graph
+    ctx: Context
+    target: Target
+    passes: tuple[type[Pass], ...]
+    scorer: Scorer
+    budget: Budget
+    threads: int
+    workers: int
+    progress: Progress
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The best plan, the graph it makes, and how that compares with the original."""
+
+    plan: Plan
+    graph: Graph
+    comparison: Comparison
+
+
+@dataclass(frozen=True, eq=False)
+class _Attempt:
+    solution: Solution
+    graph: Graph
+    comparison: Comparison
+    seconds: float
+    round: Round
+
+
+def search(task: Search) -> Found:
+    """The fastest plan within the budget. Raises BudgetError, naming the nearest plan, if a limited budget cannot be met.
+
+    A keyboard interrupt during the rounds ends the search with the best plan found so far.
+    """
+    samples = task.ctx.calibration
+    if samples is None:
+        raise DataError("planning needs calibration data", place="plan", hint="give --calibrate data.npz")
+    base, options, refused = collect(task.graph, task.ctx, task.passes, task.threads, task.budget, task.progress)
+    head = samples.head(SENSITIVITY_SAMPLES)
+    options = measure_errors(task.graph, task.ctx, options, head, task.workers, task.progress)
+    options = [option for option in options if math.isfinite(option.error)]
+    baseline = task.scorer(Session(task.graph).run)
+    attempts = _rounds(task, base, options, baseline)
+    return _best(task, base, options, refused, baseline, attempts)
+
+
+def _rounds(task: Search, base: Base, options: Sequence[Option], baseline: np.ndarray) -> list[_Attempt]:
+    """Solve -> apply -> measure, moving the allowed error between the largest feasible and the smallest infeasible one."""
+    edges = graph_edges(task.graph, task.target, task.threads)
+    most = sum(option.error for option in options) + 1e-9
+    allowed = min(max(FIRST_ERROR * task.budget.max_drop, 1e-6), most)
+    low, high = 0.0, math.inf
+    limits = _first_limits(task)
+    attempts: list[_Attempt] = []
+    try:
+        for number in range(ROUNDS):
+            task.progress("solving and measuring", number, ROUNDS)
+            solution = solve(base, options, edges, dataclasses.replace(limits, error=allowed))
+            if solution is None:  # a size, memory or latency limit needs more error than is allowed yet
+                low = max(low, allowed)
+            else:
+                attempt = _measured(task, solution, allowed, baseline)
+                attempts.append(attempt)
+                limits = _tightened(task, limits, attempt)
+                if attempt.comparison.drop <= _aim(task.budget, attempt.comparison):
+                    low = allowed
+                else:
+                    high = allowed
+            if (low >= most and high == math.inf) or high <= low * NARROW:
+                break
+            allowed = _next(low, high, most)
+    except KeyboardInterrupt:
+        if not attempts:
+            raise
+    return attempts
+
+
+def _next(low: float, high: float, most: float) -> float:
+    if high == math.inf:
+        return min(low * STEP, most)
+    return high / STEP if low == 0.0 else math.sqrt(low * high)
+
+
+def _first_limits(task: Search) -> Limits:
+    seconds = None if task.budget.latency_seconds is None else task.budget.latency_seconds / task.scale
+    return Limits(0.0, seconds, task.budget.weight_bytes, task.budget.activation_bytes)
+
+
+def _aim(budget: Budget, comparison: Comparison) -> float:
+    """The drop the search aims at: one standard error (at most half) inside the budget, so that it holds on other data too."""
+    return budget.max_drop - min(comparison.standard_error, budget.max_drop / 2)
+
+
+def _measured(task: Search, solution: Solution, allowed: float, baseline: np.ndarray) -> _Attempt:
+    passes = merged(one for option in solution.options for one in option.passes)
+    changed = PassManager(passes).run(task.graph, task.ctx).graph
+    comparison = compare(task.scorer.metric, baseline, task.scorer(Session(changed).run))
+    seconds = sum(task.target.cost.estimate(w, task.threads).seconds for w in workloads(changed)) * task.scale
+    feasible = comparison.drop <= task.budget.max_drop and not _exceeded(task.budget, changed, seconds)
+    size = weight_bytes(changed)
+    entry = Round(allowed, len(solution.options), seconds, size, comparison.score, comparison.drop, feasible)
+    return _Attempt(solution, changed, comparison, seconds, entry)
+
+
+def _exceeded(budget: Budget, graph: Graph, seconds: float) -> str:
+    """Which limit a graph breaks, with the numbers; empty if none."""
+    if budget.latency_seconds is not None and seconds > budget.latency_seconds:
+        return f"latency {seconds * 1e3:.4g} ms of {budget.latency_seconds * 1e3:.4g} ms"
+    if budget.weight_bytes is not None and weight_bytes(graph) > budget.weight_bytes:
+        return f"weights {weight_bytes(graph) / 1e6:.4g} MB of {budget.weight_bytes / 1e6:.4g} MB"
+    if budget.activation_bytes is not None and peak_activation_bytes(graph) > budget.activation_bytes:
+        return f"memory {peak_activation_bytes(graph) / 1e6:.4g} MB of {budget.activation_bytes / 1e6:.4g} MB"
+    return ""
+
+
+def _tightened(task: Search, limits: Limits, attempt: _Attempt) -> Limits:
+    """The linear model adds what does not quite add; shrink each limit by as much as the real graph overshot it."""
+    budget, graph = task.budget, attempt.graph
+    changes: dict[str, float] = {}
+    if budget.latency_seconds is not None and limits.seconds and attempt.seconds > budget.latency_seconds:
+        changes["seconds"] = limits.seconds * budget.latency_seconds / attempt.seconds
+    if budget.weight_bytes is not None and limits.bytes and weight_bytes(graph) > budget.weight_bytes:
+        changes["bytes"] = limits.bytes * budget.weight_bytes / weight_bytes(graph)
+    if budget.activation_bytes is not None and limits.peak_bytes and peak_activation_bytes(graph) > budget.activation_bytes:
+        changes["peak_bytes"] = limits.peak_bytes * budget.activation_bytes / peak_activation_bytes(graph)
+    return dataclasses.replace(limits, **changes)
+
+
+def _best(
+    task: Search,
+    base: Base,
+    options: Sequence[Option],
+    refused: Sequence[Refusal],
+    baseline: np.ndarray,
+    attempts: Sequence[_Attempt],
+) -> Found:
+    """The fastest feasible attempt; the unchanged model if none is better; BudgetError if limits are set and not met."""
+    start = sum(task.target.cost.estimate(w, task.threads).seconds for w in workloads(task.graph)) * task.scale
+    feasible = [attempt for attempt in attempts if attempt.round.feasible]
+    if not task.budget.limited:
+        feasible = [attempt for attempt in feasible if attempt.seconds < start]
+    best = min(feasible, key=lambda attempt: attempt.seconds, default=None)
+    if best is None and _exceeded(task.budget, task.graph, start):
+        raise BudgetError(_nearest(task, attempts, start), place="plan", hint="relax the budget or --max-drop")
+    chosen = best.solution.options if best else ()
+    not_chosen = [_not_chosen(option, chosen, base) for option in options if option not in chosen]
+    plan = Plan(
+        target=task.target.name,
+        threads=task.threads,
+        graph_digest=task.graph.digest,
+        budget=task.budget,
+        seed=task.ctx.seed,
+        decisions=tuple(decision for option in chosen for decision in _decisions(option, base)),
+        refused=(*refused, *not_chosen),
+        rounds=tuple(attempt.round for attempt in attempts),
+        seconds_before=start,
+        seconds_after=best.seconds if best else start,
+        versions=versions(),
+    )
+    return Found(
+        plan, best.graph if best else task.graph, best.comparison if best else compare(task.scorer.metric, baseline, baseline)
+    )
+
+
+def _nearest(task: Search, attempts: Sequence[_Attempt], start: float) -> str:
+    if not attempts:
+        return f"no combination of changes meets the budget ({_exceeded(task.budget, task.graph, start)} unchanged)"
+    near = min(attempts, key=lambda a: (bool(_exceeded(task.budget, a.graph, a.seconds)), a.comparison.drop))
+    broken = _exceeded(task.budget, near.graph, near.seconds) or "all limits kept"
+    return f"the nearest plan has {broken} at a drop of {near.comparison.drop:.2%} (allowed {task.budget.max_drop:.2%})"
+
+
+def _decisions(option: Option, base: Base) -> list[Decision]:
+    before = sum(base.seconds.values())
+    gain = base.gain(option)
+    share = f"{len(option.seconds)} kernel{'s' if len(option.seconds) > 1 else ''} {gain * 1e6:.2f} us faster"
+    reason = f"{share}, error {option.error:.3g}" + (f", together: {option.text}" if len(option.passes) > 1 else "")
+    after, size = before - gain, base.bytes + option.bytes
+    return [Decision(str(one), before, after, base.bytes, size, option.error, reason) for one in option.passes]
+
+
+def _not_chosen(option: Option, chosen: Sequence[Option], base: Base) -> Refusal:
+    other = next((o for o in chosen if o.group == option.group), None)
+    reason = f"{option.text}: {base.gain(option) * 1e6:.2f} us faster for an error of {option.error:.3g}"
+    reason += f"; {other.text} was better" if other else "; too much error for what it saves"
+    return Refusal(option.passes[0].name, option.group, reason)
+
+
+def graph_edges(graph: Graph, target: Target, threads: int) -> list[Edge]:
+    """Values between kernels with weights, seen through those without; "" at the ends of the network."""
+    weighted = {
+        region.output: workload.name for region, workload in zip(regions(graph), workloads(graph), strict=True) if workload.macs
+    }
+    origin: dict[str, frozenset[str]] = {value: frozenset({""}) for value in graph.inputs}
+    edges: dict[tuple[str, str], float] = {}
+    for region in regions(graph):
+        reads = [value for value in region.inputs if value not in graph.params]
+        name = weighted.get(region.output)
+        sources = frozenset(source for value in reads for source in origin.get(value, frozenset()))
+        for value in reads if name else ():
+            for source in origin.get(value, frozenset()):
+                edges[source, name or ""] = _conversion(graph, value, target, threads)
+        for node in region.nodes:
+            origin.update(dict.fromkeys(node.outputs, frozenset({name}) if name else sources))
+    for value in graph.outputs:
+        for source in origin.get(value, frozenset()):
+            edges[source, ""] = _conversion(graph, value, target, threads)
+    return [Edge(source, reader, seconds) for (source, reader), seconds in edges.items() if source != reader]
+
+
+def _conversion(graph: Graph, value: str, target: Target, threads: int) -> float:
+    """One pass over a value to quantize or dequantize it as a kernel of its own."""
+    kind = graph.tensor(value)
+    elements = kind.elements if kind.static else 0
+    workload = Workload("convert", "elementwise", "float32", elements=elements, read_bytes=4 * elements, write_bytes=elements)
+    return target.cost.estimate(workload, threads).seconds
+
+
+def versions() -> dict[str, str]:
+    """What decided: the versions that can change a plan or a kernel."""
+    names = ("hwopt", "apache-tvm", "apache-tvm-ffi", "numpy", "onnx", "onnxruntime", "scipy")
+    return {name: importlib.metadata.version(name) for name in names}
