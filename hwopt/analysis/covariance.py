@@ -63,7 +63,8 @@ def _measured(graph: Graph, samples: Samples, views: tuple[View, ...]) -> Iterat
     for feeds in samples.feeds(graph):
         found = {**graph.params, **feeds, **(session.run(feeds) if session else {})}
         for view in views:
-            second, count = _product(found[view[0]], view)
+            with np.errstate(over="ignore", invalid="ignore"):  # found out below, where the layer can be named
+                second, count = _product(found[view[0]], view)
             sums[view] = sums[view] + second if view in sums else second
             rows[view] += count
     for view in views:
