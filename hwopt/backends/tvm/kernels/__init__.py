@@ -1,1 +1,50 @@
-"""Kernel templates, one per operator family."""
+"""Kernel templates in TIR: one entry for every operator family, whatever the target's micro-kernels are.
+
+    pack(spec, weights, micro)                -> the weights as the kernel reads them, one-dimensional
+    default_schedule(spec, micro, cores)      -> a JSON-able Schedule
+    build(spec, schedule, micro, symbol)      -> PrimFunc(data, weights, *epilogue tensors, out), flat buffers
+    supports(spec, micro)                     -> "" or why there is no kernel
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hwopt.backends.tvm.kernels import gemm, schedule
+from hwopt.backends.tvm.kernels.geometry import geometry
+from hwopt.backends.tvm.kernels.schedule import Schedule
+from hwopt.backends.tvm.kernels.spec import ConvSpec, MatmulSpec
+from hwopt.target import MicroKernel
+
+__all__ = ["Schedule", "build", "default_schedule", "pack", "supports"]
+
+Spec = ConvSpec | MatmulSpec
+
+
+def supports(spec: Spec, micro: MicroKernel) -> str:
+    """The reason why the templates have no kernel for `spec` on `micro`, or ""."""
+    if spec.accumulator != micro.accumulator:
+        return f"the micro-kernel accumulates {micro.accumulator}, the operator {spec.accumulator}"
+    if spec.data_dtype != micro.activation:
+        return f"the micro-kernel takes {micro.activation} data, not {spec.data_dtype}"
+    if spec.weight_dtype != micro.dtype:
+        return f"the micro-kernel takes {micro.dtype} weights, not {spec.weight_dtype}"
+    return ""
+
+
+def pack(spec: Spec, weights: np.ndarray, micro: MicroKernel) -> np.ndarray:
+    """Weights in ONNX's layout ([out, in / groups, height, width] or [k, n]) as the kernel reads them."""
+    rows = weights.transpose(0, 2, 3, 1) if isinstance(spec, ConvSpec) else weights.T
+    return gemm.pack(geometry(spec), rows, micro)
+
+
+def default_schedule(spec: Spec, micro: MicroKernel, cores: int = 1) -> Schedule:
+    """Blocking from a small analytical model."""
+    return schedule.default_schedule(geometry(spec), micro, cores)
+
+
+def build(spec: Spec, schedule: Schedule, micro: MicroKernel, symbol: str) -> Any:
+    """The kernel as a tirx.PrimFunc."""
+    return gemm.Gemm(geometry(spec), schedule, micro).build(symbol)

@@ -1,0 +1,147 @@
+"""What happens to an accumulator between the last product and memory: the spec's steps, on vectors of output channels.
+
+Where a chain ends in Quantize, its 1 / scale is moved backwards through everything that it commutes with (relu, clip, leaky
+relu, additions, products) into the first factor, so that requantization costs no multiplication of its own. Rounding is the
+addition of 1.5 x 2**23 + zero point: the low byte of the result is the quantized value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tvm import tirx
+
+from hwopt.backends.tvm.kernels.code import Code, Value, cast, load, splat, vector
+from hwopt.backends.tvm.kernels.functions import FUNCTIONS, ROUND, Maths
+from hwopt.backends.tvm.kernels.spec import Activation, Add, Bias, Multiply, Quantize, Scale, Step
+
+LIMITS = {"uint8": (0, 255), "int8": (-128, 127)}
+HOMOGENEOUS = ("relu", "clip", "leaky_relu")  # gain * f(x) = f'(gain * x) with the bounds of clip scaled
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a vector of results goes: `flat` index in the output, its first `channel`, and its batch element `image`."""
+
+    flat: Value
+    channel: Value
+    image: Value = 0
+
+
+class Epilogue:
+    """The steps of one kernel with their tensors; `parameters` follow data and weights in the kernel's signature."""
+
+    def __init__(
+        self, steps: Sequence[Step], accumulator: str, out_dtype: str, channels: int, images: int, size: int, fused: bool
+    ) -> None:
+        self.steps, self.accumulator, self.out_dtype = tuple(steps), accumulator, out_dtype
+        self.channels, self.images, self.size, self.fused = channels, images, size, fused
+        self.tensors = [self._tensor(step) for step in self.steps]
+        self.gains = _gains(self.steps)
+
+    @property
+    def parameters(self) -> list[Value]:
+        return [tensor for tensor in self.tensors if tensor is not None]
+
+    def _tensor(self, step: Step) -> Value:
+        if isinstance(step, Bias):
+            return tirx.decl_buffer((self.channels,), self.accumulator, "bias")
+        if isinstance(step, Scale):
+            return tirx.decl_buffer((self.channels,), "float32", "scale")
+        if isinstance(step, Add):
+            return tirx.decl_buffer((self.size,), step.dtype, "addend")
+        if isinstance(step, Multiply):
+            size = {"channels": self.channels, "image": self.images * self.channels, "full": self.size}[step.over]
+            return tirx.decl_buffer((size,), "float32", "factor")
+        return None
+
+    def initial(self, code: Code, channel: Value, lanes: int) -> Value:
+        """What the accumulators start from: a leading bias, else zero."""
+        if self.steps and isinstance(self.steps[0], Bias):
+            return code.bind("bias", load(self.tensors[0], channel, lanes))
+        return splat(0 if self.accumulator == "int32" else 0.0, lanes, self.accumulator)
+
+    def per_channel(self, code: Code, channel: Value, lanes: int) -> list[Value]:
+        """The vectors that all pixels of a tile share, one for each step (None where it has none)."""
+        found: list[Value] = []
+        for step, tensor, gain in zip(self.steps, self.tensors, self.gains, strict=True):
+            shared = isinstance(step, Bias | Scale) or (isinstance(step, Multiply) and step.over == "channels")
+            if not shared:
+                found.append(None)
+                continue
+            value = load(tensor, channel, lanes)
+            found.append(code.bind("shared", value if gain == 1.0 else value * splat(gain, lanes)))
+        return found
+
+    def apply(self, code: Code, value: Value, place: Place, shared: Sequence[Value], lanes: int, biased: bool) -> Value:
+        """The output vector of `value`; `biased` says that a leading bias is in it already."""
+        maths = Maths(code, lanes, self.fused)
+        for index, step in enumerate(self.steps):
+            if isinstance(step, Bias):
+                value = value if biased and index == 0 else value + shared[index]
+            elif isinstance(step, Scale):
+                value = cast(value, "float32", lanes) * shared[index]
+            elif isinstance(step, Add):
+                value = self._add(maths, value, index, place)
+            elif isinstance(step, Multiply):
+                value = value * self._factor(index, place, shared, lanes)
+            elif isinstance(step, Activation):
+                value = self._activate(maths, value, index)
+            else:
+                return _quantized(maths, value * splat(self.gains[index], lanes) if self.gains[index] != 1.0 else value, step)
+            value = code.bind("value", value)
+        return value
+
+    def _add(self, maths: Maths, value: Value, index: int, place: Place) -> Value:
+        step, gain = self.steps[index], self.gains[index]
+        other = load(self.tensors[index], place.flat, maths.lanes)
+        if step.dtype == "float32":
+            return value + other if gain == 1.0 else maths.fma(other, maths.constant(gain), value)
+        scale = step.scale * gain
+        shifted = value + maths.constant(-step.zero_point * scale) if step.zero_point else value
+        return maths.fma(maths.floats(cast(other, "int32", maths.lanes)), maths.constant(scale), shifted)
+
+    def _factor(self, index: int, place: Place, shared: Sequence[Value], lanes: int) -> Value:
+        step, gain = self.steps[index], self.gains[index]
+        if step.over == "channels":
+            return shared[index]
+        at = place.flat if step.over == "full" else place.image * self.channels + place.channel
+        factor = load(self.tensors[index], at, lanes)
+        return factor if gain == 1.0 else factor * splat(gain, lanes)
+
+    def _activate(self, maths: Maths, value: Value, index: int) -> Value:
+        step, gain = self.steps[index], self.gains[index]
+        if step.function == "clip":
+            low, high = (bound * gain for bound in step.parameters)
+            return FUNCTIONS["clip"](maths, value, low, high)
+        if step.function in HOMOGENEOUS or gain == 1.0:
+            return FUNCTIONS[step.function](maths, value, *step.parameters)
+        return FUNCTIONS[step.function](maths, value, *step.parameters) * maths.constant(gain)
+
+
+def _gains(steps: Sequence[Step]) -> list[float]:
+    """The factor that each step applies to what it adds, scales or bounds, walking back from Quantize.
+
+    A product takes all of it (its factor is scaled), so steps before it see 1; where nothing takes it, Quantize multiplies.
+    """
+    gains = [1.0] * len(steps)
+    if not steps or not isinstance(steps[-1], Quantize):
+        return gains
+    gain = 1.0 / steps[-1].scale
+    for index in range(len(steps) - 2, -1, -1):
+        step = steps[index]
+        if isinstance(step, Bias):
+            break
+        gains[index] = gain
+        if isinstance(step, Scale | Multiply) or (isinstance(step, Activation) and step.function not in HOMOGENEOUS):
+            return gains
+    return [1.0] * (len(steps) - 1) + [gain]
+
+
+def _quantized(maths: Maths, value: Value, step: Quantize) -> Value:
+    """saturate(round_half_even(value) + zero_point); 8 low bits of a float whose unit is the mantissa's last bit."""
+    low, high = LIMITS[step.dtype]
+    clipped = maths.clip(value, low - step.zero_point, high - step.zero_point)
+    moved = maths.name(clipped + maths.constant(ROUND + step.zero_point))
+    return cast(tirx.reinterpret(vector("int32", maths.lanes), moved), step.dtype, maths.lanes)

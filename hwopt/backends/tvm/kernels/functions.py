@@ -1,0 +1,109 @@
+"""Activation functions on float32 vectors, as polynomials: LLVM would call libm once per lane.
+
+exp: Cody-Waite reduction and the polynomial of Cephes expf (Moshier), 2 units in the last place.
+erf: Abramowitz and Stegun 7.1.26, absolute error 1.5e-7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from tvm import tirx
+
+from hwopt.backends.tvm.kernels.code import Code, Value, cast, splat, vector
+
+ROUND = 12582912.0  # 1.5 x 2**23: adding it to a small float32 rounds half to even into the low mantissa bits
+EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+ERF = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
+
+
+class Maths:
+    """Vector arithmetic of `lanes` float32 that binds its intermediate results in `code`."""
+
+    def __init__(self, code: Code, lanes: int, fused: bool) -> None:
+        self.code, self.lanes, self.fused = code, lanes, fused
+
+    def constant(self, value: float) -> Value:
+        return splat(float(value), self.lanes)
+
+    def name(self, value: Value) -> Value:
+        return self.code.bind("value", value)
+
+    def fma(self, a: Value, b: Value, c: Value) -> Value:
+        """a * b + c, in one instruction where the target has it (elsewhere LLVM would call a library)."""
+        if self.fused:
+            return tirx.call_llvm_pure_intrin(vector("float32", self.lanes), "llvm.fma", a, b, c)
+        return a * b + c
+
+    def clip(self, x: Value, low: float | None, high: float | None) -> Value:
+        if low is not None:
+            x = tirx.Max(x, self.constant(low))
+        return x if high is None else tirx.Min(x, self.constant(high))
+
+    def polynomial(self, x: Value, coefficients: Sequence[float]) -> Value:
+        """Horner's scheme, highest power first."""
+        result = self.constant(coefficients[0])
+        for coefficient in coefficients[1:]:
+            result = self.fma(result, x, self.constant(coefficient))
+        return result
+
+    def exp(self, x: Value) -> Value:
+        x = self.name(self.clip(x, -87.3, 88.3))
+        rounded = self.name(self.fma(x, self.constant(1.44269504), self.constant(ROUND)))
+        power = self.name(rounded - self.constant(ROUND))
+        rest = self.fma(power, self.constant(-0.693359375), x)  # ln 2 in two parts
+        rest = self.name(self.fma(power, self.constant(2.12194440e-4), rest))
+        mantissa = self.fma(self.polynomial(rest, EXP), rest * rest, rest + self.constant(1.0))
+        integers = vector("int32", self.lanes)
+        shifted = tirx.shift_left(tirx.reinterpret(integers, rounded), splat(23, self.lanes, "int32"))
+        bits = tirx.reinterpret(integers, self.name(mantissa)) + shifted
+        return self.name(tirx.reinterpret(vector("float32", self.lanes), bits))
+
+    def sigmoid(self, x: Value) -> Value:
+        one = self.constant(1.0)
+        return tirx.Div(one, one + self.exp(self.constant(0.0) - x))
+
+    def tanh(self, x: Value) -> Value:
+        return self.fma(self.constant(2.0), self.sigmoid(x + x), self.constant(-1.0))
+
+    def erf(self, x: Value) -> Value:
+        size = self.name(tirx.Max(x, self.constant(0.0) - x))
+        t = self.name(tirx.Div(self.constant(1.0), self.fma(size, self.constant(0.3275911), self.constant(1.0))))
+        tail = self.polynomial(t, ERF) * t * self.exp(self.constant(0.0) - size * size)
+        value = self.name(self.constant(1.0) - tail)
+        return tirx.Select(tirx.LT(x, self.constant(0.0)), self.constant(0.0) - value, value)
+
+    def hard_sigmoid(self, x: Value, alpha: float, beta: float) -> Value:
+        return self.clip(self.fma(x, self.constant(alpha), self.constant(beta)), 0.0, 1.0)
+
+    def round(self, x: Value) -> Value:
+        """Round half to even, for |x| below 2**22."""
+        return self.name(x + self.constant(ROUND)) - self.constant(ROUND)
+
+    def floats(self, value: Value) -> Value:
+        return cast(value, "float32", self.lanes)
+
+
+def _clip(maths: Maths, x: Value, low: float, high: float) -> Value:
+    return maths.clip(x, low if low > -3e38 else None, high if high < 3e38 else None)
+
+
+def _gelu_tanh(maths: Maths, x: Value) -> Value:
+    cube = maths.fma(x * x, maths.constant(0.044715), maths.constant(1.0))
+    return x * maths.sigmoid(maths.name(x * cube * maths.constant(1.5957691216)))  # 2 sqrt(2 / pi)
+
+
+FUNCTIONS: dict[str, Callable[..., Value]] = {
+    "relu": lambda maths, x: maths.clip(x, 0.0, None),
+    "clip": _clip,
+    "leaky_relu": lambda maths, x, slope=0.01: tirx.Select(
+        tirx.LT(x, maths.constant(0.0)), x * maths.constant(slope), x
+    ),
+    "hard_sigmoid": lambda maths, x, alpha=0.2, beta=0.5: maths.hard_sigmoid(x, alpha, beta),
+    "hard_swish": lambda maths, x: x * maths.hard_sigmoid(x, 1 / 6, 0.5),
+    "sigmoid": lambda maths, x: maths.sigmoid(x),
+    "silu": lambda maths, x: x * maths.sigmoid(x),
+    "tanh": lambda maths, x: maths.tanh(x),
+    "gelu": lambda maths, x: x * maths.fma(maths.erf(x * maths.constant(0.70710678)), maths.constant(0.5), maths.constant(0.5)),
+    "gelu_tanh": _gelu_tanh,
+}

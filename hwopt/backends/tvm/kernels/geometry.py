@@ -1,0 +1,118 @@
+"""Convolutions and matmuls with packed weights as one implicit GEMM: output positions x output channels x (taps, runs)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hwopt.backends.tvm.kernels.spec import ConvSpec, MatmulSpec, Multiply, Step
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The products behind one kernel. A tap reads `run` neighbouring elements of the channels-last data.
+
+    Along a kernel row without dilation, taps are neighbours too: the row is a single tap with run = width x channels, which
+    also serves the small channel counts of first layers. Data is [images, height, width, channels].
+    """
+
+    images: int
+    height: int
+    width: int
+    channels: int
+    rows: int  # of output positions
+    columns: int
+    n: int  # output channels per group
+    groups: int = 1
+    taps: tuple[int, int] = (1, 1)  # down, across
+    run: int = 1
+    strides: tuple[int, int] = (1, 1)
+    dilations: tuple[int, int] = (1, 1)
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+    data_dtype: str = "float32"
+    weight_dtype: str = "float32"
+    out_dtype: str = "float32"
+    accumulator: str = "float32"
+    pad_value: int = 0
+    epilogue: tuple[Step, ...] = ()
+
+    @property
+    def padded(self) -> bool:
+        return any(self.pads)
+
+    @property
+    def padded_width(self) -> int:
+        return self.width + self.pads[1] + self.pads[3]
+
+    @property
+    def out_channels(self) -> int:
+        return self.n * self.groups
+
+    @property
+    def macs(self) -> int:
+        return self.images * self.rows * self.columns * self.out_channels * self.taps[0] * self.taps[1] * self.run
+
+    def words(self, depth: int) -> int:
+        """Steps of a micro-kernel along one tap."""
+        return -(-self.run // depth)
+
+    def vectors(self, lanes: int) -> int:
+        """Vectors of output channels per group, the last one possibly partial."""
+        return -(-self.n // lanes)
+
+
+def geometry(spec: ConvSpec | MatmulSpec) -> Geometry:
+    """The implicit GEMM of a convolution or a matmul."""
+    return _of_conv(spec) if isinstance(spec, ConvSpec) else _of_matmul(spec)
+
+
+def _of_matmul(spec: MatmulSpec) -> Geometry:
+    images = 1 if spec.constant else spec.batch
+    columns = spec.batch * spec.m // images
+    return Geometry(
+        images=images,
+        height=1,
+        width=columns,
+        channels=spec.k,
+        rows=1,
+        columns=columns,
+        n=spec.n,
+        run=spec.k,
+        data_dtype=spec.data_dtype,
+        weight_dtype=spec.weight_dtype,
+        out_dtype=spec.out_dtype,
+        accumulator=spec.accumulator,
+        epilogue=spec.epilogue,
+    )
+
+
+def _of_conv(spec: ConvSpec) -> Geometry:
+    images, height, width, rows, columns = spec.batch, spec.height, spec.width, spec.out_height, spec.out_width
+    pointwise = spec.kernel == (1, 1) and spec.strides == (1, 1) and not any(spec.pads)
+    if pointwise:
+        by_image = any(isinstance(step, Multiply) and step.over == "image" for step in spec.epilogue)
+        images = images if by_image else 1
+        height, rows = 1, 1
+        width = columns = spec.batch * spec.height * spec.width // images
+    depth = spec.in_channels // spec.groups
+    joined = spec.groups == 1 and (spec.dilations[1] == 1 or spec.kernel[1] == 1)
+    return Geometry(
+        images=images,
+        height=height,
+        width=width,
+        channels=spec.in_channels,
+        rows=rows,
+        columns=columns,
+        n=spec.out_channels // spec.groups,
+        groups=spec.groups,
+        taps=(spec.kernel[0], 1) if joined else spec.kernel,
+        run=depth * spec.kernel[1] if joined else depth,
+        strides=spec.strides,
+        dilations=spec.dilations,
+        pads=spec.pads,
+        data_dtype=spec.data_dtype,
+        weight_dtype=spec.weight_dtype,
+        out_dtype=spec.out_dtype,
+        accumulator=spec.accumulator,
+        pad_value=spec.pad_value,
+        epilogue=spec.epilogue,
+    )

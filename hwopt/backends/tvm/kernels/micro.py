@@ -1,0 +1,70 @@
+"""One step of a micro-kernel in TIR: accumulators[lanes] += weights[lanes, depth] * activation[depth].
+
+Which instruction does it comes from the target's MicroKernel; here stands how each family of instructions wants its operands.
+Activations are broadcast to all lanes, weights lie packed as [lanes][depth].
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from tvm import tirx
+
+from hwopt.backends.tvm.kernels.code import Code, Value, cast, intrinsic, load, splat, vector
+from hwopt.target import MicroKernel
+
+
+def fused_multiply_add(micro: MicroKernel) -> bool:
+    """Whether the target has one for float32, also outside of this micro-kernel."""
+    return bool({"fma", "neon"} & set(micro.features))
+
+
+def weight_operand(code: Code, micro: MicroKernel, buffer: Value, index: Value, dtype: str) -> Value:
+    """[lanes, depth] weights, in the form that `accumulate` takes, loaded once for all pixels of a tile."""
+    value = load(buffer, index, micro.lanes * micro.depth)
+    return code.bind("weight", _widened(micro, value, dtype))
+
+
+def data_operand(code: Code, micro: MicroKernel, buffer: Value, index: Value, dtype: str, count: int) -> Value:
+    """`depth` activations, repeated in every lane; the last `depth - count` of them are zero and are not read."""
+    lanes, depth = micro.lanes, micro.depth
+    if depth == 1:
+        return code.bind("data", _widened(micro, splat(load(buffer, index), lanes), dtype))
+    word = "int32" if depth == 4 else "int16"  # moved as one scalar, so that one broadcast instruction does it
+    if count == depth:
+        repeated = splat(tirx.reinterpret(word, load(buffer, index, depth)), lanes)
+    else:
+        parts = [_at_byte(load(buffer, index + byte), byte, word) for byte in range(count)]
+        repeated = splat(functools.reduce(tirx.bitwise_or, parts), lanes)
+    return code.bind("data", _widened(micro, tirx.reinterpret(vector(dtype, lanes * depth), repeated), dtype))
+
+
+def _at_byte(value: Value, byte: int, word: str) -> Value:
+    unsigned = tirx.Cast(word, tirx.reinterpret("uint8", value))
+    return tirx.shift_left(unsigned, tirx.const(8 * byte, word)) if byte else unsigned
+
+
+def accumulate(micro: MicroKernel, total: Value, data: Value, weight: Value) -> Value:
+    """total + the products of data and weight, summed over the depth."""
+    lanes, name = micro.lanes, micro.intrinsic
+    wide = vector(micro.accumulator, lanes)
+    if not name:
+        return total + data * weight
+    if name == "llvm.fma":
+        return intrinsic(wide, name, data, weight, total)
+    if "pmadd" in name:  # x86: int16 pairs, exact for 8-bit values
+        return total + intrinsic(wide, name, data, weight)
+    if "smull" in name:  # NEON: 8 x 8 -> 16 bits, then neighbours are added into 32 bits
+        product = intrinsic(vector("int16", lanes * 2), name, data, weight)
+        return total + intrinsic(wide, "llvm.aarch64.neon.saddlp", product)
+    return intrinsic(wide, name, total, data, weight)  # vpdpbusd, sdot, udot
+
+
+def _widened(micro: MicroKernel, value: Value, dtype: str) -> Any:
+    """Integer operands of instructions that do not take bytes, converted."""
+    if micro.accumulator == "int32" and not micro.intrinsic:
+        return cast(value, "int32", micro.lanes)
+    if "pmadd" in micro.intrinsic:
+        return cast(value, "int16", micro.lanes * micro.depth)
+    return value

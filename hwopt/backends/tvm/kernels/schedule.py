@@ -1,0 +1,135 @@
+"""Blocking of the implicit GEMM, and the small analytical model that chooses it: no search."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tvm import tirx
+
+from hwopt.backends.tvm.kernels.code import Value
+from hwopt.backends.tvm.kernels.geometry import Geometry
+from hwopt.target import MicroKernel
+
+LATENCY = 8  # independent accumulators that hide a multiply-add's latency: 4 cycles x 2 a cycle
+SERIAL_MACS = 200_000  # below this a parallel launch costs more than it gains
+WORKSPACE = 256 << 10  # bytes of padded rows per task: a share of the second level cache
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Tiles in output positions and vectors of channels; blocks (what one task computes) in positions and channel tiles."""
+
+    tile_rows: int
+    tile_columns: int
+    vectors: int
+    unroll: int
+    block_rows: int
+    block_columns: int
+    block_tiles: int
+    parallel: bool = False
+
+    def counts(self, shape: Geometry, vectors: int) -> tuple[int, int, int, int]:
+        """Images, row blocks, column blocks, channel blocks."""
+        tiles = -(-vectors // self.vectors)
+        return (
+            shape.images,
+            -(-shape.rows // self.block_rows),
+            -(-shape.columns // self.block_columns),
+            -(-tiles // self.block_tiles),
+        )
+
+    def tasks(self, shape: Geometry, vectors: int) -> int:
+        images, rows, columns, tiles = self.counts(shape, vectors)
+        return images * rows * columns * tiles
+
+    def place(self, task: Value, shape: Geometry, vectors: int) -> tuple[Value, Value, Value, Value]:
+        """The image, first row, first column and first channel tile of a task."""
+        _, rows, columns, tiles = self.counts(shape, vectors)
+        tile, task = _split(task, tiles)
+        column, task = _split(task, columns)
+        row, image = _split(task, rows)
+        return image, row * self.block_rows, column * self.block_columns, tile * self.block_tiles
+
+
+def _split(number: Value, count: int) -> tuple[Value, Value]:
+    """(number mod count, number div count)."""
+    if count == 1:
+        return 0, number
+    if isinstance(number, int):
+        return number % count, number // count
+    return tirx.floormod(number, count), tirx.floordiv(number, count)
+
+
+def default_schedule(shape: Geometry, micro: MicroKernel, cores: int = 1) -> Schedule:
+    """The tile with the fewest estimated cycles, then blocks that fit the cache and keep the cores busy."""
+    rows, columns, vectors = min(_tiles(shape, micro), key=lambda tile: _cycles(shape, micro, *tile))
+    words = shape.words(micro.depth)
+    unroll = next(count for count in (4, 2, 1) if rows * columns * vectors * count <= 64 or count == 1)
+    return _blocked(shape, micro, cores, Schedule(rows, columns, vectors, min(unroll, words), 1, 1, 1))
+
+
+def _tiles(shape: Geometry, micro: MicroKernel) -> Iterator[tuple[int, int, int]]:
+    """(rows, columns, vectors) whose accumulators and operands fit the registers."""
+    most = shape.vectors(micro.lanes)
+    for vectors, columns in itertools.product(range(1, min(most, 12) + 1), range(1, min(shape.columns, 30) + 1)):
+        for rows in range(1, min(shape.rows, 8) + 1):
+            if rows * columns * vectors + vectors + 1 > micro.registers:
+                break
+            yield rows, columns, vectors
+
+
+def _cycles(shape: Geometry, micro: MicroKernel, rows: int, columns: int, vectors: int) -> float:
+    """Cycles of all tiles of an image and group: two multiply-adds and two loads a cycle, and the epilogues."""
+    steps = shape.taps[0] * shape.taps[1] * shape.words(micro.depth)
+    total = 0.0
+    for (height, ys), (width, xs), (deep, vs) in itertools.product(
+        _cuts(shape.rows, rows), _cuts(shape.columns, columns), _cuts(shape.vectors(micro.lanes), vectors)
+    ):
+        positions = height * width
+        issue = max(positions * deep, positions + deep, LATENCY) / 2
+        total += ys * xs * vs * (steps * (issue + 0.5) + 2.0 * positions * deep + 12)
+    return total
+
+
+def _cuts(size: int, tile: int) -> list[tuple[int, int]]:
+    """(tile size, how many) of whole tiles and the rest."""
+    cuts = [(tile, size // tile), (size % tile, 1)]
+    return [(width, count) for width, count in cuts if width and count]
+
+
+def _blocked(shape: Geometry, micro: MicroKernel, cores: int, tile: Schedule) -> Schedule:
+    """Blocks for a tile: padded rows must fit the workspace, and there should be some tasks for every core."""
+    tiles = -(-shape.vectors(micro.lanes) // tile.vectors)
+    parallel = cores > 1 and shape.macs >= SERIAL_MACS
+    wanted = 4 * cores if parallel else 1
+    block_rows = _round(shape.rows, tile.tile_rows)
+    if shape.padded:
+        block_rows = _rows_in_workspace(shape, tile.tile_rows)
+    row_blocks = shape.images * -(-shape.rows // block_rows)
+    block_columns = _round(shape.columns, tile.tile_columns)
+    if parallel and row_blocks < wanted:
+        if shape.rows > 1:
+            share = -(-shape.rows * shape.images // wanted)
+            block_rows = min(block_rows, _round(max(share, 1), tile.tile_rows))
+        elif not shape.padded:
+            share = -(-shape.columns * shape.images // wanted)
+            block_columns = _round(max(share, 1), tile.tile_columns)
+    found = shape.images * -(-shape.rows // block_rows) * -(-shape.columns // block_columns)
+    pieces = max(1, min(tiles, wanted // found)) if parallel and shape.groups == 1 else 1
+    return Schedule(
+        tile.tile_rows, tile.tile_columns, tile.vectors, tile.unroll, block_rows, block_columns, -(-tiles // pieces), parallel
+    )
+
+
+def _round(size: int, tile: int) -> int:
+    return -(-size // tile) * tile
+
+
+def _rows_in_workspace(shape: Geometry, tile_rows: int) -> int:
+    """Output rows whose padded input fits the workspace, a multiple of the tile's."""
+    size = 4 if shape.data_dtype == "float32" else 1
+    row = shape.padded_width * shape.channels * size * shape.strides[0]
+    whole = _round(shape.rows, tile_rows)
+    return min(whole, max(tile_rows, WORKSPACE // row // tile_rows * tile_rows))

@@ -1,0 +1,27 @@
+"""Micro-kernels of 64-bit Arm by the features of /proc/cpuinfo, and the LLVM names that go with them.
+
+Source: Arm, "Arm Architecture Reference Manual for A-profile" (FMLA, SMULL, SADALP, SDOT); Linux, "ARM64 ELF hwcaps".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+from hwopt.target import MicroKernel
+
+NEON_FLOAT = MicroKernel("float32", 4, 1, 32, "float32", "float32", "llvm.fma", ("neon",))
+# s8 x s8 -> s16 (SMULL), neighbours added into s32 (SADALP): exact, for cores without dot products
+NEON_INT8 = MicroKernel("int8", 4, 2, 32, "int32", "int8", "llvm.aarch64.neon.smull", ("neon",))
+SDOT = MicroKernel("int8", 4, 4, 32, "int32", "int8", "llvm.aarch64.neon.sdot", ("neon", "dotprod"))
+UDOT = MicroKernel("uint8", 4, 4, 32, "int32", "uint8", "llvm.aarch64.neon.udot", ("neon", "dotprod"))
+
+
+def microkernels(features: Set[str]) -> dict[str, MicroKernel]:
+    """The best micro-kernel per dtype; `asimddp` is what Linux calls the dot products."""
+    return {"float32": NEON_FLOAT, "int8": SDOT if "asimddp" in features else NEON_INT8}
+
+
+def llvm(features: Set[str], mcpu: str = "generic") -> dict[str, object]:
+    """The TVM target for these flags."""
+    needed = dict.fromkeys(name for kernel in microkernels(features).values() for name in kernel.features)
+    return {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": mcpu, "mattr": [f"+{name}" for name in needed]}

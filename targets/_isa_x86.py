@@ -1,0 +1,66 @@
+"""Micro-kernels of x86-64 by the features of /proc/cpuinfo, and the LLVM names that go with them.
+
+Sources: Intel, "Intrinsics guide" (vpdpbusd, vpmaddwd, vpmovzxbw); System V psABI, x86-64 microarchitecture levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+from hwopt.target import MicroKernel
+
+_V3 = ("avx2", "fma")
+_V4 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma")
+
+AVX512_FLOAT = MicroKernel("float32", 16, 1, 32, "float32", "float32", "llvm.fma", _V4)
+AVX2_FLOAT = MicroKernel("float32", 8, 1, 16, "float32", "float32", "llvm.fma", _V3)
+SSE_FLOAT = MicroKernel("float32", 4, 1, 16, "float32", "float32")
+
+# u8 x s8: four products are added into an int32 without saturation
+AVX512_VNNI = MicroKernel("int8", 16, 4, 32, "int32", "uint8", "llvm.x86.avx512.vpdpbusd.512", (*_V4, "avx512vnni"))
+AVX_VNNI = MicroKernel("int8", 8, 4, 16, "int32", "uint8", "llvm.x86.avx512.vpdpbusd.256", (*_V3, "avxvnni"))
+# vpmaddubsw saturates at 16 bits, so without VNNI bytes are widened and added in pairs by vpmaddwd, which is exact
+AVX512_INT16 = MicroKernel("int8", 16, 2, 32, "int32", "uint8", "llvm.x86.avx512.pmaddw.d.512", _V4)
+AVX2_INT16 = MicroKernel("int8", 8, 2, 16, "int32", "uint8", "llvm.x86.avx2.pmadd.wd", _V3)
+SSE_INT16 = MicroKernel("int8", 4, 2, 16, "int32", "uint8", "llvm.x86.sse2.pmadd.wd")
+
+_CPUINFO = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+
+
+def microkernels(features: Set[str]) -> dict[str, MicroKernel]:
+    """The best micro-kernel per dtype of a processor whose flags /proc/cpuinfo shows as `features`."""
+    return {"float32": _float(features), "int8": _integer(features)}
+
+
+def llvm(features: Set[str]) -> dict[str, object]:
+    """The TVM target for these flags: a microarchitecture level and what the micro-kernels need beyond it."""
+    kernels = microkernels(features)
+    needed = dict.fromkeys(name for kernel in kernels.values() for name in kernel.features)
+    return {
+        "kind": "llvm",
+        "mtriple": "x86_64-linux-gnu",
+        "mcpu": _level(features),
+        "mattr": [f"+{name}" for name in needed],
+    }
+
+
+def _level(features: Set[str]) -> str:
+    if features >= _CPUINFO:
+        return "x86-64-v4"
+    if {"avx2", "fma"} <= features:
+        return "x86-64-v3"
+    return "x86-64-v2" if {"sse4_2", "ssse3", "popcnt"} <= features else "x86-64"
+
+
+def _float(features: Set[str]) -> MicroKernel:
+    if features >= _CPUINFO:
+        return AVX512_FLOAT
+    return AVX2_FLOAT if {"avx2", "fma"} <= features else SSE_FLOAT
+
+
+def _integer(features: Set[str]) -> MicroKernel:
+    if features >= _CPUINFO:
+        return AVX512_VNNI if "avx512_vnni" in features else AVX512_INT16
+    if {"avx2", "fma"} <= features:
+        return AVX_VNNI if "avx_vnni" in features else AVX2_INT16
+    return SSE_INT16
