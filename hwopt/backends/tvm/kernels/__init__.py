@@ -1,9 +1,9 @@
 """Kernel templates in TIR: one entry for every operator family, whatever the target's micro-kernels are.
 
-    pack(spec, weights, micro)                -> the weights as the kernel reads them, one-dimensional
-    default_schedule(spec, micro, cores)      -> a JSON-able Schedule
-    build(spec, schedule, micro, symbol)      -> PrimFunc(data, weights, *epilogue tensors, out), flat buffers
-    supports(spec, micro)                     -> "" or why there is no kernel
+pack(spec, weights, micro)                -> the weights as the kernel reads them, one-dimensional
+default_schedule(spec, micro, cores)      -> a JSON-able Schedule
+build(spec, schedule, micro, symbol)      -> PrimFunc(data, weights, *epilogue tensors, out), flat buffers
+supports(spec, micro)                     -> "" or why there is no kernel
 """
 
 from __future__ import annotations

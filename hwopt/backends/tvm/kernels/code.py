@@ -62,7 +62,9 @@ class Code:
         self.statements.append(tirx.BufferStore(buffer, value, [span(index, lanes)]))
 
     def bind(self, name: str, value: Value) -> Value:
-        """Names a value so that it is computed once; returns the name."""
+        """Names a value so that it is computed once; returns the name. A Python number needs none."""
+        if isinstance(value, int | float):
+            return value
         variable = tirx.Var(name, value.ty)
         self.statements.append(tirx.Bind(variable, value))
         return variable

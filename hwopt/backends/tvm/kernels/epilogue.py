@@ -77,47 +77,45 @@ class Epilogue:
     def apply(self, code: Code, value: Value, place: Place, shared: Sequence[Value], lanes: int, biased: bool) -> Value:
         """The output vector of `value`; `biased` says that a leading bias is in it already."""
         maths = Maths(code, lanes, self.fused)
-        for index, step in enumerate(self.steps):
+        for index, (step, gain) in enumerate(zip(self.steps, self.gains, strict=True)):
             if isinstance(step, Bias):
                 value = value if biased and index == 0 else value + shared[index]
             elif isinstance(step, Scale):
                 value = cast(value, "float32", lanes) * shared[index]
             elif isinstance(step, Add):
-                value = self._add(maths, value, index, place)
+                value = _add(maths, value, step, gain, load(self.tensors[index], place.flat, lanes))
             elif isinstance(step, Multiply):
-                value = value * self._factor(index, place, shared, lanes)
+                value = value * (shared[index] if step.over == "channels" else self._factor(step, index, place, lanes))
             elif isinstance(step, Activation):
-                value = self._activate(maths, value, index)
+                value = _activate(maths, value, step, gain)
             else:
-                return _quantized(maths, value * splat(self.gains[index], lanes) if self.gains[index] != 1.0 else value, step)
+                return _quantized(maths, value * splat(gain, lanes) if gain != 1.0 else value, step)
             value = code.bind("value", value)
         return value
 
-    def _add(self, maths: Maths, value: Value, index: int, place: Place) -> Value:
-        step, gain = self.steps[index], self.gains[index]
-        other = load(self.tensors[index], place.flat, maths.lanes)
-        if step.dtype == "float32":
-            return value + other if gain == 1.0 else maths.fma(other, maths.constant(gain), value)
-        scale = step.scale * gain
-        shifted = value + maths.constant(-step.zero_point * scale) if step.zero_point else value
-        return maths.fma(maths.floats(cast(other, "int32", maths.lanes)), maths.constant(scale), shifted)
-
-    def _factor(self, index: int, place: Place, shared: Sequence[Value], lanes: int) -> Value:
-        step, gain = self.steps[index], self.gains[index]
-        if step.over == "channels":
-            return shared[index]
+    def _factor(self, step: Multiply, index: int, place: Place, lanes: int) -> Value:
         at = place.flat if step.over == "full" else place.image * self.channels + place.channel
         factor = load(self.tensors[index], at, lanes)
-        return factor if gain == 1.0 else factor * splat(gain, lanes)
+        return factor if self.gains[index] == 1.0 else factor * splat(self.gains[index], lanes)
 
-    def _activate(self, maths: Maths, value: Value, index: int) -> Value:
-        step, gain = self.steps[index], self.gains[index]
-        if step.function == "clip":
-            low, high = (bound * gain for bound in step.parameters)
-            return FUNCTIONS["clip"](maths, value, low, high)
-        if step.function in HOMOGENEOUS or gain == 1.0:
-            return FUNCTIONS[step.function](maths, value, *step.parameters)
-        return FUNCTIONS[step.function](maths, value, *step.parameters) * maths.constant(gain)
+
+def _add(maths: Maths, value: Value, step: Add, gain: float, other: Value) -> Value:
+    """value + gain x the dequantized addend."""
+    if step.dtype == "float32":
+        return value + other if gain == 1.0 else maths.fma(other, maths.constant(gain), value)
+    scale = step.scale * gain
+    shifted = value + maths.constant(-step.zero_point * scale) if step.zero_point else value
+    return maths.fma(maths.floats(cast(other, "int32", maths.lanes)), maths.constant(scale), shifted)
+
+
+def _activate(maths: Maths, value: Value, step: Activation, gain: float) -> Value:
+    """gain x f(value / gain) for homogeneous functions, whose input has the gain already, else gain x f(value)."""
+    function = FUNCTIONS[step.function]
+    if step.function == "clip":
+        low, high = step.parameters
+        return function(maths, value, low * gain, high * gain)
+    result = function(maths, value, *step.parameters)
+    return result if step.function in HOMOGENEOUS or gain == 1.0 else result * maths.constant(gain)
 
 
 def _gains(steps: Sequence[Step]) -> list[float]:

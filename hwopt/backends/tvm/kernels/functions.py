@@ -96,9 +96,7 @@ def _gelu_tanh(maths: Maths, x: Value) -> Value:
 FUNCTIONS: dict[str, Callable[..., Value]] = {
     "relu": lambda maths, x: maths.clip(x, 0.0, None),
     "clip": _clip,
-    "leaky_relu": lambda maths, x, slope=0.01: tirx.Select(
-        tirx.LT(x, maths.constant(0.0)), x * maths.constant(slope), x
-    ),
+    "leaky_relu": lambda maths, x, slope=0.01: tirx.Select(tirx.LT(x, maths.constant(0.0)), x * maths.constant(slope), x),
     "hard_sigmoid": lambda maths, x, alpha=0.2, beta=0.5: maths.hard_sigmoid(x, alpha, beta),
     "hard_swish": lambda maths, x: x * maths.hard_sigmoid(x, 1 / 6, 0.5),
     "sigmoid": lambda maths, x: maths.sigmoid(x),

@@ -127,7 +127,11 @@ class Gemm:
         shape = self.shape
         left, middle, right = (size * shape.channels for size in (shape.pads[1], shape.width, shape.pads[3]))
         self._fill(code, space, target, left)
-        self._sweep(code, middle, lambda some, at, lanes: some.store(space, target + left + at, load(self.data, base + at, lanes), lanes))
+
+        def move(some: Code, at: Value, lanes: int) -> None:
+            some.store(space, target + left + at, load(self.data, base + at, lanes), lanes)
+
+        self._sweep(code, middle, move)
         self._fill(code, space, target + left + middle, right)
 
     def _fill(self, code: Code, space: Value, target: Value, size: int) -> None:
@@ -216,8 +220,9 @@ class Tile:
 
     def emit(self, code: Code, row: Value, column: Value) -> None:
         gemm, work = self.work.gemm, self.work
-        origin = code.bind("origin", tirx.convert(work.source.at(row, column) + work.group * (gemm.shape.run if gemm.shape.groups > 1 else 0)) + 0)
-        weights = code.bind("panel", tirx.convert(work.offset + self.vector * gemm.panel) + 0)
+        of_group = work.group * gemm.shape.run if gemm.shape.groups > 1 else 0
+        origin = code.bind("origin", work.source.at(row, column) + of_group)
+        weights = code.bind("panel", work.offset + self.vector * gemm.panel)
         totals = self._start(code)
         self._products(code, totals, origin, weights)
         self._finish(code, totals, row, column)
@@ -281,7 +286,7 @@ class Tile:
         gemm, micro, source = self.work.gemm, self.work.gemm.micro, self.work.source
         shape = gemm.shape
         operands = [
-            weight_operand(code, micro, self.work.weights, weights + v * gemm.panel + word * gemm.step, shape.weight_dtype)
+            weight_operand(code, micro, self.work.weights, weights + v * gemm.panel + word * gemm.step)
             for v in range(self.vectors)
         ]
         for (row, column), accumulators in zip(self.positions, totals, strict=True):
