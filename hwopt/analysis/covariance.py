@@ -6,6 +6,7 @@ They weigh errors by what a layer really sees: E||x D||^2 = trace(D^T S D) for a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,7 +19,14 @@ from hwopt.samples import Samples, batch_of
 # A [k, k] moment needs a few times k rows; images and texts give hundreds of rows a sample, so more samples only cost time.
 SAMPLES = 512
 
-View = tuple[str, tuple[int, ...], bool]  # a value, the strides at which it is read, whether rows and columns are swapped
+
+class View(NamedTuple):
+    """How a layer reads a value: at which strides, with channels on the second axis or the last, and what is asked of it."""
+
+    value: str
+    strides: tuple[int, ...]
+    channels_second: bool
+    squares: bool
 
 
 def second_moments(
@@ -29,11 +37,22 @@ def second_moments(
     Remembered for the graph and the samples: asked a second time, it computes those of `others` in the same sweep.
     Raises DataError where activations are not finite.
     """
+    return _asked(graph, samples, nodes, others, squares=False)
+
+
+def mean_squares(graph: Graph, samples: Samples, nodes: Iterable[Node], others: Iterable[Node] = ()) -> Mapping[str, np.ndarray]:
+    """Node name -> float64 [channels], the diagonal of the second moment; cheaper, and for grouped convolutions too."""
+    return _asked(graph, samples, nodes, others, squares=True)
+
+
+def _asked(
+    graph: Graph, samples: Samples, nodes: Iterable[Node], others: Iterable[Node], *, squares: bool
+) -> Mapping[str, np.ndarray]:
     known = _known(graph, samples)
-    views = {node.name: view_of(graph, node) for node in nodes}
+    views = {node.name: _view(graph, node, squares) for node in nodes}
     missing = dict.fromkeys(view for view in views.values() if view not in known)
-    if missing and known:
-        missing.update((view, None) for view in (view_of(graph, node) for node in others) if view not in known)
+    if missing and any(view.squares == squares for view in known):
+        missing.update((view, None) for view in (_view(graph, node, squares) for node in others) if view not in known)
     if missing:
         known.update(_measured(graph, samples.head(max(SAMPLES, batch_of(graph))), tuple(missing)))
     return {name: known[view] for name, view in views.items()}
@@ -44,19 +63,18 @@ def _known(_graph: Graph, _samples: Samples) -> MutableMapping[View, np.ndarray]
     return {}
 
 
-def view_of(graph: Graph, node: Node) -> View:
-    """Which value a layer reads, and how: a 1x1 convolution skips the pixels between its strides."""
+def _view(graph: Graph, node: Node, squares: bool) -> View:
+    """A 1x1 convolution skips the pixels between its strides; larger ones see every pixel, at the borders less often."""
     if node.op != "Conv":
-        return node.inputs[0], (), bool(node.attr("transA", 0))
+        return View(node.inputs[0], (), bool(node.attr("transA", 0)), squares)
     shape = graph.tensor(node.inputs[1]).shape or ()
     padded = any(node.attr("pads", ()))  # strides then start outside of the data
     strides = () if padded or any(size != 1 for size in shape[2:]) else tuple(node.attr("strides", ()))
-    return node.inputs[0], strides if any(stride != 1 for stride in strides) else (), True
+    return View(node.inputs[0], strides if any(stride != 1 for stride in strides) else (), True, squares)
 
 
 def _measured(graph: Graph, samples: Samples, views: tuple[View, ...]) -> Iterator[tuple[View, np.ndarray]]:
-    values = [value for value, _, _ in views]
-    watched = observing(graph, values)
+    watched = observing(graph, [view.value for view in views])
     session = Session(watched) if watched.outputs else None
     sums: dict[View, np.ndarray] = {}
     rows: dict[View, int] = dict.fromkeys(views, 0)
@@ -64,27 +82,28 @@ def _measured(graph: Graph, samples: Samples, views: tuple[View, ...]) -> Iterat
         found = {**graph.params, **feeds, **(session.run(feeds) if session else {})}
         for view in views:
             with np.errstate(over="ignore", invalid="ignore"):  # found out below, where the layer can be named
-                second, count = _product(found[view[0]], view)
+                second, count = _product(found[view.value], view)
             sums[view] = sums[view] + second if view in sums else second
             rows[view] += count
     for view in views:
         if view not in sums or not np.isfinite(sums[view]).all():
-            raise DataError(f"the calibration data give no finite activations at {view[0]}", place=samples.source)
+            raise DataError(f"the calibration data give no finite activations at {view.value}", place=samples.source)
         yield view, frozen(sums[view] / max(rows[view], 1))
 
 
 def _product(data: np.ndarray, view: View) -> tuple[np.ndarray, int]:
-    """Sum of x x^T over all rows x of one batch, and the number of rows."""
-    _, strides, swapped = view
+    """Sum of x x^T, or of its diagonal, over all rows x of one batch, and the number of rows."""
     data = data.astype(np.float32, copy=False)
-    if not swapped:
-        flat = data.reshape(-1, data.shape[-1])
-        return (flat.T @ flat).astype(np.float64), len(flat)
-    if data.ndim == 2:  # Gemm with transA: [channels, rows]
-        return (data @ data.T).astype(np.float64), data.shape[1]
-    seen = data[(slice(None), slice(None), *(slice(None, None, stride) for stride in strides))]
-    pixels = seen.reshape(seen.shape[0], seen.shape[1], -1)
-    return np.matmul(pixels, pixels.transpose(0, 2, 1)).sum(0, dtype=np.float64), len(pixels) * pixels.shape[-1]
+    if not view.channels_second:
+        data = data.reshape(-1, data.shape[-1]).T[None]
+    elif data.ndim == 2:  # Gemm with transA: [channels, rows]
+        data = data[None]
+    seen = data[(slice(None), slice(None), *(slice(None, None, stride) for stride in view.strides))]
+    rows = seen.reshape(seen.shape[0], seen.shape[1], -1)  # [batch, channels, rows]
+    count = len(rows) * rows.shape[-1]
+    if view.squares:
+        return np.einsum("bcr,bcr->bc", rows, rows).sum(0, dtype=np.float64), count
+    return np.matmul(rows, rows.transpose(0, 2, 1)).sum(0, dtype=np.float64), count
 
 
 def damped(moment: np.ndarray, share: float) -> np.ndarray:

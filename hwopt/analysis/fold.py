@@ -119,7 +119,7 @@ def _fetchable(kind: ValueType | None) -> bool:
 
 def _stores_fewer_bits(graph: Graph, node: Node) -> bool:
     """A weight kept in narrow integers, or as indices into a codebook: unpacking it would undo the compression."""
-    if node.op == "Cast":
+    if node.op in ("Cast", "BitShift"):  # whole bytes, or several indices to the byte
         array = graph.constant(node.inputs[0])
         return array is not None and array.size > _FEW and type_of(array).dtype in _NARROW
     if node.op == "Gather":

@@ -1,0 +1,221 @@
+"""share-weights: store a layer's weights as small indices into a codebook."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from hwopt.analysis.covariance import mean_squares
+from hwopt.analysis.memo import remembered
+from hwopt.errors import PassError
+from hwopt.ir import Edit, Graph, Node, frozen, of_op, onnx_dtype, part
+from hwopt.pipeline import Context, Pass, Phase, Refusal
+from hwopt.target import Target
+from passes._kmeans import CELLS, nearest, optimal_codebook
+
+OPS = ("Conv", "Gemm", "MatMul")
+AXES = ("tensor", "channel-group")
+SENSITIVITIES = ("activation", "uniform")
+BITS = (2, 3, 4, 6, 8)  # worth considering for one codebook
+GROUPED_BITS = (2, 3, 4)  # with more entries, codebooks per group cost more than they gain
+GROUPS = (32, 16, 8)  # output channels per codebook, on the target's granule; the first that divides them is considered
+OVERHEAD_BYTES = 96  # shifts, masks and shapes of the decoding nodes
+BIT_OPERATORS = 18  # the opset that brought BitwiseAnd and BitwiseOr
+
+
+@dataclass(frozen=True)
+class ShareWeights(Pass):
+    """y = conv(x, W) -> y = conv(x, Gather(codebook, indices)), with 2^bits entries per tensor or per group of output channels.
+
+    The codebook is the optimal one-dimensional k-means of the weights, each weighted by the mean square of its input channel
+    on the calibration data (without data, or with sensitivity=uniform, all alike). Indices lie packed in uint8: a 6-bit one
+    as a plane of 4 bits and a plane of 2 bits, each split by BitShift and BitwiseAnd. Applies to constant weights that nobody
+    outside of `site` reads and that shrink. Han et al. 2016 ("Deep compression"); decoded, they compute as before.
+    """
+
+    name: ClassVar[str] = "share-weights"
+    summary: ClassVar[str] = "store weights as 2 to 8 bit indices into k-means codebooks"
+    phase: ClassVar[Phase] = Phase.SHARE
+
+    bits: int = 4
+    axis: str = "tensor"
+    group: int = 0  # output channels per codebook, for axis=channel-group
+    sensitivity: str = "activation"
+
+    def run(self, graph: Graph, ctx: Context) -> Graph:
+        self._check(graph)
+        chosen: dict[str, Node] = {}  # weight -> the first node that reads it
+        for node in graph.nodes if self.site else of_op(graph, *OPS):
+            if not self.covers(node) or (node.op not in OPS and node.name not in self.site):
+                continue
+            reason = self._reason(graph, node)
+            if reason:
+                ctx.refuse(self, node, reason)
+            else:
+                chosen.setdefault(node.inputs[1], node)
+        edit, squares = graph.edit(), self._squares(graph, tuple(chosen.values()), ctx)
+        for weight, node in chosen.items():
+            self._share(edit, graph, node, weight, squares.get(node.name))
+        return edit.finish(str(self))
+
+    @classmethod
+    def candidates(cls, graph: Graph, target: Target) -> Iterator[Pass | Refusal]:
+        for node in of_op(graph, *OPS):
+            reason = cls((node.name,), min(BITS))._reason(graph, node)
+            if reason:
+                yield Refusal(cls.name, node.name, reason)
+                continue
+            found = [cls((node.name,), bits) for bits in BITS]
+            channels, granule = _channels(graph, node), target.granule_of("float32")
+            sizes = (math.ceil(size / granule) * granule for size in GROUPS)
+            group = next((size for size in sizes if channels % size == 0 and channels > size), 0)
+            found += [cls((node.name,), bits, "channel-group", group) for bits in GROUPED_BITS if group]
+            yield from (one for one in found if not one._reason(graph, node))
+
+    def _check(self, graph: Graph) -> None:
+        self.check_site(graph)
+        if not 2 <= self.bits <= 8:
+            raise PassError(f"bits={self.bits} is not between 2 and 8", place=str(self))
+        for option, value, known in (("axis", self.axis, AXES), ("sensitivity", self.sensitivity, SENSITIVITIES)):
+            if value not in known:
+                raise PassError(f"unknown {option} {value}", place=str(self), hint="known: " + ", ".join(known))
+        if (self.group > 0) != (self.axis == "channel-group"):
+            raise PassError("group (output channels per codebook) and axis=channel-group go together", place=str(self))
+
+    def _reason(self, graph: Graph, node: Node) -> str:
+        """Why this node's weights are not shared; empty if they can be."""
+        if node.op not in OPS or node.domain:
+            return f"is a {node.op}; share-weights takes {', '.join(OPS)}"
+        weight = graph.constant(node.inputs[1])
+        if weight is None:
+            return "weights are not constant"
+        readers = graph.users[node.inputs[1]]
+        others = [one.name for one in readers if not self.covers(one) or one.op not in OPS or one.inputs[1] != node.inputs[1]]
+        if others or node.inputs[1] in graph.outputs:
+            return f"weight is shared with {', '.join(others) or 'the outputs'}"
+        if weight.dtype.kind != "f":
+            return f"weights are {weight.dtype}"
+        if _planes(self.bits) != (8,) and graph.opsets.get("", 0) < BIT_OPERATORS:
+            return f"indices of {self.bits} bits need opset {BIT_OPERATORS}"
+        if self.group and (weight.ndim < 2 or (node.op != "Conv" and weight.ndim != 2)):
+            return f"weights with {weight.ndim} dimensions have no output channels to group"
+        if self.group and _channels(graph, node) % self.group:
+            return f"group {self.group} does not divide {_channels(graph, node)} output channels"
+        return self._too_small(weight, _channels(graph, node) // self.group if self.group else 1)
+
+    def _too_small(self, weight: np.ndarray, codebooks: int) -> str:
+        """Why it would not shrink, if so. Same formula as what `_decode` emits, with an upper bound for the constants."""
+        indices = sum(math.ceil(weight.size * width / 8) for width in _planes(self.bits))
+        after = indices + codebooks * 2**self.bits * weight.dtype.itemsize + OVERHEAD_BYTES
+        return f"indices and codebook need {after} bytes, the weights {weight.nbytes}" if after >= weight.nbytes else ""
+
+    def _squares(self, graph: Graph, nodes: tuple[Node, ...], ctx: Context) -> Mapping[str, np.ndarray]:
+        if self.sensitivity == "uniform" or ctx.calibration is None or not nodes:
+            return {}
+        others = [node for node in of_op(graph, *OPS) if node.inputs[1] in graph.params]
+        return mean_squares(graph, ctx.calibration, nodes, others)
+
+    def _share(self, edit: Edit, graph: Graph, node: Node, weight: str, squares: np.ndarray | None) -> None:
+        array, last = graph.params[weight], _channels_last(node)
+        channels = _channels(graph, node) if self.group else 0
+        groups = int(node.attr("group", 1)) if node.op == "Conv" else 1
+        codebooks, indices = shared(array, squares, self.bits, channels // self.group if self.group else 1, last, groups)
+        edit.forward(weight, _decode(edit, node, array.shape, codebooks, indices, self.bits, last))
+
+
+def _planes(bits: int) -> tuple[int, ...]:
+    """The widths that indices are stored in, lowest bits last: every one divides a byte."""
+    return tuple(width for width in (8, 4, 2, 1) if bits & width)
+
+
+def _channels_last(node: Node) -> bool:
+    """Where the output channels are: the last axis of MatMul's weights, the first of Conv's and of Gemm's transposed ones."""
+    return node.op != "Conv" and not node.attr("transB", 0)
+
+
+def _channels(graph: Graph, node: Node) -> int:
+    return graph.params[node.inputs[1]].shape[-1 if _channels_last(node) else 0]
+
+
+@remembered
+def shared(
+    weight: np.ndarray, squares: np.ndarray | None, bits: int, codebooks: int, channels_last: bool, groups: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codebooks [codebooks, 2^bits] and indices uint8 [codebooks, elements / codebooks], output channels first.
+
+    One codebook keeps the weights' own order. `squares` is [input channels]; `groups` is that of a convolution.
+    """
+    importance = None if squares is None else _importance(weight, squares, channels_last, groups)
+    swap = channels_last and codebooks > 1
+    rows = (weight.T if swap else weight).reshape(codebooks, -1)
+    weights = None if importance is None else (importance.T if swap else importance).reshape(codebooks, -1)
+    cells = CELLS if codebooks == 1 else CELLS // 4
+    books = np.zeros((codebooks, 2**bits), weight.dtype)
+    indices = np.zeros(rows.shape, np.uint8)
+    for one in range(codebooks):
+        best = optimal_codebook(rows[one], None if weights is None else weights[one], 2**bits, cells)
+        books[one] = np.pad(best, (0, 2**bits - len(best)), mode="edge")
+        indices[one] = nearest(rows[one], books[one])
+    return frozen(books), frozen(indices)
+
+
+def _importance(weight: np.ndarray, squares: np.ndarray, channels_last: bool, groups: int) -> np.ndarray:
+    """Mean square of the input channel of every weight, in the weight's shape."""
+    if channels_last:
+        return np.broadcast_to(squares[:, None], weight.shape)
+    rows = np.repeat(squares.reshape(groups, -1), len(weight) // groups, axis=0)
+    return np.broadcast_to(rows.reshape(*rows.shape, *(1,) * (weight.ndim - 2)), weight.shape)
+
+
+def _decode(
+    edit: Edit, node: Node, shape: tuple[int, ...], books: np.ndarray, indices: np.ndarray, bits: int, channels_last: bool
+) -> str:
+    """The nodes that compute the weights of `shape` from codebooks and packed indices."""
+
+    def emit(op: str, *inputs: str, **attrs: object) -> str:
+        return edit.emit(op, inputs, attrs=attrs, name=part(node, "decode"), like=node)
+
+    def param(hint: str, array: np.ndarray) -> str:
+        return edit.param(part(node, hint), array)
+
+    def plane(width: int, offset: int) -> str:
+        """Flat indices of one plane, shifted to its place."""
+        packed = param("indices", pack(indices.ravel() >> offset & (2**width - 1), width))
+        if width == 8:
+            return packed
+        shifts = param("shifts", np.arange(0, 8, width, dtype=np.uint8))
+        bare = emit("BitwiseAnd", emit("BitShift", packed, shifts, direction="RIGHT"), param("mask", _byte(2**width - 1)))
+        flat = emit("Reshape", bare, param("flat", np.array([-1])))
+        if indices.size * width % 8:
+            flat = emit("Slice", flat, param("first", np.array([0])), param("end", np.array([indices.size])))
+        return emit("BitShift", flat, param("offset", _byte(offset)), direction="LEFT") if offset else flat
+
+    codes, offset = "", 0
+    for width in reversed(_planes(bits)):
+        codes, offset = emit("BitwiseOr", codes, plane(width, offset)) if codes else plane(width, offset), offset + width
+    codes = emit("Cast", codes, to=onnx_dtype("int32"))
+    if len(books) == 1:
+        values = emit("Gather", param("codebook", books[0]), codes)
+        return emit("Reshape", values, param("shape", np.array(shape)))
+    codes = emit("Reshape", codes, param("shape", np.array(indices.shape)))
+    values = emit("GatherElements", param("codebooks", books), codes, axis=1)
+    if not channels_last:
+        return emit("Reshape", values, param("shape", np.array(shape)))
+    return emit("Transpose", emit("Reshape", values, param("shape", np.array(shape[::-1]))), perm=(1, 0))
+
+
+def pack(indices: np.ndarray, width: int) -> np.ndarray:
+    """Indices below 2^width, 8 / width to the byte, the first in the lowest bits: [bytes, 1], or [elements] for width 8."""
+    if width == 8:
+        return indices.astype(np.uint8)
+    per_byte = 8 // width
+    padded = np.pad(indices, (0, -len(indices) % per_byte)).reshape(-1, per_byte).astype(np.uint8)
+    return np.bitwise_or.reduce(padded << np.arange(0, 8, width, dtype=np.uint8), axis=1, keepdims=True)
+
+
+def _byte(value: int) -> np.ndarray:
+    return np.array([value], np.uint8)
