@@ -32,8 +32,8 @@ C_TYPES: Mapping[str, tuple[str, int, int]] = {
 _LIBC = "abort memcmp memcpy memmove memset"
 _LIBM = (
     "acos acosh asin asinh atan atan2 atanh cbrt ceil copysign cos cosh erf erfc exp exp10 exp2 expm1 fabs floor fma fmax fmin "
-    "fmod hypot ldexp lgamma log log10 log1p log2 nearbyint nextafter pow remainder rint round roundeven sin sincos sinh sqrt tan "
-    "tanh tgamma trunc"
+    "fmod hypot ldexp lgamma log log10 log1p log2 nearbyint nextafter pow remainder rint round roundeven sin sincos sinh sqrt "
+    "tan tanh tgamma trunc"
 )
 # libgcc / compiler-rt helpers that a C compiler links by itself: half floats, wide integers, 32-bit ARM.
 _BUILTINS = (

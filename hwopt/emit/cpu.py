@@ -5,7 +5,9 @@ Names are those of /proc/cpuinfo. Bits: Intel SDM volume 2 (CPUID) and AMD APM v
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterable
+from pathlib import Path
 
 from hwopt.errors import UnsupportedError, did_you_mean
 
@@ -111,3 +113,21 @@ def _state(wanted: list[str]) -> int:
     if any(name.startswith("amx") for name in wanted):
         bits |= 0x60000
     return bits
+
+
+def host_machine() -> str:
+    """This machine's processor family, in the words of elf.MACHINES."""
+    name = platform.machine().lower()
+    if name.startswith("armv"):
+        return "aarch64" if name.startswith("armv8") else "arm"
+    return {"amd64": "x86_64", "arm64": "aarch64", "riscv64": "riscv", "i686": "i386"}.get(name, name)
+
+
+def host_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """What this machine's processor can do, in the words of /proc/cpuinfo; empty where there is no such file."""
+    try:
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    found = (value for key, _, value in (line.partition(":") for line in lines) if key.strip().lower() in ("flags", "features"))
+    return frozenset(next(found, "").split())

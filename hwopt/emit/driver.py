@@ -15,10 +15,11 @@ from hwopt.emit.weights import Weights
 TYPES_HEADER = Path(__file__).with_name("hwopt_types.h")
 
 _KEYWORDS = """
-    alignas alignof and asm auto bool break case catch char class compl concept const constexpr continue decltype default delete do
-    double else enum explicit export extern false final float for friend goto if inline int long mutable namespace new noexcept not
-    nullptr operator or private protected public register requires restrict return short signed sizeof static struct switch template
-    this throw true try typedef typeid typename typeof union unsigned using virtual void volatile wchar_t while xor linux unix errno
+    alignas alignof and asm auto bool break case catch char class compl concept const constexpr continue decltype
+    default delete do double else enum explicit export extern false final float for friend goto if inline int long
+    mutable namespace new noexcept not nullptr operator or private protected public register requires restrict return
+    short signed sizeof static struct switch template this throw true try typedef typeid typename typeof union
+    unsigned using virtual void volatile wchar_t while xor linux unix errno
 """
 _OWN = ("workspace", "in", "out", "model", "hwopt_run", "NULL")  # what a generated function uses itself
 _RESERVED = frozenset([*_KEYWORDS.split(), *_OWN, *(spelled for spelled, _, _ in C_TYPES.values())])
