@@ -61,6 +61,7 @@ class Pass:
     summary: ClassVar[str] = ""
     phase: ClassVar[Phase] = Phase.CLEAN
     exact: ClassVar[bool] = False  # True if outputs stay equal to float rounding
+    order: ClassVar[int] = 50  # among the passes of one phase that run together: low numbers first, then by name
 
     site: tuple[str, ...] = ()
 
@@ -120,6 +121,12 @@ def parse(text: str, passes: Mapping[str, type[Pass]]) -> Pass:
             raise UsageError(f"{head} has no option {key!r}", place=text, hint=did_you_mean(key, known))
         options[key] = _value(raw, known[key], text)
     return kind(**options)
+
+
+def parse_list(text: str, passes: Mapping[str, type[Pass]]) -> list[tuple[Pass, bool]]:
+    """Passes separated by commas; True for those written with braces, which state exactly what to do."""
+    parts = re.findall(rf"(?:{_ITEM}|[={{}}+,](?=[^{{}}]*}})|[{{}}=+])+", text)
+    return [(parse(part, passes), "{" in part) for part in map(str.strip, parts) if part]
 
 
 def _options(body: str, whole: str) -> Iterator[tuple[str, list[str]]]:

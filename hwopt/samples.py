@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,17 +53,33 @@ def batch_of(graph: Graph) -> int:
 def load_samples(path: Path | str, graph: Graph) -> Samples:
     """Read an .npz with the inputs by name and optionally `labels`; raises DataError that names what does not fit."""
     path = Path(path)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except FileNotFoundError as error:
-        raise DataError("no such file", place=str(path)) from error
-    except (OSError, ValueError, EOFError, KeyError) as error:
-        raise DataError(f"not a readable .npz ({error})", place=str(path), hint="write it with numpy.savez") from error
-    except Exception as error:  # zipfile and zlib raise their own kinds
-        raise DataError(f"damaged .npz ({error})", place=str(path)) from error
+    arrays = read_npz(path)
     labels = arrays.pop(LABELS, None) if LABELS not in graph.inputs else None
     return checked(Samples(MappingProxyType(arrays), labels, str(path)), graph)
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a file; raises DataError if it is missing or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError as error:
+        raise DataError("no such file", place=str(path)) from error
+    except AttributeError as error:  # a bare .npy array has no names
+        raise DataError("holds one array without a name", place=str(path), hint="write it with numpy.savez") from error
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"not a readable .npz ({error})", place=str(path), hint="write it with numpy.savez") from error
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """All arrays by name, under another name first: nothing half-written stays behind."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            np.savez(file, **dict(arrays))  # type: ignore[arg-type]
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def checked(samples: Samples, graph: Graph) -> Samples:

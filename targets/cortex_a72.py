@@ -6,6 +6,7 @@ Throughputs: Arm, "Cortex-A72 software optimization guide" (FMLA on 128 bits: on
 from __future__ import annotations
 
 from hwopt.target import Memory, Target
+from targets import _isa_arm
 from targets._roofline import Roofline
 
 HERTZ = 1.5e9
@@ -38,5 +39,7 @@ TARGET = Target(
         launch_seconds=2e-6,
         joules_per_op={"float32": 60e-12, "int8": 45e-12},  # about 0.75 W a core over the peaks
     ),
-    tvm={"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a72", "mattr": ["+neon"]},
+    tvm=_isa_arm.llvm(frozenset(), "cortex-a72"),
+    microkernels=_isa_arm.microkernels(frozenset()),
+    features=("asimd",),
 )

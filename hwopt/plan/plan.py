@@ -61,7 +61,10 @@ class Plan:
 
     def to_json(self) -> str:
         """Sorted and indented: equal plans are equal bytes."""
-        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1, sort_keys=True) + "\n"
+        return json.dumps(self.to_data(), indent=1, sort_keys=True) + "\n"
+
+    def to_data(self) -> dict[str, Any]:
+        return {"format": FORMAT, **dataclasses.asdict(self)}
 
     def passes(self, known: Mapping[str, type[Pass]]) -> tuple[Pass, ...]:
         """The passes to run, in phase order, those that differ only in their site joined."""

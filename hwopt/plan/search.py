@@ -50,11 +50,11 @@ class Search:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """The best plan, the graph it makes, and how that compares with the original."""
+    """The best plan, the graph it makes, and how that compares with the original (None without evaluation data)."""
 
     plan: Plan
     graph: Graph
-    comparison: Comparison
+    comparison: Comparison | None
 
 
 @dataclass(frozen=True, eq=False)

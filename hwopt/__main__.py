@@ -1,0 +1,5 @@
+"""`python -m hwopt` is the command line."""
+
+from hwopt.cli import main
+
+main()

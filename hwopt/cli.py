@@ -1,0 +1,338 @@
+"""The command line: one function per verb."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from hwopt.errors import HwoptError, UsageError
+from hwopt.plan.budget import parse_budget
+
+MODEL = click.argument("model", type=click.Path(path_type=Path))
+SHAPE = click.option("--shape", "shapes", multiple=True, metavar="NAME=1,3,224,224", help="Freeze an input's dimensions.")
+BIND = click.option("--bind", "binds", multiple=True, metavar="NAME=VALUE", help="Make an input a constant.")
+TARGET = click.option("--target", default="host", show_default=True, help="Hardware to optimize for (see: hwopt targets).")
+THREADS = click.option("--threads", type=click.IntRange(1), default=None, help="Threads; all cores of the target if not given.")
+SEED = click.option("--seed", type=int, default=0, show_default=True)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print data instead of text.")
+CALIBRATE = click.option("--calibrate", type=click.Path(path_type=Path), help="An .npz with inputs by name.")
+EVALUATE = click.option("--evaluate", metavar="NPZ|MODULE:FUNCTION", help="An .npz (inputs, labels) or a scoring function.")
+MAX_DROP = click.option("--max-drop", default="1%", show_default=True, help="How much the score may fall.")
+BUDGET = click.option("--budget", "limits", multiple=True, metavar="latency=2ms|size=1MB|memory=4MB", help="Further limits.")
+PASSES = click.option(
+    "--passes", "passes", default=None, help="Families to consider, by comma; name{...} is applied in any case."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_name="hwopt")
+def cli() -> None:
+    """Compile a trained model for one piece of hardware, as small and fast as an accuracy budget allows."""
+
+
+@cli.command("compile")
+@MODEL
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The artifact's folder.")
+@TARGET
+@SHAPE
+@BIND
+@CALIBRATE
+@EVALUATE
+@MAX_DROP
+@BUDGET
+@PASSES
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Replay this plan instead of searching.")
+@THREADS
+@SEED
+@JSON
+def compile_(model: Path, out: Path, as_json: bool, plan_file: Path | None, **options: Any) -> None:
+    """Optimize MODEL and compile it into a library that needs neither Python nor TVM."""
+    from hwopt.compiler import compile_model
+
+    job = _job(options)
+    with _progress() as progress:
+        artifact = compile_model(model, out=out, plan=plan_file, progress=progress, **job)
+    click.echo(json.dumps(artifact.report, indent=1, sort_keys=True) if as_json else _summary(artifact.report, out))
+
+
+@cli.command()
+@MODEL
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Where to write plan.json.")
+@TARGET
+@SHAPE
+@BIND
+@CALIBRATE
+@EVALUATE
+@MAX_DROP
+@BUDGET
+@PASSES
+@THREADS
+@SEED
+def plan(model: Path, out: Path, **options: Any) -> None:
+    """Decide what to change in MODEL, layer by layer, and write the decisions; nothing is compiled."""
+    from hwopt.compiler import plan_model
+    from hwopt.plan.explain import explain
+
+    job = _job(options)
+    with _progress() as progress:
+        found = plan_model(model, progress=progress, **job)
+    _write(out, found.plan.to_json())
+    click.echo(explain(found.plan).split("refused", 1)[0].rstrip())
+    click.echo(f"wrote {out}; hwopt explain {out} shows every refusal")
+
+
+@cli.command("apply")
+@MODEL
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The ONNX file to write.")
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan to replay.")
+@PASSES
+@TARGET
+@SHAPE
+@BIND
+@CALIBRATE
+@SEED
+def apply_(model: Path, out: Path, plan_file: Path | None, **options: Any) -> None:
+    """Apply a plan, or passes such as 'low-rank{site=fc1,rank=16},quantize', to MODEL and write it as ONNX."""
+    from hwopt.compiler import apply_model
+    from hwopt.io.onnx import save
+
+    job = _job(options)
+    graph, refused = apply_model(model, plan=plan_file, **job)
+    save(graph, out)
+    for one in refused:
+        click.echo(f"{one.by} at {one.site}: {one.reason}", err=True)
+    click.echo(f"wrote {out}")
+
+
+@cli.command("explain")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--layer", default="", help="Only this layer.")
+def explain_(source: Path, layer: str) -> None:
+    """Why did this layer get that? SOURCE is a plan.json or an artifact."""
+    from hwopt.plan.explain import explain
+    from hwopt.plan.plan import plan_from_json
+
+    path = source / "plan.json" if source.is_dir() else source
+    click.echo(explain(plan_from_json(_read(path), str(path)), layer), nl=False)
+
+
+@cli.command("print")
+@MODEL
+@click.option("--history", is_flag=True, help="Show which passes made each node.")
+@SHAPE
+@BIND
+def print_(model: Path, history: bool, shapes: tuple[str, ...], binds: tuple[str, ...]) -> None:
+    """Print a model as hwopt sees it. MODEL is an ONNX file or an artifact."""
+    from hwopt.ir import to_text
+
+    click.echo(to_text(_graph(model, shapes, binds), history=history), nl=False)
+
+
+@cli.command()
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("after", type=click.Path(path_type=Path))
+def diff(before: Path, after: Path) -> None:
+    """Show how two models (ONNX files or artifacts) differ; exit code 1 if they do."""
+    from hwopt.ir import diff as difference
+
+    text = difference(_graph(before), _graph(after))
+    if text:
+        click.echo(text)
+        raise click.exceptions.Exit(1)
+
+
+@cli.command()
+@JSON
+def passes(as_json: bool) -> None:
+    """List the passes: name, family, what they do."""
+    from hwopt.plugins import find_passes
+
+    rows = [
+        {"name": name, "phase": kind.phase.name.lower(), "exact": kind.exact, "summary": kind.summary}
+        for name, kind in find_passes().items()
+    ]
+    _table(rows, as_json)
+
+
+@cli.command()
+@JSON
+def targets(as_json: bool) -> None:
+    """List the targets: name, kind, what they are."""
+    from hwopt.plugins import find_targets
+
+    rows = [
+        {"name": t.name, "kind": t.kind, "cores": t.cores, "runs here": t.runs_here, "summary": t.summary}
+        for t in find_targets().values()
+    ]
+    _table(rows, as_json)
+
+
+@cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("inputs", type=click.Path(path_type=Path))
+@click.argument("outputs", type=click.Path(path_type=Path))
+def run(artifact: Path, inputs: Path, outputs: Path) -> None:
+    """Run ARTIFACT on the arrays in INPUTS (.npz) and write OUTPUTS (.npz)."""
+    from hwopt.artifact import Artifact
+    from hwopt.samples import read_npz, write_npz
+
+    write_npz(outputs, Artifact(artifact).run(read_npz(inputs)))
+
+
+@cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--runs", type=click.IntRange(1), default=100, show_default=True)
+@THREADS
+@JSON
+def bench(artifact: Path, runs: int, threads: int | None, as_json: bool) -> None:
+    """Time ARTIFACT on this machine: median, spread, throughput."""
+    from hwopt.artifact import Artifact
+
+    timing = Artifact(artifact).bench(runs=runs, threads=threads)
+    _table([timing], as_json)
+
+
+@cli.command()
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("build/demo"), show_default=True)
+@TARGET
+@THREADS
+@JSON
+def demo(out: Path, target: str, threads: int | None, as_json: bool) -> None:
+    """Compress and compile the embedded Fashion-MNIST model, and compare it with float and with ONNX Runtime."""
+    from hwopt.demo import run_demo
+
+    with _progress() as progress:
+        report = run_demo(out, target=target, threads=threads, progress=progress)
+    click.echo(json.dumps(report, indent=1, sort_keys=True) if as_json else _summary(report, out))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point: every error ends as one line and an exit code."""
+    try:
+        code = cli.main(arguments, prog_name="hwopt", standalone_mode=False)
+    except HwoptError as error:
+        _fail(str(error), error.exit_code)
+    except click.UsageError as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        _fail(error.format_message(), 1)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted", 130)
+    except OSError as error:
+        reason = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        _fail(f"{error.filename or 'output'}: {reason}", 1)
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"hwopt: error: {message}", err=True)
+    sys.exit(code)
+
+
+def _job(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of the command line as arguments of the Python API."""
+    job = dict(options)
+    job["shapes"] = dict(_shape(text) for text in job.pop("shapes", ()))
+    job["binds"] = dict(_bind(text) for text in job.pop("binds", ()))
+    if "max_drop" in job:
+        job["budget"] = parse_budget(job.pop("max_drop"), job.pop("limits"))
+    return job
+
+
+def _shape(text: str) -> tuple[str, tuple[int, ...]]:
+    name, equals, dims = text.rpartition("=")
+    try:
+        shape = tuple(int(dim) for dim in dims.split(",")) if dims else ()
+    except ValueError as error:
+        raise UsageError(f"cannot read {dims!r}", place=f"--shape {text}", hint="write --shape input=1,3,224,224") from error
+    if not equals or any(dim < 1 for dim in shape):
+        raise UsageError("needs a name and sizes above zero", place=f"--shape {text}", hint="write --shape input=1,3,224,224")
+    return name, shape
+
+
+def _bind(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    try:
+        if not equals:
+            raise ValueError(text)
+        return name, np.asarray(json.loads(value))
+    except ValueError as error:
+        raise UsageError("needs a name and a number or a [list]", place=f"--bind {text}", hint="write --bind sr=16000") from error
+
+
+def _graph(path: Path, shapes: tuple[str, ...] = (), binds: tuple[str, ...] = ()) -> Any:
+    """A model file as it stands (or frozen as asked), or the model inside of an artifact."""
+    from hwopt.io.onnx import load, read
+
+    file = path / "model.onnx" if path.is_dir() else path
+    if shapes or binds:
+        return load(file, shapes=dict(map(_shape, shapes)), binds=dict(map(_bind, binds)))
+    return read(file)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except FileNotFoundError as error:
+        raise UsageError("no such file", place=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise UsageError("not a text file", place=str(path)) from error
+
+
+def _write(path: Path, text: str) -> None:
+    """Written under another name first: an interrupted command leaves nothing half done."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def _table(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(rows if len(rows) != 1 else rows[0], indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0].keys(), box=None)
+    for row in rows:
+        table.add_row(*(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _summary(report: dict[str, Any], out: Path) -> str:
+    from hwopt.report import summary
+
+    return summary(report) + f"\nartifact: {out}"
+
+
+class _progress:
+    """A progress bar on a terminal's stderr; elsewhere one line per stage."""
+
+    def __enter__(self) -> Any:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task("")
+        self._stage = ""
+        self._bar.start()
+        return self._advance
+
+    def _advance(self, stage: str, done: int, total: int) -> None:
+        if self._bar.disable and stage != self._stage:
+            click.echo(f"hwopt: {stage} ...", err=True)
+        self._stage = stage
+        self._bar.update(self._task, description=stage, completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()

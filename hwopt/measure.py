@@ -1,0 +1,65 @@
+"""Timing models side by side: interleaved, warmed up, median and spread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from hwopt.backends.ort import Session
+from hwopt.ir import Graph
+
+ROUNDS = 40  # timed turns of each runner, one after the other
+SECONDS_PER_TURN = 0.01
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per run over all turns."""
+
+    median: float
+    low: float  # first quartile
+    high: float  # third quartile
+    runs: int
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range in seconds."""
+        return self.high - self.low
+
+
+def interleaved(runners: Mapping[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, Timing]:
+    """Time several ways to do the same thing in turns, so that whatever disturbs the machine disturbs all of them."""
+    repeats = {name: _repeats(run) for name, run in runners.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(rounds):
+        for name, run in runners.items():
+            seconds[name].append(_turn(run, repeats[name]))
+    return {name: _timing(values, repeats[name]) for name, values in seconds.items()}
+
+
+def _repeats(run: Callable[[], object]) -> int:
+    """Warm up, and find how many runs fill one turn."""
+    run()
+    once = min(_turn(run, 1) for _ in range(3))
+    return max(1, int(SECONDS_PER_TURN / max(once, 1e-9)))
+
+
+def _turn(run: Callable[[], object], repeats: int) -> float:
+    started = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - started) / repeats
+
+
+def _timing(values: list[float], repeats: int) -> Timing:
+    low, median, high = np.percentile(values, (25, 50, 75))
+    return Timing(float(median), float(low), float(high), len(values) * repeats)
+
+
+def onnxruntime_runner(graph: Graph, feeds: Mapping[str, np.ndarray], threads: int) -> Callable[[], object]:
+    """ONNX Runtime with all its optimizations on the same graph and the same inputs."""
+    session = Session(graph, threads=threads, optimize=True)
+    return lambda: session.run(feeds)
