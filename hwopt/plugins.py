@@ -17,13 +17,16 @@ from hwopt.target import Target
 
 @functools.cache
 def find_passes() -> Mapping[str, type[Pass]]:
-    """Name -> pass class. A package behind the entry point group `hwopt.passes` gives every Pass in its modules."""
+    """Name -> pass class. A package behind the entry point group `hwopt.passes` gives every Pass in its modules.
+
+    They come in the order in which they run: by phase, by `order` within it, by name.
+    """
     found: dict[str, type[Pass]] = {}
     for module in _modules("hwopt.passes"):
         for _, value in inspect.getmembers(module, inspect.isclass):
             if issubclass(value, Pass) and value.name and value.__module__ == module.__name__:
                 _add(found, value.name, value)
-    return MappingProxyType(dict(sorted(found.items(), key=lambda item: (item[1].phase, item[0]))))
+    return MappingProxyType(dict(sorted(found.items(), key=lambda item: (item[1].phase, item[1].order, item[0]))))
 
 
 @functools.cache

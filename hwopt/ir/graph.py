@@ -43,7 +43,7 @@ class Node:
         """The same node in ONNX's format (shared: do not change it)."""
         proto = onnx.helper.make_node(self.op, self.inputs, self.outputs, name=self.name, domain=self.domain)
         for key in sorted(self.attrs):
-            proto.attribute.append(_attribute(key, self.attrs[key]))
+            proto.attribute.append(_attribute(key, self.attrs[key], self))
         return proto
 
     @cached_property
@@ -59,12 +59,22 @@ class Node:
         return f"{self.op} {self.name}"
 
 
-def _attribute(key: str, value: Attr) -> onnx.AttributeProto:
+def _attribute(key: str, value: Attr, node: Node) -> onnx.AttributeProto:
     if isinstance(value, onnx.AttributeProto):  # a kind of attribute that hwopt has no reading of: carried whole
         return value
     if isinstance(value, np.ndarray):
         return onnx.helper.make_attribute(key, onnx.numpy_helper.from_array(value))
+    if value == ():
+        return onnx.helper.make_attribute(key, [], attr_type=_list_type(node, key))
     return onnx.helper.make_attribute(key, list(value) if isinstance(value, tuple) else value)
+
+
+def _list_type(node: Node, key: str) -> int:
+    """An empty list does not say what it is a list of; the operator's schema does."""
+    declared = onnx.defs.get_schema(node.op, node.domain).attributes.get(key) if onnx.defs.has(node.op, node.domain) else None
+    kinds = onnx.AttributeProto
+    named = {str(onnx.defs.OpSchema.AttrType.FLOATS): kinds.FLOATS, str(onnx.defs.OpSchema.AttrType.STRINGS): kinds.STRINGS}
+    return int(named.get(str(declared.type) if declared else "", kinds.INTS))
 
 
 def _free(graph: onnx.GraphProto) -> Iterator[str]:
@@ -239,6 +249,13 @@ class Edit:
         self._inputs = tuple(value for value in self._inputs if value != name)
         self.set_param(name, array)
 
+    def sweep(self) -> None:
+        """Let `finish` drop what nobody needs even if there is no other change."""
+        needed = {node.name for node in in_order(self.graph.nodes, self.graph.outputs)}
+        read = {*self.graph.outputs, *(value for node in self.graph.nodes for value in node.reads)}
+        dead = len(needed) < len(self.graph.nodes) or any(name not in read for name in self.graph.params)
+        self._changed = self._changed or dead
+
     def finish(self, by: str) -> Graph:
         """The edited Graph, dead parts dropped, sorted, stamped with `by`, types inferred; the same one if unchanged."""
         if not self._changed:
@@ -247,7 +264,7 @@ class Edit:
         nodes = [self._resolved(node) for node in self._nodes.values()]
         stamped = set(self._fresh)
         nodes = [dataclasses.replace(n, history=(*n.history, by)) if n.name in stamped else n for n in nodes]
-        ordered = _needed_in_order(nodes, self._outputs)
+        ordered = in_order(nodes, self._outputs)
         read = {*self._outputs, *self._inputs, *(value for node in ordered for value in (*node.reads, *node.outputs))}
         params = {name: array for name, array in self._params.items() if name in read}
         types = {value: kind for value, kind in self._types.items() if value in read}
@@ -276,7 +293,7 @@ class Edit:
             return node
         renamed = {value: self._target(value) for value in node.reads if value in self._forwarded}
         attrs = {
-            key: _with_renamed(attr, renamed) if isinstance(attr, onnx.GraphProto) else attr for key, attr in node.attrs.items()
+            key: with_renamed(attr, renamed) if isinstance(attr, onnx.GraphProto) else attr for key, attr in node.attrs.items()
         }
         inputs = tuple(renamed.get(value, value) for value in node.inputs)
         return dataclasses.replace(node, inputs=inputs, attrs=MappingProxyType(attrs))
@@ -314,7 +331,8 @@ def frozen(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _with_renamed(graph: onnx.GraphProto, renamed: Mapping[str, str]) -> onnx.GraphProto:
+def with_renamed(graph: onnx.GraphProto, renamed: Mapping[str, str]) -> onnx.GraphProto:
+    """A subgraph that reads other values from the graph around it."""
     copy = onnx.GraphProto()
     copy.CopyFrom(graph)
     local = {value.name for value in copy.input} | {value for node in copy.node for value in node.output}
@@ -322,14 +340,14 @@ def _with_renamed(graph: onnx.GraphProto, renamed: Mapping[str, str]) -> onnx.Gr
         node.input[:] = [renamed.get(value, value) if value not in local else value for value in node.input]
         for attribute in node.attribute:
             if attribute.HasField("g"):
-                attribute.g.CopyFrom(_with_renamed(attribute.g, renamed))
+                attribute.g.CopyFrom(with_renamed(attribute.g, renamed))
     for value in copy.output:
         if value.name not in local:
             value.name = renamed.get(value.name, value.name)
     return copy
 
 
-def _needed_in_order(nodes: Iterable[Node], outputs: Iterable[str]) -> list[Node]:
+def in_order(nodes: Iterable[Node], outputs: Iterable[str]) -> list[Node]:
     """The nodes that the outputs need, in topological order that keeps the given order where it can."""
     nodes = list(nodes)
     producer = {value: node for node in nodes for value in node.outputs if value}
@@ -365,4 +383,4 @@ def _visit(root: Node, producer: Mapping[str, Node], done: set[str], ordered: li
         stack.extend(reversed(waiting))
 
 
-__all__ = ["Attr", "Edit", "Graph", "Node", "OpaqueType", "TensorType", "frozen", "param_digest"]
+__all__ = ["Attr", "Edit", "Graph", "Node", "OpaqueType", "TensorType", "frozen", "in_order", "param_digest", "with_renamed"]
