@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -13,10 +14,11 @@ from hwopt.ir.infer import from_proto, value_info
 _PLAIN = {"FLOAT", "INT", "STRING", "FLOATS", "INTS", "STRINGS"}
 
 
-def from_model(model: onnx.ModelProto) -> Graph:
-    """The Graph of a model whose weights are in memory; nodes without a name get one, all values get types."""
+def from_model(model: onnx.ModelProto, folder: str = "") -> Graph:
+    """The Graph of a model; nodes without a name get one, all values get types. `folder` holds external weights."""
     body = model.graph
-    params = {tensor.name: frozen(onnx.numpy_helper.to_array(tensor)) for tensor in body.initializer}
+    params = {tensor.name: frozen(onnx.numpy_helper.to_array(tensor, folder)) for tensor in body.initializer}
+    params.update({tensor.values.name: frozen(dense(tensor)) for tensor in body.sparse_initializer})
     inputs = tuple(value.name for value in body.input if value.name not in params)
     types: dict[str, ValueType] = {name: type_of(array) for name, array in params.items()}
     for value in (*body.value_info, *body.output, *body.input):
@@ -27,34 +29,40 @@ def from_model(model: onnx.ModelProto) -> Graph:
         name=body.name or "graph",
         inputs=inputs,
         outputs=tuple(value.name for value in body.output),
-        nodes=_nodes(body),
+        nodes=nodes_of(body),
         types=MappingProxyType(types),
         params=MappingProxyType(params),
-        opsets=MappingProxyType(
-            {
-                opset.domain.replace("ai.onnx", "", 1) if opset.domain == "ai.onnx" else opset.domain: opset.version
-                for opset in model.opset_import
-            }
-        ),
+        opsets=MappingProxyType({_domain(opset.domain): opset.version for opset in model.opset_import}),
         metadata=MappingProxyType({entry.key: entry.value for entry in model.metadata_props}),
     )
     return infer_types(graph)
 
 
-def to_model(graph: Graph) -> onnx.ModelProto:
-    """The ModelProto of a Graph, weights included (see io.onnx.save for models above 2 GB)."""
+def to_model(graph: Graph, weights: Sequence[onnx.TensorProto] | None = None) -> onnx.ModelProto:
+    """The ModelProto of a Graph; `weights` stand for its parameters (io.files writes them to a second file above 2 GB)."""
     inputs = [value_info(name, graph.types[name]) for name in graph.inputs]
     outputs = [value_info(name, graph.types.get(name)) for name in graph.outputs]
-    weights = [onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in graph.params.items()]
+    if weights is None:
+        weights = [onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in graph.params.items()]
     body = onnx.helper.make_graph([node.proto for node in graph.nodes], graph.name, inputs, outputs, weights)
     opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in sorted(graph.opsets.items())]
     model = onnx.helper.make_model(body, opset_imports=opsets, producer_name="hwopt")
-    model.ir_version = onnx.helper.find_min_ir_version_for(opsets, ignore_unknown=True)
+    # Before IR version 4 every parameter is also an input that the caller may overwrite.
+    model.ir_version = max(4, onnx.helper.find_min_ir_version_for(opsets, ignore_unknown=True))
     onnx.helper.set_model_props(model, dict(graph.metadata))
     return model
 
 
-def _nodes(body: onnx.GraphProto) -> tuple[Node, ...]:
+def dense(tensor: onnx.SparseTensorProto) -> np.ndarray:
+    """A sparse tensor written out; its indices are linear, or one row of coordinates for each value."""
+    values, indices = onnx.numpy_helper.to_array(tensor.values), onnx.numpy_helper.to_array(tensor.indices)
+    array = np.zeros(tuple(tensor.dims), values.dtype)
+    array[np.unravel_index(indices, array.shape) if indices.ndim == 1 else tuple(indices.T)] = values
+    return array
+
+
+def nodes_of(body: onnx.GraphProto) -> tuple[Node, ...]:
+    """Nodes of a graph or subgraph in their order; those without a name get one."""
     taken = {node.name for node in body.node}
     seen: set[str] = set()
     nodes = []
