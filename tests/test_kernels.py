@@ -266,6 +266,23 @@ def test_matmuls_with_constant_weights_equal_numpy(sizes, integer):
     close(run(spec, data, weights), data.astype(float) @ weights.astype(float), 0 if integer else 2e-5)
 
 
+@pytest.mark.parametrize("cores", [1, 3])
+@pytest.mark.parametrize("integer", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("sizes", [(2, 7, 33, 13), (3, 64, 100, 70), (1, 17, 16, 64), (2, 1, 5, 1)], ids=str)
+def test_matmuls_with_a_computed_right_side_equal_numpy(sizes, shared, transposed, integer, cores):
+    batch, m, n, k = sizes
+    spec = MatmulSpec(batch, m, n, k, False, transposed, shared, **(INT8 if integer else {}))
+    generator = np.random.default_rng(3)
+    data, right = generator.standard_normal((batch, m, k), np.float32), generator.standard_normal((batch, k, n), np.float32)
+    if integer:
+        data, right = np.clip(data * 60 + 128, 0, 255).astype(np.uint8), np.clip(right * 60, -128, 127).astype(np.int8)
+    right = right[:1] if shared else right
+    given = right.swapaxes(1, 2) if transposed else right
+    close(run(spec, data, given, cores=cores), data.astype(float) @ right.astype(float), 0 if integer else 2e-5)
+
+
 @pytest.mark.parametrize(
     ("flags", "integer", "instruction"),
     [(set(), False, "fmla"), ({"asimddp"}, True, "sdot"), (set(), True, "smull")],

@@ -47,4 +47,7 @@ def default_schedule(spec: Spec, micro: MicroKernel, cores: int = 1) -> Schedule
 
 def build(spec: Spec, schedule: Schedule, micro: MicroKernel, symbol: str) -> Any:
     """The kernel as a tirx.PrimFunc."""
-    return gemm.Gemm(geometry(spec), schedule, micro).build(symbol)
+    kernel = gemm.Gemm(geometry(spec), schedule, micro)
+    if isinstance(spec, MatmulSpec) and not spec.constant:
+        return kernel.build_computed(spec, symbol)
+    return kernel.build(symbol)

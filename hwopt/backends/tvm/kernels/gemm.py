@@ -24,7 +24,9 @@ from hwopt.backends.tvm.kernels.code import Code, Value, function, load, pieces,
 from hwopt.backends.tvm.kernels.epilogue import Epilogue, Place
 from hwopt.backends.tvm.kernels.geometry import Geometry
 from hwopt.backends.tvm.kernels.micro import accumulate, data_operand, fused_multiply_add, weight_operand
+from hwopt.backends.tvm.kernels.repack import Repack
 from hwopt.backends.tvm.kernels.schedule import Schedule
+from hwopt.backends.tvm.kernels.spec import MatmulSpec
 from hwopt.target import MicroKernel
 
 
@@ -78,6 +80,23 @@ class Gemm:
 
         code.loop("task", self.schedule.tasks(self.shape, self.vectors), task, parallel=self.schedule.parallel)
         return function(symbol, [self.data, weights, *self.epilogue.parameters, self.out], code)
+
+    def build_computed(self, spec: MatmulSpec, symbol: str) -> tirx.PrimFunc:
+        """PrimFunc(left, right, *epilogue tensors, out): every task packs the part of the right side that it multiplies."""
+        right = tirx.decl_buffer(((1 if spec.shared else spec.batch) * spec.k * spec.n,), spec.weight_dtype, "right")
+        count = min(self.schedule.block_tiles * self.schedule.vectors, self.vectors)
+        code = Code()
+
+        def task(inner: Code, number: Value) -> None:
+            image, row, column, tile = self.schedule.place(number, self.shape, self.vectors)
+            space = inner.alloc("packed", count * self.panel, spec.weight_dtype)
+            first = tile * self.schedule.vectors
+            base = 0 if spec.shared else image * (spec.k * spec.n)
+            Repack(spec, self.micro, right, base, space).emit(inner, first, count)
+            self.task(inner, image, row, column, tile, lambda _: (space, first * -self.panel))
+
+        code.loop("task", self.schedule.tasks(self.shape, self.vectors), task, parallel=self.schedule.parallel)
+        return function(symbol, [self.data, right, *self.epilogue.parameters, self.out], code)
 
     def task(self, code: Code, image: Value, row: Value, column: Value, tile: Value, weights: Callable) -> None:
         """All groups of the block that starts at output (row, column) and channel tile `tile`."""

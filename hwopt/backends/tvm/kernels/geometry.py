@@ -34,6 +34,7 @@ class Geometry:
     accumulator: str = "float32"
     pad_value: int = 0
     epilogue: tuple[Step, ...] = ()
+    computed: bool = False  # the weights are packed by the kernel, so a task should reuse them for all positions
 
     @property
     def padded(self) -> bool:
@@ -82,6 +83,7 @@ def _of_matmul(spec: MatmulSpec) -> Geometry:
         out_dtype=spec.out_dtype,
         accumulator=spec.accumulator,
         epilogue=spec.epilogue,
+        computed=not spec.constant,
     )
 
 

@@ -113,7 +113,7 @@ def _blocked(shape: Geometry, micro: MicroKernel, cores: int, tile: Schedule) ->
         if shape.rows > 1:
             share = -(-shape.rows * shape.images // wanted)
             block_rows = min(block_rows, _round(max(share, 1), tile.tile_rows))
-        elif not shape.padded:
+        elif not shape.padded and not shape.computed:
             share = -(-shape.columns * shape.images // wanted)
             block_columns = _round(max(share, 1), tile.tile_columns)
     found = shape.images * -(-shape.rows // block_rows) * -(-shape.columns // block_columns)
