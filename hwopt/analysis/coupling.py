@@ -1,0 +1,289 @@
+"""Which channels of a model go together: groups of units that can be removed in all weights at once.
+
+A channel that one convolution writes is read by others, scaled by a batch norm, added to a residual, kept as a head of an
+attention block. Union-find over the indices of all axes finds what must go together (the idea of a closed group as the
+thing to prune: Fang et al., "DepGraph", CVPR 2023, arXiv:2301.12900; here on the IR with explicit shapes).
+
+A *unit* is the least that can go: one channel, one attention head, one group of a grouped convolution. A *group* is the
+units that one layer writes, together with everybody who writes the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from hwopt.analysis._coupling_rules import RULES
+from hwopt.analysis._coupling_slots import Axes, Choice, Ids, Slots, Unclear, Use
+from hwopt.ir import Graph, Node
+
+ROUNDS = 4  # walks over the graph until every reshape has tried its factors
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One axis of a parameter that a group cuts: `unit[i]` is the unit that index i belongs to, -1 if to none of the group."""
+
+    param: str
+    axis: int
+    unit: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """One axis of a product's weight, as in Member; `writes` if it makes the units, else it reads them from `data`'s axis."""
+
+    node: str
+    value: str
+    axis: int
+    unit: np.ndarray
+    writes: bool
+    data: str
+    data_axis: int
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """`size` units that can go one by one (`frozen` says why not, where that is so), of `granularity` channels each.
+
+    It is called after the first node that writes it. `blocks` are sets of units of which at least one must stay, because
+    some value (a part of a Split) has no others.
+    """
+
+    name: str
+    size: int
+    granularity: int
+    producers: tuple[str, ...]
+    members: tuple[Member, ...]
+    weights: tuple[Weight, ...]
+    frozen: str
+    labels: np.ndarray  # unit -> class of elements, for Coupling.removed
+    blocks: tuple[np.ndarray, ...]
+
+    @property
+    def channels(self) -> int:
+        """Channels of the first producer that belong to the group."""
+        return self.size * self.granularity
+
+
+@dataclass(frozen=True, eq=False)
+class Coupling:
+    """All groups, and the elements behind them: what a cut needs to give every value its new shape."""
+
+    groups: tuple[Group, ...]
+    values: Mapping[str, Axes]
+    params: Mapping[tuple[str, int], Ids]
+    labels: np.ndarray  # element -> class
+
+    def kept(self, removed: Iterable[tuple[Group, np.ndarray]]) -> np.ndarray:
+        """element -> whether it stays, when these units of these groups go."""
+        gone = np.zeros(int(self.labels.max(initial=-1)) + 1, bool)
+        for group, units in removed:
+            gone[group.labels[units]] = True
+        return ~gone[self.labels]
+
+
+_analysed: WeakKeyDictionary[Graph, Coupling] = WeakKeyDictionary()  # graphs never change; entries die with them
+
+
+def coupling(graph: Graph) -> tuple[Group, ...]:
+    """The groups of a graph in the order of their first producers; computed once per Graph object."""
+    return analyse(graph).groups
+
+
+def analyse(graph: Graph) -> Coupling:
+    """The groups and the elements behind them; computed once per Graph object."""
+    if graph not in _analysed:
+        _analysed[graph] = _analyse(graph)
+    return _analysed[graph]
+
+
+def _analyse(graph: Graph) -> Coupling:
+    choices: dict[tuple[str, int], int] = {}
+    for _ in range(ROUNDS):
+        slots = _walk(graph, choices)
+        labels, reason = _classes(slots)
+        stuck = {key for key, choice in slots.choices.items() if _is_stuck(choice, labels, reason, choices.get(key, 0))}
+        if not stuck:
+            break
+        choices.update({key: choices.get(key, 0) + 1 for key in stuck})
+    values = MappingProxyType(slots.values)
+    return Coupling(_groups(slots, labels, reason), values, MappingProxyType(slots.params), labels)
+
+
+def _is_stuck(choice: Choice, labels: np.ndarray, reason: np.ndarray, tried: int) -> bool:
+    return tried + 1 < choice.options and bool((reason[labels[choice.ids]] >= 0).all())
+
+
+def _walk(graph: Graph, choices: Mapping[tuple[str, int], int]) -> Slots:
+    slots = Slots(graph, choices)
+    for value in graph.inputs:
+        _reach(slots, value)
+    for node in graph.nodes:
+        _visit(slots, node)
+        slots.note_constant(node)
+    for value in graph.outputs:
+        for ids in slots.axes(value):
+            slots.freeze(ids, f"is the graph's output {value}")
+    return slots
+
+
+def _reach(slots: Slots, value: str) -> None:
+    shape = slots.graph.tensor(value).shape or ()
+    reason = f"is the graph's input {value}"
+    slots.put(value, tuple(slots.fresh(dim, reason) if isinstance(dim, int) else None for dim in shape))
+
+
+def _visit(slots: Slots, node: Node) -> None:
+    rule = RULES.get(node.op) if node.domain in ("", "ai.onnx") else None
+    if rule is None:
+        slots.barrier(node, f"{node} has no rule")
+        return
+    try:
+        results = rule(slots, node)
+        _check(slots.graph, node, results)
+    except Unclear as error:
+        slots.barrier(node, f"{node}: {error}")
+        return
+    for value, axes in zip(node.outputs, results, strict=False):
+        if value:
+            slots.put(value, axes)
+
+
+def _check(graph: Graph, node: Node, results: list[Axes]) -> None:
+    """A rule must agree with shape inference, or nothing is cut there."""
+    for value, axes in zip(node.outputs, results, strict=True):
+        shape = graph.tensor(value).shape if value else None
+        if not value:
+            continue
+        if shape is None or len(shape) != len(axes):
+            raise Unclear(f"the shape of {value} is unknown")
+        for dim, ids in zip(shape, axes, strict=True):
+            if ids is not None and dim != len(ids):
+                raise Unclear(f"the shape of {value} is not the expected one")
+
+
+def _classes(slots: Slots) -> tuple[np.ndarray, np.ndarray]:
+    """element -> class, and class -> index of the first reason why it is frozen (-1: it is not)."""
+    labels = _components(slots.count, slots.pairs)
+    reason = np.full(int(labels.max(initial=-1)) + 1, len(slots.reasons))
+    frozen = np.flatnonzero(slots.frozen >= 0)
+    np.minimum.at(reason, labels[frozen], slots.frozen[frozen])
+    reason[reason == len(slots.reasons)] = -1
+    return labels, reason
+
+
+def _components(count: int, pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    one, other = (np.concatenate([pair[side] for pair in pairs] or [np.empty(0, np.int64)]) for side in (0, 1))
+    edges = coo_array((np.ones(len(one), bool), (one, other)), shape=(count, count))
+    labels: np.ndarray = connected_components(edges, directed=False)[1] if count else np.empty(0, np.int64)
+    return labels
+
+
+def _groups(slots: Slots, labels: np.ndarray, reason: np.ndarray) -> tuple[Group, ...]:
+    """Classes that one layer writes form a group; of a layer that is frozen in part the free classes do."""
+    writers = [(use, np.unique(labels[use.ids])) for use in slots.uses if use.writes]
+    writers = [(use, classes[reason[classes] < 0] if (reason[classes] < 0).any() else classes) for use, classes in writers]
+    pairs = [(classes[:-1], classes[1:]) for _, classes in writers]
+    family = _components(len(reason), pairs)
+    makers: dict[int, list[Use]] = {}
+    for use, classes in writers:
+        makers.setdefault(int(family[classes[0]]), []).append(use)
+    number, unit = {}, np.full(len(reason), -1)
+    owner = np.full(len(reason), -1)
+    for found, uses in makers.items():
+        ordered = _in_order(labels[np.concatenate([use.ids for use in uses])], family, found)
+        number[found], unit[ordered], owner[ordered] = ordered, np.arange(len(ordered)), found
+    builder = _Builder(slots, labels, reason, unit, owner)
+    return builder.groups(makers, number)
+
+
+def _in_order(classes: np.ndarray, family: np.ndarray, found: int) -> np.ndarray:
+    """The classes of one family in the order in which their writers have them."""
+    mine = classes[family[classes] == found]
+    _, first = np.unique(mine, return_index=True)
+    return mine[np.sort(first)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Builder:
+    """Sorts members, weights and blocks by the group that owns them; each array is looked at once."""
+
+    slots: Slots
+    labels: np.ndarray
+    reason: np.ndarray
+    unit: np.ndarray  # class -> unit
+    owner: np.ndarray  # class -> family, -1: none
+
+    def groups(self, makers: Mapping[int, list[Use]], number: Mapping[int, np.ndarray]) -> tuple[Group, ...]:
+        members = self._members()
+        weights = self._weights()
+        blocks = self._blocks(number)
+        taken: set[str] = set()
+        groups = []
+        for found, uses in makers.items():
+            name = uses[0].node if uses[0].node not in taken else f"{uses[0].node}.{uses[0].axis}"
+            taken.add(name)
+            classes = number[found]
+            own = int((self.owner[self.labels[uses[0].ids]] == found).sum())
+            group = Group(
+                name=name,
+                size=len(classes),
+                granularity=max(1, own // len(classes)),
+                producers=tuple(dict.fromkeys(use.node for use in uses)),
+                members=tuple(members.get(found, ())),
+                weights=tuple(weights.get(found, ())),
+                frozen=self._why(classes),
+                labels=classes,
+                blocks=tuple(blocks.get(found, ())),
+            )
+            groups.append(group)
+        return tuple(groups)
+
+    def _why(self, classes: np.ndarray) -> str:
+        first = int(self.reason[classes].min())
+        if first >= 0:
+            return next(text for text, index in self.slots.reasons.items() if index == first)
+        return "it has a single unit" if len(classes) == 1 else ""
+
+    def _by_owner(self, ids: Ids) -> Iterable[tuple[int, np.ndarray]]:
+        """(family, index -> unit or -1) for every family with elements on this axis."""
+        classes = self.labels[ids]
+        owners = self.owner[classes]
+        for found in np.unique(owners[owners >= 0]):
+            yield int(found), np.where(owners == found, self.unit[classes], -1)
+
+    def _members(self) -> dict[int, list[Member]]:
+        members: dict[int, list[Member]] = {}
+        for (param, axis), ids in self.slots.params.items():
+            for found, unit in self._by_owner(ids):
+                members.setdefault(found, []).append(Member(param, axis, unit))
+        return members
+
+    def _weights(self) -> dict[int, list[Weight]]:
+        weights: dict[int, list[Weight]] = {}
+        for use in self.slots.uses:
+            for found, unit in self._by_owner(use.ids):
+                weight = Weight(use.node, use.weight, use.axis, unit, use.writes, use.data, use.data_axis)
+                weights.setdefault(found, []).append(weight)
+        return weights
+
+    def _blocks(self, number: Mapping[int, np.ndarray]) -> dict[int, list[np.ndarray]]:
+        """Axes that hold some but not all units of a group, and nothing that surely stays."""
+        blocks: dict[int, dict[bytes, np.ndarray]] = {}
+        seen = {id(ids): ids for axes in self.slots.values.values() for ids in axes if ids is not None}
+        for ids in seen.values():
+            classes = np.unique(self.labels[ids])
+            if (self.owner[classes] < 0).any() or (self.reason[classes] >= 0).any():
+                continue
+            for found in np.unique(self.owner[classes]):
+                units = np.sort(self.unit[classes[self.owner[classes] == found]])
+                if len(units) < len(number[int(found)]):
+                    blocks.setdefault(int(found), {})[units.tobytes()] = units
+        return {found: list(sets.values()) for found, sets in blocks.items()}
