@@ -209,9 +209,14 @@ def self_gated(graph: Graph, value: str) -> tuple[Node, ...]:
     inner = next((user for user in users if user is not product), None)
     if len(users) != 2 or product is None or inner is None or value in graph.outputs:
         return ()
-    if inner.op in ("Sigmoid", "HardSigmoid") and graph.sole_user(inner.output) is product:
-        return (inner, product)
+    if inner.op == "Sigmoid" or _is_hard_swish(inner):
+        return (inner, product) if graph.sole_user(inner.output) is product else ()
     return _gelu(graph, value, inner, product)
+
+
+def _is_hard_swish(inner: Node) -> bool:
+    """True if x times this node's result is HardSwish."""
+    return inner.op == "HardSigmoid" and abs(inner.attr("alpha", 0.2) - 1 / 6) < 1e-6 and inner.attr("beta", 0.5) == 0.5
 
 
 def _gelu(graph: Graph, value: str, first: Node, product: Node) -> tuple[Node, ...]:
@@ -317,6 +322,7 @@ def integer_operands(graph: Graph, node: Node) -> IntegerOperands | None:
     if weight is not None:
         return IntegerOperands(*data, *weight)
     right = dequantized(graph, node.inputs[1])
-    if node.op != "MatMul" or right is None or right[1].dtype != "int8" or int(right[1].zero_point) != 0:
-        return None
+    symmetric = right is not None and right[1].dtype == "int8" and int(right[1].zero_point) == 0 and int(data[1].zero_point) == 0
+    if node.op != "MatMul" or right is None or not symmetric:
+        return None  # a zero point of computed values would need their sums at run time
     return IntegerOperands(*data, None, right[1].scale, *right)

@@ -1,0 +1,93 @@
+"""Relax IRModule -> fused and scheduled kernels -> object code -> hwopt.emit.program.Program."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from hwopt.backends.tvm.generic import scheduled
+from hwopt.backends.tvm.lower import lower
+from hwopt.backends.tvm.read import Reading, read
+from hwopt.backends.tvm.support import needs_runtime, refuse, refuse_unsupported
+from hwopt.emit.program import Program
+from hwopt.errors import HwoptError, ToolchainError
+from hwopt.ir import Graph
+from hwopt.target import Target
+
+
+def compile_program(graph: Graph, target: Target, threads: int = 1, name: str = "model") -> Program:
+    """The graph as kernels in machine code for `target` and the calls that run them, in order.
+
+    Raises UnsupportedError that lists every node TVM cannot run, or that only its runtime can (see compile_vm).
+    """
+    refuse_unsupported(graph)
+    refuse(graph, needs_runtime(graph), "compile it for the Relax VM")
+    return assemble(read(fused(lower(graph, target, threads), target, threads), graph), target, name)
+
+
+def fused(module: Any, target: Target, threads: int) -> Any:
+    """The module after TVM's fusion, with every kernel scheduled: `main` is a list of kernel calls and reshapes."""
+    import tvm
+    from tvm import relax, tirx
+
+    passes = relax.transform
+    fuse = [passes.LegalizeOps(), passes.AnnotateTIROpPattern(), passes.FoldConstant(), passes.FuseOps(), passes.FuseTIR()]
+    with tvm_target(target):
+        module = tvm.transform.Sequential(fuse)(module)
+        for variable, function in module.functions.items():
+            if isinstance(function, tirx.PrimFunc) and not function.attrs.get("hwopt.template"):
+                module.update_func(variable, scheduled(function, threads))
+        return passes.RewriteDataflowReshape()(module)
+
+
+def tvm_target(target: Target) -> Any:
+    import tvm
+
+    return tvm.target.Target(dict(target.tvm))
+
+
+def assemble(reading: Reading, target: Target, name: str) -> Program:
+    """Compile what was read."""
+    program, functions = named(reading, name)
+    return dataclasses.replace(program, objects=build_objects(functions, target))
+
+
+def named(reading: Reading, name: str) -> tuple[Program, dict[str, Any]]:
+    """The Program without its objects, and its kernels by symbol: a hash of what they compute, so equal ones are built once."""
+    symbols = {key: f"{name}_{digest(function)}" for key, function in reading.functions.items()}
+    functions = {symbols[key]: function for key, function in reading.functions.items()}
+    return Program(name, reading.buffers, tuple(reading.renamed(symbols)), reading.inputs, reading.outputs, ()), functions
+
+
+def digest(function: Any) -> str:
+    """16 hexadecimal digits of a kernel's contents, the same in every process."""
+    import tvm_ffi
+
+    plain = function.without_attr("global_symbol") if function.attrs and "global_symbol" in function.attrs else function
+    number = tvm_ffi.structural_hash(plain, map_free_vars=True)
+    return hashlib.sha256(str(number).encode()).hexdigest()[:16]
+
+
+def build_objects(functions: Mapping[str, Any], target: Target) -> tuple[bytes, ...]:
+    """Compile PrimFuncs into one relocatable object; raises ToolchainError with LLVM's message."""
+    import tempfile
+    from pathlib import Path
+
+    import tvm
+
+    if not functions:
+        return ()
+    named = {symbol: function.with_attr("global_symbol", symbol) for symbol, function in sorted(functions.items())}
+    try:
+        with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
+            library = tvm.tirx.build(tvm.IRModule(named), target=tvm_target(target))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernels.o"
+            library.write_to_file(str(path))
+            return (path.read_bytes(),)
+    except HwoptError:
+        raise
+    except Exception as error:  # TVM raises kinds of its own
+        raise ToolchainError(f"TVM cannot build the kernels: {error}", place=target.name) from error

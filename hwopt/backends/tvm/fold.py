@@ -1,0 +1,59 @@
+"""Computing at compile time what depends on nothing but parameters and static shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from hwopt.analysis.regions import constant_nodes
+from hwopt.backends import ort
+from hwopt.ir import Graph, Node, of_op
+
+LIMIT = 8  # rounds: a shape that depends on a folded shape needs another one
+
+
+def folded(graph: Graph) -> Graph:
+    """The graph with shapes and constant expressions as parameters; dequantized weights stay as they are written."""
+    for _ in range(LIMIT):
+        after = _round(graph)
+        if after is graph:
+            break
+        graph = after
+    return graph
+
+
+def constant_values(graph: Graph) -> Mapping[str, np.ndarray]:
+    """The values of all nodes that depend on parameters only."""
+    names = constant_nodes(graph)
+    return _evaluated(graph, [node for node in graph.nodes if node.name in names])
+
+
+def _round(graph: Graph) -> Graph:
+    names = constant_nodes(graph)
+    nodes = [node for node in graph.nodes if node.name in names and node.op != "DequantizeLinear"]
+    known = _evaluated(graph, [node for node in graph.nodes if node.name in names]) if nodes else {}
+    found = {value: known[value] for node in nodes for value in node.outputs if value in known}
+    for node in of_op(graph, "Shape", "Size"):
+        kind = graph.tensor(node.inputs[0])
+        if kind.static and node.name not in names:
+            dims = np.array(kind.dims, np.int64)
+            found[node.output] = dims[node.attr("start", 0) : node.attr("end", None)] if node.op == "Shape" else dims.prod()
+    found = {value: array for value, array in found.items() if value not in graph.outputs}
+    if not found:
+        return graph
+    edit = graph.edit()
+    for value, array in found.items():
+        edit.forward(value, edit.param(value, np.asarray(array)))
+    return edit.finish("fold")
+
+
+def _evaluated(graph: Graph, nodes: list[Node]) -> Mapping[str, np.ndarray]:
+    if not nodes:
+        return {}
+    wanted = tuple(value for node in nodes for value in node.outputs if value and graph.tensor(value).dtype != "undefined")
+    read = {value for node in nodes for value in node.reads}
+    params = {name: array for name, array in graph.params.items() if name in read}
+    part = dataclasses.replace(graph, inputs=(), outputs=wanted, nodes=tuple(nodes), params=params)
+    return ort.run(part, {})

@@ -1,0 +1,150 @@
+"""Graph -> Relax: templates for convolutions and matmuls, integer kernels for quantized data, TVM's operators for the rest.
+
+The Relax function that comes out is a straight list of calls of PrimFuncs; `lowered` runs TVM's fusion over what is not
+scheduled yet and gives those kernels our CPU schedule.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hwopt.analysis.regions import ELEMENTWISE, Region, constant_nodes, regions
+from hwopt.backends.tvm import convert, integer, pooling
+from hwopt.backends.tvm.fold import constant_values, folded
+from hwopt.backends.tvm.layout import Values, dims_of, reordered, to_first, to_last
+from hwopt.backends.tvm.templates import Templates
+from hwopt.backends.tvm.weighted import weighted_kernel
+from hwopt.errors import UnsupportedError
+from hwopt.ir import Graph, Node
+from hwopt.target import Target
+
+REORDERED = ("Concat", "Split", "Slice", "Pad", "Resize", "Upsample", "DepthToSpace", "SpaceToDepth")
+WEIGHTED = ("Conv", "Gemm", "MatMul")
+
+
+def lower(graph: Graph, target: Target, threads: int) -> Any:
+    """A Relax IRModule whose `main` computes the graph; kernels of templates are in it, the rest are Relax operators."""
+    return Lowering(folded(graph), target, threads).module()
+
+
+class Lowering:
+    """One graph on its way to Relax."""
+
+    def __init__(self, graph: Graph, target: Target, threads: int) -> None:
+        from tvm import relax
+
+        self.graph = graph
+        self.builder = relax.BlockBuilder()
+        self.values = Values(graph, self.builder)
+        self.values.arrays.update(constant_values(graph))
+        self.converter = convert.Converter(graph, self.builder)
+        self.templates = Templates(self.builder, target, threads)
+        self.constant = constant_nodes(graph)
+
+    def module(self) -> Any:
+        from tvm import relax
+
+        parameters = []
+        for index, name in enumerate(self.graph.inputs):
+            kind = self.graph.tensor(name)
+            parameters.append(relax.Var(f"input_{index}", relax.TensorType(kind.dims, kind.dtype)))
+            self.values.put(name, parameters[-1])
+        with self.builder.function("main", parameters):
+            with self.builder.dataflow():
+                for region in regions(self.graph):
+                    self.region(region)
+                results = [self.values.get(name) for name in self.graph.outputs]
+                output = self.builder.emit_output(relax.Tuple(results))
+            self.builder.emit_func_output(output)
+        return self.builder.get()
+
+    def region(self, region: Region) -> None:
+        """Emit one region, as one kernel where there is one for it, else node by node."""
+        if region.anchor.op in WEIGHTED and region.anchor.domain == "" and region.anchor.name not in self.constant:
+            kernel = weighted_kernel(self.graph, region, self.values)
+            result = self.templates.call(kernel) if kernel else None
+            if kernel and result is not None:
+                self.values.put(region.output, result, kernel.last)
+                return
+        if region.integer and integer.emit(self, region):
+            return
+        for node in region.nodes:
+            if node.name not in self.constant:
+                self.node(node)
+
+    def node(self, node: Node) -> None:
+        """Emit one node by TVM's converter, in the order of axes that costs least."""
+        self._provide(node)
+        if pooling.emit(self.graph, node, self.values, self.builder):
+            return
+        if node.op == "Transpose" and self.values.is_last(node.inputs[0]):
+            self._transpose(node)
+            return
+        rank = len(self.graph.tensor(node.output).shape or ())
+        follows = rank >= 3 and any(
+            self.values.has_last(value) and len(self.graph.tensor(value).shape or ()) == rank for value in node.inputs if value
+        )
+        elementwise = follows and node.op in ELEMENTWISE and node.op not in ("QuantizeLinear", "DequantizeLinear", "CastLike")
+        if elementwise:
+            self._put(node, convert.node_inputs(self.values, node, True, rank), True)
+        elif follows and self._whole_tensor(node):
+            inputs = [self.values.once(node.inputs[0], True), *(self.values.get(value) for value in node.inputs[1:])]
+            self._put(node, inputs, True)
+        elif follows and node.op in REORDERED:
+            self._reordered(node)
+        else:
+            self._put(node, convert.node_inputs(self.values, node), False)
+
+    def _whole_tensor(self, node: Node) -> bool:
+        """True for quantization with one scale, which does not care about axes."""
+        scale = self.graph.tensor(node.inputs[1]) if node.op in ("QuantizeLinear", "DequantizeLinear") else None
+        return scale is not None and scale.static and scale.dims == ()
+
+    def _put(self, node: Node, inputs: list[Any], last: bool) -> None:
+        for value, expr in zip(node.outputs, self.converter.convert(node, inputs), strict=False):
+            if not value:
+                continue
+            if not last:
+                self._check(node, value, expr)
+            self.values.put(value, expr, last)
+
+    def _check(self, node: Node, value: str, expr: Any) -> None:
+        kind = self.graph.tensor(value)
+        if kind.static and hasattr(expr.ty, "shape") and expr.ty.shape is not None:
+            try:
+                found = dims_of(expr)
+            except TypeError as error:
+                raise UnsupportedError("TVM does not find its static shape", place=f"node {node.name} ({node.op})") from error
+            if tuple(found) != kind.dims:
+                raise UnsupportedError(f"TVM makes {found} of {kind}", place=f"node {node.name} ({node.op})")
+
+    def _reordered(self, node: Node) -> None:
+        """An operator that only moves data: transposed in, transposed out; its kernel swallows both transpositions."""
+        inputs = [self.values.once(value, False) if value else None for value in node.inputs]
+        for value, expr in zip(node.outputs, self.converter.convert(node, inputs), strict=False):
+            self._check(node, value, expr)
+            self.values.put(value, self.builder.emit(reordered(expr, True)), True)
+
+    def _transpose(self, node: Node) -> None:
+        """A transposition of a value that lies channels last: both permutations in one, often none."""
+        from tvm import relax
+
+        rank = len(self.graph.tensor(node.output).dims)
+        wanted = node.attr("perm", tuple(reversed(range(rank))))
+        back = to_first(rank)
+        order = [back[axis] for axis in wanted]
+        expr = self.values.get(node.inputs[0], True)
+        if order == sorted(order):
+            self.values.put(node.output, expr)
+        elif tuple(order[axis] for axis in to_last(rank)) == tuple(range(rank)):
+            self.values.put(node.output, expr, True)
+        else:
+            self.values.put(node.output, self.builder.emit(relax.op.permute_dims(expr, order)))
+
+    def _provide(self, node: Node) -> None:
+        """Compute the dequantizations that other regions read through but this node needs in float."""
+        for value in node.inputs:
+            source = self.graph.producer.get(value)
+            missing = source is not None and value not in self.values.arrays and not self.values.known(value)
+            if missing and source is not None and source.op == "DequantizeLinear":
+                self.node(source)

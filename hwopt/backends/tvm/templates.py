@@ -1,0 +1,58 @@
+"""Calls of the kernel templates from Relax: one PrimFunc per distinct kernel, weights packed at compile time."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from hwopt.backends.tvm import kernels
+from hwopt.backends.tvm.layout import Expr, constant
+from hwopt.backends.tvm.weighted import Kernel, Spec
+from hwopt.target import MicroKernel, Target
+
+OPAQUE = 8  # TVM's operator pattern of what it must not fuse with anything
+PLAIN = {
+    "float32": MicroKernel("float32", 4, 1, 16, "float32", "float32"),
+    "int8": MicroKernel("int8", 4, 1, 16, "int32", "int8"),
+}
+
+
+class Templates:
+    """The template kernels of one module."""
+
+    def __init__(self, builder: Any, target: Target, threads: int) -> None:
+        self.builder, self.target, self.threads = builder, target, threads
+        self._functions: dict[Spec, Any] = {}
+
+    def call(self, kernel: Kernel) -> Expr | None:
+        """The result of the kernel; None where no template takes its dtypes."""
+        from tvm import relax
+
+        micro = self.micro(kernel.spec)
+        if kernels.supports(kernel.spec, micro):
+            return None
+        fixed = isinstance(kernel.weights, np.ndarray)
+        weights = constant(kernels.pack(kernel.spec, kernel.weights, micro)) if fixed else kernel.weights
+        arguments = relax.Tuple([kernel.data, weights, *kernel.tensors])
+        result = relax.TensorType(list(kernel.shape), kernel.dtype)
+        return self.builder.emit(relax.call_tir(self._function(kernel.spec, micro), arguments, result))
+
+    def micro(self, spec: Spec) -> MicroKernel:
+        """The target's micro-kernel for the kernel's dtypes, or plain multiplications where it has none for them."""
+        family = "int8" if spec.accumulator == "int32" else "float32"
+        found = self.target.microkernels.get(family, PLAIN[family])
+        if found.activation == spec.data_dtype:
+            return found
+        plain = dataclasses.replace(PLAIN[family], activation=spec.data_dtype, dtype=spec.weight_dtype)
+        return dataclasses.replace(plain, lanes=found.lanes, registers=found.registers)
+
+    def _function(self, spec: Spec, micro: MicroKernel) -> Any:
+        """The module's function for this kernel, built once."""
+        if spec not in self._functions:
+            symbol = f"kernel_{len(self._functions)}"
+            built = kernels.build(spec, kernels.default_schedule(spec, micro, self.threads), micro, symbol)
+            marked = built.with_attr({"hwopt.template": 1, "op_pattern": OPAQUE})
+            self._functions[spec] = self.builder.add_func(marked, symbol)
+        return self._functions[spec]
