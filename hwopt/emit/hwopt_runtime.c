@@ -7,6 +7,7 @@
 #include "hwopt_types.h"
 #include "hwopt_runtime.h"
 
+#include <limits.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -155,14 +156,14 @@ static int serial(parallel_body body, void *data, int tasks) {
 }
 
 #if defined(HWOPT_SERIAL)
-static void relax(void) {}
+static void relax(int turn) { (void)turn; }
 static int launch(parallel_body body, void *data, int tasks) { return serial(body, data, tasks); }
 
 #elif defined(HWOPT_OPENMP)
 #include <omp.h>
 #include <sched.h>
 
-static void relax(void) { sched_yield(); }
+static void relax(int turn) { (void)turn, (void)sched_yield(); }
 
 static int launch(parallel_body body, void *data, int tasks) {
   int threads = current ? current->threads : 1, failed = 0, team = 1;
@@ -216,7 +217,12 @@ static struct {
   worker worker[MAX_THREADS];
 } team = {.owner = PTHREAD_MUTEX_INITIALIZER};
 
-static void relax(void) {
+/* Waits a moment; a long wait lets others have the core. */
+static void relax(int turn) {
+  if (turn > SPINS) {
+    sched_yield();
+    return;
+  }
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -233,7 +239,7 @@ static void run_tasks(int me) {
 static void wait_for_turn(worker *w) {
   for (int i = 0, most = atomic_load(&team.spins); i < most; ++i) {
     if (atomic_load_explicit(&w->turn, memory_order_acquire) != w->done || atomic_load(&team.stop)) return;
-    relax();
+    relax(i);
   }
   pthread_mutex_lock(&w->mutex);
   atomic_store(&w->asleep, 1);
@@ -309,10 +315,8 @@ static int launch(parallel_body body, void *data, int tasks) {
     nudge(&team.worker[i]);
   }
   run_tasks(0);
-  for (int i = 0; atomic_load_explicit(&team.pending, memory_order_acquire); ++i) {
-    if (i < atomic_load_explicit(&team.spins, memory_order_relaxed)) relax();
-    else sched_yield();
-  }
+  for (int i = atomic_load(&team.spins) ? 0 : SPINS + 1; atomic_load_explicit(&team.pending, memory_order_acquire); i += i <= SPINS)
+    relax(i);
   int failed = atomic_load(&team.failed);
   pthread_mutex_unlock(&team.owner);
   return failed ? -1 : 0;
@@ -336,7 +340,7 @@ static int wait_for_all(int task, TVMParallelGroupEnv *env) {
   if (env->num_task == 1) return 0;
   if (!sync->together) return -1;
   target = (atomic_fetch_add(&sync->arrived, 1) / env->num_task + 1) * env->num_task;
-  while (atomic_load(&sync->arrived) < target) relax();
+  for (int i = 0; atomic_load(&sync->arrived) < target; i += i < INT_MAX) relax(i);
   return 0;
 }
 
