@@ -81,23 +81,22 @@ def _broadcasts(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
 def _normalised(graph: Graph, match: Match) -> tuple[int, ...] | None:
     """The sizes of the last axes, if every mean runs over exactly these and keeps them."""
     shape = graph.tensor(match["x"]).shape
-    found = {_axes(graph, mean) for mean in match.of_op("ReduceMean")}
-    axes = found.pop() if len(found) == 1 else None
-    if shape is None or not axes:
+    if not shape:
         return None
-    trailing = tuple(range(len(shape) - len(axes), len(shape)))
-    sizes = tuple(size for size in shape[trailing[0] :] if isinstance(size, int))
-    return sizes if tuple(sorted(axis % len(shape) for axis in axes)) == trailing and len(sizes) == len(axes) else None
+    found = {tuple(sorted(axis % len(shape) for axis in _axes(graph, mean))) for mean in match.of_op("ReduceMean")}
+    axes = found.pop() if len(found) == 1 else ()
+    sizes = tuple(size for size in shape[len(shape) - len(axes) :] if isinstance(size, int)) if axes else ()
+    return sizes if len(sizes) == len(axes) > 0 and axes == tuple(range(axes[0], len(shape))) else None
 
 
-def _axes(graph: Graph, mean: Node) -> tuple[int, ...] | None:
-    """The axes of a ReduceMean that keeps its dimensions: an attribute until opset 17, an input from 18 on."""
+def _axes(graph: Graph, mean: Node) -> tuple[int, ...]:
+    """The axes of a ReduceMean that keeps its dimensions: an attribute until opset 17, an input from 18 on; () if unclear."""
     if mean.attr("keepdims", 1) != 1:
-        return None
+        return ()
     if len(mean.inputs) < 2:
         return tuple(mean.attr("axes", ()))
     array = graph.constant(mean.inputs[1])
-    return None if array is None else tuple(int(axis) for axis in array.ravel())
+    return () if array is None else tuple(int(axis) for axis in array.ravel())
 
 
 def _unfit(graph: Graph, match: Match, node: Node) -> str:
