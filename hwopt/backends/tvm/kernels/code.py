@@ -69,9 +69,12 @@ class Code:
         self.statements.append(tirx.Bind(variable, value))
         return variable
 
-    def alloc(self, name: str, size: int, dtype: str, scope: str = "global") -> Value:
-        """A buffer: workspace memory, or registers when `scope` is local and every index is constant."""
-        buffer = tirx.decl_buffer((size,), dtype, name, scope=scope)
+    def alloc(self, name: str, size: int, dtype: str) -> Value:
+        """A buffer: workspace memory; up to 1 KiB stack, which becomes registers where every index is constant.
+
+        (TVM puts only scope "global" on the stack: a small "local" buffer would be a call of TVMBackendAllocWorkspace.)
+        """
+        buffer = tirx.decl_buffer((size,), dtype, name)
         self.statements.append(tirx.AllocBuffer(buffer))
         return buffer
 

@@ -265,7 +265,7 @@ class Tile:
         initial = [
             gemm.epilogue.initial(code, self._channel(v), lanes) if self._lanes(v) == lanes else zero for v in range(self.vectors)
         ]
-        totals = [[code.alloc("total", lanes, kind, "local") for _ in range(self.vectors)] for _ in self.positions]
+        totals = [[code.alloc("total", lanes, kind) for _ in range(self.vectors)] for _ in self.positions]
         for per_position in totals:
             for total, value in zip(per_position, initial, strict=True):
                 code.store(total, 0, value, lanes)
