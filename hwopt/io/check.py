@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import cache
+from typing import Any
 
 import numpy as np
 import onnx
@@ -27,7 +28,7 @@ def check_operators(model: onnx.ModelProto, place: str) -> None:
     opsets = {_domain(opset.domain): opset.version for opset in model.opset_import}
     newest = onnx.defs.onnx_opset_version()
     version = opsets.get("", newest)
-    if version < OLDEST_OPSET:
+    if version < OLDEST_OPSET and any(_changed_until(node, version) for node in all_nodes(model.graph)):
         hint = f"export it again with opset {OLDEST_OPSET} or newer"
         raise ModelError(f"opset {version} is older than {OLDEST_OPSET}, the oldest that hwopt reads", place=place, hint=hint)
     if version > newest:
@@ -46,6 +47,21 @@ def check_operators(model: onnx.ModelProto, place: str) -> None:
         domain, op = next(iter(unknown))
         hint = did_you_mean(op, {o for d, o in _contributed() if d == domain} | _standard(domain)) if op else ""
         raise ModelError(f"unknown operators: {listed}", place=place, hint=hint if hint.startswith("did") else _HINT)
+
+
+def _changed_until(node: onnx.NodeProto, version: int) -> bool:
+    """True if an operator of an old opset has another meaning, or none, in the oldest one that hwopt reads."""
+    if _domain(node.domain) or not onnx.defs.has(node.op_type):
+        return False
+    found = [_schema(node.op_type, limit, "") for limit in (version, OLDEST_OPSET)]
+    return None in found or found[0].since_version != found[1].since_version
+
+
+def _schema(op: str, version: int, domain: str) -> Any:
+    try:
+        return onnx.defs.get_schema(op, version, domain)
+    except onnx.defs.SchemaError:
+        return None
 
 
 _HINT = "hwopt compiles standard ONNX operators and those of ONNX Runtime; replace these before the export"
@@ -70,10 +86,8 @@ def _known(domain: str, op: str, opsets: dict[str, int]) -> bool:
         return True
     if domain not in opsets:
         return False
-    try:
-        return not onnx.defs.get_schema(op, opsets[domain], domain).deprecated
-    except onnx.defs.SchemaError:
-        return False
+    schema = _schema(op, opsets[domain], domain)
+    return schema is not None and not schema.deprecated
 
 
 @cache

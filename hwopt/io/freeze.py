@@ -31,7 +31,7 @@ def freeze(graph: Graph, shapes: Mapping[str, Sequence[int]]) -> Graph:
         kind = types.get(name)
         if isinstance(kind, TensorType):
             types[name] = TensorType(kind.dtype, _frozen(kind, shapes.get(name), symbols))
-    _check_static(graph, types)
+    _check_static(graph, {name: kind for name, kind in types.items() if name not in shapes})
     kept = {
         name: kind for name, kind in types.items() if name in graph.inputs or name in graph.params or _is_foreign(graph, name)
     }
@@ -50,8 +50,8 @@ def _learn(name: str, kind: TensorType, shape: tuple[int, ...], symbols: dict[st
     """Check a given shape against the model's and collect what it says about named dimensions."""
     if kind.shape is not None and len(kind.shape) != len(shape):
         raise UsageError(f"input {name} is {kind}: it has {len(kind.shape)} dimensions, not {len(shape)}", place="--shape")
-    if any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in shape):
-        raise UsageError(f"input {name}: a dimension must be a whole number from 1 up, not {shape}", place="--shape")
+    if any(not isinstance(size, int) or isinstance(size, bool) or size < 0 for size in shape):
+        raise UsageError(f"input {name}: a dimension must be a whole number, not {shape}", place="--shape")
     for dim, size in zip(kind.shape or (), shape, strict=False):
         known = symbols.setdefault(dim, size) if isinstance(dim, str) and _named(dim) else dim
         if not _free(known) and known != size:

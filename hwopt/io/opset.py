@@ -12,7 +12,7 @@ import onnx.version_converter
 from hwopt.errors import UnsupportedError
 from hwopt.io.check import all_nodes
 from hwopt.io.proto import nodes_of
-from hwopt.ir import Graph, Node, TensorType, frozen, infer_types, onnx_dtype
+from hwopt.ir import Graph, Node, TensorType, frozen, infer_types, of_op, onnx_dtype
 from hwopt.ir.infer import skeleton
 
 # The newest opset that the oldest ONNX Runtime we accept (1.20) runs, and the first with 4-bit and blocked
@@ -36,13 +36,16 @@ def to_pinned(graph: Graph) -> Graph:
 
 
 def _converted(graph: Graph, version: int) -> Graph:
+    hint = f"export it with opset {PINNED}"
+    if version < 9 and any(of_op(graph, "Scan")):
+        raise UnsupportedError(f"Scan of opset {version} has a batch dimension that later ones lack", place=graph.name, hint=hint)
     bare = onnx.shape_inference.infer_shapes(skeleton(graph))
     try:
         model = onnx.version_converter.convert_version(bare, PINNED)
     except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
         reason = str(error).strip().splitlines()[-1]
         message = f"ONNX cannot convert opset {version} to {PINNED}: {reason}"
-        raise UnsupportedError(message, place=graph.name, hint=f"export it with opset {PINNED}") from error
+        raise UnsupportedError(message, place=graph.name, hint=hint) from error
     params = dict(graph.params)
     for tensor in model.graph.initializer:
         if tensor.name not in params:
