@@ -37,6 +37,7 @@ from hwopt.report import Figures, layer_table, make_report
 from hwopt.samples import Samples, checked, load_samples
 from hwopt.target import Target, total
 
+CORES = psutil.cpu_count() or 1
 Data = Samples | Mapping[str, np.ndarray] | Path | str | None
 
 
@@ -251,14 +252,14 @@ def _decide(job: Job, plan: Plan | Path | str | None, scale: float) -> Found:
         return _applied(job, read_plan(plan))
     if job.fixed:
         return _applied(job, _plan_of(job, [(str(one), "stated by the user") for one in job.fixed], ()))
-    scorer = _scorer(job)
+    scorer = _scorer(job, CORES)
     if not job.families or job.ctx.calibration is None or scorer is None:
         reason = "nothing was asked for" if not job.families else "there are no data to choose and to judge by"
         refused = tuple(Refusal(kind.name, job.graph.name, reason) for kind in job.families)
         return Found(_plan_of(job, (), refused), job.graph, None)
     task = Search(
         graph=job.graph, ctx=job.ctx, target=job.target, passes=job.families, scorer=scorer, budget=job.budget,
-        threads=job.threads, workers=psutil.cpu_count() or 1, progress=job.progress, scale=scale,
+        threads=job.threads, workers=CORES, progress=job.progress, scale=scale,
     )  # fmt: skip
     return search(task)
 
@@ -275,7 +276,7 @@ def _plan_of(job: Job, stated: Sequence[tuple[str, str]], refused: tuple[Refusal
 def _applied(job: Job, plan: Plan) -> Found:
     """Do what a plan says and score it; what the passes declined goes into the plan."""
     graph = apply_plan(job.graph, plan, job.ctx, find_passes()).graph
-    scorer = _scorer(job)
+    scorer = _scorer(job, CORES)
     compared = None
     if scorer is not None:
         before, after = (scorer(Session(one).run) for one in (job.graph, graph))
@@ -284,16 +285,16 @@ def _applied(job: Job, plan: Plan) -> Found:
     return Found(dataclasses.replace(plan, refused=refused), graph, compared)
 
 
-def _scorer(job: Job) -> Scorer | None:
+def _scorer(job: Job, workers: int) -> Scorer | None:
     if job.user_score:
         return user_scorer(job.user_score)
-    return make_scorer(job.graph, job.evaluation, Session(job.graph).run) if job.evaluation else None
+    return make_scorer(job.graph, job.evaluation, Session(job.graph).run, workers) if job.evaluation else None
 
 
 def measured_report(job: Job, found: Found, baseline: Built, result: Built) -> dict[str, Any]:
     """Score and time the libraries that ship, side by side with ONNX Runtime on the original."""
     job.progress("measuring", 0, 1)
-    scorer = _scorer(job)
+    scorer = _scorer(job, 1)  # the libraries bring their own threads
     compared = None
     if scorer is not None:
         before = scorer(baseline.artifact.run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -64,13 +65,14 @@ class TopOne:
 
     graph: Graph
     samples: Samples
+    workers: int = 1
     metric: str = "top-1 accuracy"
 
     def __call__(self, run: Run) -> np.ndarray:
         labels = self.samples.labels
         if labels is None:
             raise DataError("top-1 accuracy needs labels", place=self.samples.source)
-        found = first_output(self.graph, self.samples, run)
+        found = first_output(self.graph, self.samples, run, self.workers)
         return (found.reshape(len(found), -1).argmax(1) == labels[: len(found)]).astype(np.float64)
 
 
@@ -81,10 +83,11 @@ class Agreement:
     graph: Graph
     samples: Samples
     reference: np.ndarray
+    workers: int = 1
     metric: str = "top-1 agreement"
 
     def __call__(self, run: Run) -> np.ndarray:
-        found = first_output(self.graph, self.samples, run)
+        found = first_output(self.graph, self.samples, run, self.workers)
         return (found.argmax(-1) == self.reference.argmax(-1)).reshape(len(found), -1).mean(1)
 
 
@@ -95,10 +98,11 @@ class Cosine:
     graph: Graph
     samples: Samples
     reference: np.ndarray
+    workers: int = 1
     metric: str = "cosine similarity"
 
     def __call__(self, run: Run) -> np.ndarray:
-        found = first_output(self.graph, self.samples, run).reshape(len(self.reference), -1).astype(np.float64)
+        found = first_output(self.graph, self.samples, run, self.workers).reshape(len(self.reference), -1).astype(np.float64)
         wanted = self.reference.reshape(len(found), -1).astype(np.float64)
         norms = np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1)
         return np.divide((found * wanted).sum(1), norms, out=np.ones(len(found)), where=norms > 0)
@@ -115,10 +119,11 @@ class UserScore:
         return np.atleast_1d(np.asarray(self.function(run), np.float64))
 
 
-def first_output(graph: Graph, samples: Samples, run: Run) -> np.ndarray:
-    """The model's first output over all samples, [samples, ...]."""
+def first_output(graph: Graph, samples: Samples, run: Run, workers: int = 1) -> np.ndarray:
+    """The model's first output over all samples, [samples, ...]; `workers` runs at once."""
     name = graph.outputs[0]
-    parts = [run(feeds)[name] for feeds in samples.feeds(graph)]
+    with ThreadPoolExecutor(workers) as pool:
+        parts = list(pool.map(lambda feeds: run(feeds)[name], samples.feeds(graph)))
     batch = batch_of(graph)
     whole = np.concatenate([part if part.ndim and len(part) == batch else part[None] for part in parts])
     if np.issubdtype(whole.dtype, np.floating) and not np.isfinite(whole).all():
@@ -126,12 +131,13 @@ def first_output(graph: Graph, samples: Samples, run: Run) -> np.ndarray:
     return whole
 
 
-def make_scorer(graph: Graph, samples: Samples, run: Run) -> Scorer:
+def make_scorer(graph: Graph, samples: Samples, run: Run, workers: int = 1) -> Scorer:
     """The scorer that fits the data: accuracy where labels are given, agreement or similarity with `run` elsewhere."""
     if samples.labels is not None:
-        return TopOne(graph, samples)
-    reference = first_output(graph, samples, run)
-    return Agreement(graph, samples, reference) if is_classifier(reference) else Cosine(graph, samples, reference)
+        return TopOne(graph, samples, workers)
+    reference = first_output(graph, samples, run, workers)
+    kind = Agreement if is_classifier(reference) else Cosine
+    return kind(graph, samples, reference, workers)
 
 
 def is_classifier(output: np.ndarray) -> bool:

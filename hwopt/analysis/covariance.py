@@ -17,7 +17,7 @@ from hwopt.ir import Graph, Node, frozen
 from hwopt.samples import Samples, batch_of
 
 # A [k, k] moment needs a few times k rows; images and texts give hundreds of rows a sample, so more samples only cost time.
-SAMPLES = 512
+SAMPLES = 128
 
 
 class View(NamedTuple):

@@ -95,11 +95,13 @@ def _rounds(task: Search, base: Base, options: Sequence[Option], baseline: np.nd
         for number in range(ROUNDS):
             task.progress("solving and measuring", number, ROUNDS)
             solution = solve(base, options, edges, dataclasses.replace(limits, error=allowed))
+            known = next((a for a in attempts if solution and a.solution.options == solution.options), None)
             if solution is None:  # a size, memory or latency limit needs more error than is allowed yet
                 low = max(low, allowed)
             else:
-                attempt = _measured(task, solution, allowed, baseline)
-                attempts.append(attempt)
+                attempt = known or _measured(task, solution, allowed, baseline)
+                if attempt is not known:
+                    attempts.append(attempt)
                 limits = _tightened(task, limits, attempt)
                 if attempt.comparison.drop <= _aim(task.budget, attempt.comparison):
                     low = allowed
