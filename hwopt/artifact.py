@@ -232,8 +232,7 @@ class Artifact:
         self.manifest = _read_manifest(self.path)
         _check_files(self.path, self.manifest)
         self._reason = _foreign(self.manifest)
-        self.inputs = _tensors(self.manifest["inputs"])
-        self.outputs = _tensors(self.manifest["outputs"])
+        self.inputs, self.outputs = (_tensors(self.manifest[name], str(self.path / MANIFEST)) for name in ("inputs", "outputs"))
         self._engine: Engine | None = None
         self._lock = threading.Lock()
         if not foreign:
@@ -350,9 +349,16 @@ class Artifact:
         return [_checked(np.asarray(inputs[tensor.name]), tensor) for tensor in self.inputs]
 
 
-def _tensors(entries: Sequence[Mapping[str, Any]]) -> tuple[Tensor, ...]:
-    shapes = (None if entry["shape"] is None else tuple(entry["shape"]) for entry in entries)
-    return tuple(Tensor(entry["name"], TensorType(entry["dtype"], shape)) for entry, shape in zip(entries, shapes, strict=True))
+def _tensors(entries: Sequence[Mapping[str, Any]], place: str) -> tuple[Tensor, ...]:
+    try:
+        found = tuple(
+            Tensor(e["name"], TensorType(e["dtype"], None if e["shape"] is None else tuple(e["shape"]))) for e in entries
+        )
+        for tensor in found:
+            numpy_dtype(tensor.type.dtype)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError("damaged: inputs and outputs mean nothing", place=place, hint="compile the model again") from error
+    return found
 
 
 def _checked(array: np.ndarray, tensor: Tensor) -> np.ndarray:
