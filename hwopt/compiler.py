@@ -82,13 +82,14 @@ def compile_model(
     `calibrate` and `evaluate` are an .npz file, arrays by input name (with `labels`), or for `evaluate` the text
     `module:function`. Without data nothing lossy is done. Raises HwoptError with the reason and the next step.
     """
-    job = prepare(model, target, shapes, binds, calibrate, evaluate, budget, passes, threads, seed, progress)
     check_destination(out)
+    replay = None if plan is None else read_plan(plan)
+    job = prepare(model, target, shapes, binds, calibrate, evaluate, budget, passes, threads, seed, progress)
     _refuse_foreign(job.target)
     refuse_unsupported(job.graph)
     with tempfile.TemporaryDirectory(prefix="hwopt-") as scratch:
         baseline = build(job.graph, job, Path(scratch) / "baseline")
-        found = _decide(job, plan, _scale(job, baseline))
+        found = _decide(job, replay, _scale(job, baseline))
         result = baseline if found.graph is job.graph else build(found.graph, job, Path(scratch) / "result")
         report = measured_report(job, found, baseline, result)
         return result.write(out, job, found, report)
@@ -246,10 +247,10 @@ def _scale(job: Job, baseline: Built) -> float:
     return interleaved({"baseline": baseline.artifact.runner(_feeds(job, baseline))})["baseline"].median / predicted
 
 
-def _decide(job: Job, plan: Plan | Path | str | None, scale: float) -> Found:
+def _decide(job: Job, replay: Plan | None, scale: float) -> Found:
     """A replayed plan, the passes that were stated, or a search."""
-    if plan is not None:
-        return _applied(job, read_plan(plan))
+    if replay is not None:
+        return _applied(job, replay)
     if job.fixed:
         return _applied(job, _plan_of(job, [(str(one), "stated by the user") for one in job.fixed], ()))
     scorer = _scorer(job, CORES)

@@ -1,0 +1,123 @@
+"""The command line as a user meets it: what it prints, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hwopt.cli import main
+from hwopt.demo import MODEL
+
+
+def hwopt(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of one command."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+def npz(path: Path, **arrays: np.ndarray) -> Path:
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+    return path
+
+
+IMAGE = ("--shape", "image=1,1,28,28")
+
+
+def images(count: int) -> np.ndarray:
+    return np.random.default_rng(0).random((count, 1, 28, 28), np.float32)
+
+
+def test_passes_and_targets_are_listed_as_data(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = hwopt(capsys, "passes", "--json")
+    names = [row["name"] for row in json.loads(out)]
+    assert code == 0 and {"prune-channels", "low-rank", "share-weights", "quantize"} <= set(names)
+    code, out, _ = hwopt(capsys, "targets", "--json")
+    assert code == 0 and {row["kind"] for row in json.loads(out)} == {"cpu", "gpu", "asic"}
+
+
+def test_print_shows_every_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = hwopt(capsys, "print", MODEL)
+    assert code == 0
+    assert "input image: float32[s77,1,28,28]" in out
+    assert "@dense.0.first" in out
+
+
+def test_apply_diff_and_print_work_on_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    small = tmp_path / "small.onnx"
+    passes = "low-rank{site=head,rank=4,method=plain}"
+    code, out, err = hwopt(capsys, "apply", MODEL, "-o", small, "--passes", passes, *IMAGE)
+    assert (code, out.strip()) == (0, f"wrote {small}"), err
+    code, out, _ = hwopt(capsys, "diff", MODEL, small)
+    assert code == 1 and "head" in out
+    assert hwopt(capsys, "diff", small, small) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("compile", "nowhere.onnx", "-o", "x"), 1, "nowhere.onnx"),
+        (("compile", MODEL, "-o", "x"), 2, "--shape image="),
+        (("compile", MODEL, "-o", "x", *IMAGE, "--target", "hots"), 2, "did you mean host?"),
+        (("compile", MODEL, "-o", "x", *IMAGE, "--passes", "quantise"), 2, "did you mean quantize?"),
+        (("compile", MODEL, "-o", "x", "--shape", "image=1,x"), 2, "write --shape input=1,3,224,224"),
+        (("compile", MODEL, "-o", "x", "--shape", "imgae=1,1,28,28"), 2, "image"),
+        (("compile", MODEL, "-o", "x", *IMAGE, "--budget", "size=1"), 2, "write a number and one of B"),
+        (("compile", MODEL, "-o", "x", *IMAGE, "--max-drop", "many"), 2, "write 1% or 0.01"),
+        (("compile", MODEL, "-o", "x", *IMAGE, "--calibrate", "none.npz"), 1, "none.npz: no such file"),
+        (("compile", MODEL, "-o", "x", *IMAGE, "--target", "nvidia-t4"), 1, "hwopt plan and hwopt apply work for it"),
+        (("compile", MODEL, "-o", "x", *IMAGE, "--plan", "none.json"), 2, "none.json: no such file"),
+        (("compile", MODEL), 2, "Missing option"),
+        (("apply", MODEL, "-o", "x.onnx", *IMAGE), 2, "give --plan plan.json or --passes"),
+        (("explain", "none.json"), 2, "none.json: no such file"),
+        (("run", "nowhere", "in.npz", "out.npz"), 1, "nowhere"),
+        (("frobnicate",), 2, "No such command"),
+    ],
+)
+def test_bad_input_is_one_clear_message(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple,
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found, out, err = hwopt(capsys, *arguments)
+    assert (found, out) == (code, "")
+    assert message in err and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"picture": images(4)}, "lacks input 'image'"),
+        ({"image": images(4), "extra": images(4)}, "no input 'extra'"),
+        ({"image": images(4).astype(np.float64)}, "is float64, the model takes float32"),
+        ({"image": images(4)[:, 0]}, "has 3 dimensions"),
+        ({"image": images(4)[..., :27]}, "has shape [4, 1, 28, 27]"),
+        ({"image": images(0)}, "0 samples"),
+        ({"image": images(4), "labels": np.zeros(3, np.int64)}, "3 labels for 4 samples"),
+        ({"image": np.where(images(4) > 0.5, np.nan, images(4)).astype(np.float32)}, "holds nan at"),
+    ],
+)
+def test_data_that_do_not_fit_are_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arrays: dict[str, np.ndarray], message: str
+) -> None:
+    file = npz(tmp_path / "data.npz", **arrays)
+    code, _, err = hwopt(capsys, "compile", MODEL, "-o", tmp_path / "x", *IMAGE, "--calibrate", file)
+    assert code == 1
+    assert message in err and "data.npz" in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_damaged_data_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = npz(tmp_path / "data.npz", image=images(4))
+    file.write_bytes(file.read_bytes()[:200])
+    code, _, err = hwopt(capsys, "compile", MODEL, "-o", tmp_path / "x", *IMAGE, "--calibrate", file)
+    assert code == 1 and "not a readable .npz" in err
