@@ -106,7 +106,7 @@ class Slots:
         self.values[value] = axes
         for ids in axes:
             if ids is not None and len(ids) == 1:
-                self.freeze(ids, "a single index is left")
+                self.freeze(ids, "it has a single index")
 
     def unite(self, one: Ids, other: Ids) -> None:
         """These elements go together, index by index (the shapes broadcast)."""

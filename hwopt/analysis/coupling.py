@@ -256,6 +256,11 @@ class _Builder:
         """(family, index -> unit or -1) for every family with elements on this axis."""
         classes = self.labels[ids]
         owners = self.owner[classes]
+        if not len(owners) or owners.max() < 0:
+            return
+        if owners.min() == owners.max():
+            yield int(owners[0]), self.unit[classes]
+            return
         for found in np.unique(owners[owners >= 0]):
             yield int(found), np.where(owners == found, self.unit[classes], -1)
 
@@ -279,9 +284,10 @@ class _Builder:
         blocks: dict[int, dict[bytes, np.ndarray]] = {}
         seen = {id(ids): ids for axes in self.slots.values.values() for ids in axes if ids is not None}
         for ids in seen.values():
-            classes = np.unique(self.labels[ids])
-            if (self.owner[classes] < 0).any() or (self.reason[classes] >= 0).any():
+            classes = self.labels[ids]
+            if not len(ids) or self.owner[classes].min() < 0 or self.reason[classes].max() >= 0:
                 continue
+            classes = np.unique(classes)
             for found in np.unique(self.owner[classes]):
                 units = np.sort(self.unit[classes[self.owner[classes] == found]])
                 if len(units) < len(number[int(found)]):
