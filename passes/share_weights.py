@@ -9,12 +9,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from hwopt.analysis.covariance import mean_squares
+from hwopt.analysis.covariance import channel_moments
 from hwopt.analysis.memo import remembered
 from hwopt.errors import PassError
 from hwopt.ir import Edit, Graph, Node, frozen, of_op, onnx_dtype, part
 from hwopt.pipeline import Context, Pass, Phase, Refusal
 from hwopt.target import Target
+from passes._bias import bias_place, correct_bias, mean_shift
 from passes._kmeans import CELLS, nearest, optimal_codebook
 
 OPS = ("Conv", "Gemm", "MatMul")
@@ -31,8 +32,9 @@ BIT_OPERATORS = 18  # the opset that brought BitwiseAnd and BitwiseOr
 class ShareWeights(Pass):
     """y = conv(x, W) -> y = conv(x, Gather(codebook, indices)), with 2^bits entries per tensor or per group of output channels.
 
-    The codebook is the optimal one-dimensional k-means of the weights, each weighted by the mean square of its input channel
-    on the calibration data (without data, or with sensitivity=uniform, all alike). Indices lie packed in uint8: a 6-bit one
+    The codebook is the optimal one-dimensional k-means of the weights. With calibration data each weight counts by the variance
+    of its input channel, and the bias takes back the mean error of the outputs (where there is no place for a bias: by the mean
+    square); without data, or with sensitivity=uniform, all count alike. Indices lie packed in uint8: a 6-bit one
     as a plane of 4 bits and a plane of 2 bits, each split by BitShift and BitwiseAnd. Applies to constant weights that nobody
     outside of `site` reads and that shrink. Han et al. 2016 ("Deep compression"); decoded, they compute as before.
     """
@@ -48,7 +50,7 @@ class ShareWeights(Pass):
 
     def run(self, graph: Graph, ctx: Context) -> Graph:
         self._check(graph)
-        chosen: dict[str, Node] = {}  # weight -> the first node that reads it
+        chosen: dict[str, list[Node]] = {}  # weight -> the nodes that read it
         for node in graph.nodes if self.site else of_op(graph, *OPS):
             if not self.covers(node) or (node.op not in OPS and node.name not in self.site):
                 continue
@@ -56,10 +58,10 @@ class ShareWeights(Pass):
             if reason:
                 ctx.refuse(self, node, reason)
             else:
-                chosen.setdefault(node.inputs[1], node)
-        edit, squares = graph.edit(), self._squares(graph, tuple(chosen.values()), ctx)
-        for weight, node in chosen.items():
-            self._share(edit, graph, node, weight, squares.get(node.name))
+                chosen.setdefault(node.inputs[1], []).append(node)
+        edit, moments = graph.edit(), self._moments(graph, [node for nodes in chosen.values() for node in nodes], ctx)
+        for weight, nodes in chosen.items():
+            self._share(edit, graph, nodes, weight, moments)
         return edit.finish(str(self))
 
     @classmethod
@@ -113,18 +115,23 @@ class ShareWeights(Pass):
         after = indices + codebooks * 2**self.bits * weight.dtype.itemsize + OVERHEAD_BYTES
         return f"indices and codebook need {after} bytes, the weights {weight.nbytes}" if after >= weight.nbytes else ""
 
-    def _squares(self, graph: Graph, nodes: tuple[Node, ...], ctx: Context) -> Mapping[str, np.ndarray]:
+    def _moments(self, graph: Graph, nodes: list[Node], ctx: Context) -> Mapping[str, np.ndarray]:
         if self.sensitivity == "uniform" or ctx.calibration is None or not nodes:
             return {}
         others = [node for node in of_op(graph, *OPS) if node.inputs[1] in graph.params]
-        return mean_squares(graph, ctx.calibration, nodes, others)
+        return channel_moments(graph, ctx.calibration, nodes, others)
 
-    def _share(self, edit: Edit, graph: Graph, node: Node, weight: str, squares: np.ndarray | None) -> None:
-        array, last = graph.params[weight], _channels_last(node)
+    def _share(self, edit: Edit, graph: Graph, nodes: list[Node], weight: str, moments: Mapping[str, np.ndarray]) -> None:
+        node, array = nodes[0], graph.params[weight]
+        last = _channels_last(node)
         channels = _channels(graph, node) if self.group else 0
         groups = int(node.attr("group", 1)) if node.op == "Conv" else 1
-        codebooks, indices = shared(array, squares, self.bits, channels // self.group if self.group else 1, last, groups)
-        edit.forward(weight, _decode(edit, node, array.shape, codebooks, indices, self.bits, last))
+        seen, biased = moments.get(node.name), bias_place(graph, node) is not None
+        books, indices = shared(array, seen, biased, self.bits, channels // self.group if self.group else 1, last, groups)
+        edit.forward(weight, _decode(edit, node, array.shape, books, indices, self.bits, last))
+        for reader in nodes if moments else ():
+            change = unpacked(books, indices, array.shape, last) - array
+            correct_bias(edit, graph, reader, mean_shift(reader, change, moments[reader.name][0]))
 
 
 def _planes(bits: int) -> tuple[int, ...]:
@@ -143,13 +150,17 @@ def _channels(graph: Graph, node: Node) -> int:
 
 @remembered
 def shared(
-    weight: np.ndarray, squares: np.ndarray | None, bits: int, codebooks: int, channels_last: bool, groups: int
+    weight: np.ndarray, moments: np.ndarray | None, biased: bool, bits: int, codebooks: int, channels_last: bool, groups: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codebooks [codebooks, 2^bits] and indices uint8 [codebooks, elements / codebooks], output channels first.
 
-    One codebook keeps the weights' own order. `squares` is [input channels]; `groups` is that of a convolution.
+    One codebook keeps the weights' own order. `moments` is [2, input channels], mean and mean square; with a bias that takes
+    back the mean error only the variance counts. `groups` is that of a convolution.
     """
-    importance = None if squares is None else _importance(weight, squares, channels_last, groups)
+    importance = None
+    if moments is not None:
+        square = np.maximum(moments[1] - moments[0] ** 2, 1e-4 * moments[1]) if biased else moments[1]
+        importance = _importance(weight, square, channels_last, groups)
     swap = channels_last and codebooks > 1
     rows = (weight.T if swap else weight).reshape(codebooks, -1)
     weights = None if importance is None else (importance.T if swap else importance).reshape(codebooks, -1)
@@ -164,11 +175,17 @@ def shared(
 
 
 def _importance(weight: np.ndarray, squares: np.ndarray, channels_last: bool, groups: int) -> np.ndarray:
-    """Mean square of the input channel of every weight, in the weight's shape."""
+    """The given number of the input channel of every weight, in the weight's shape."""
     if channels_last:
         return np.broadcast_to(squares[:, None], weight.shape)
     rows = np.repeat(squares.reshape(groups, -1), len(weight) // groups, axis=0)
     return np.broadcast_to(rows.reshape(*rows.shape, *(1,) * (weight.ndim - 2)), weight.shape)
+
+
+def unpacked(books: np.ndarray, indices: np.ndarray, shape: tuple[int, ...], channels_last: bool) -> np.ndarray:
+    """The weights that `_decode` computes."""
+    values = np.take_along_axis(books, indices.astype(np.int64), axis=1)
+    return values.reshape(shape[::-1]).T if channels_last and len(books) > 1 else values.reshape(shape)
 
 
 def _decode(

@@ -8,7 +8,7 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 
-from hwopt.analysis.covariance import mean_squares, second_moments
+from hwopt.analysis.covariance import channel_moments, second_moments
 from hwopt.analysis.fold import fold_constants
 from hwopt.analysis.size import weight_bytes
 from hwopt.backends.ort import observing, run
@@ -203,11 +203,42 @@ def test_sensitivity_lowers_the_error_of_the_output(op: str, shape: tuple[int, .
     assert errors["activation"] < 0.9 * errors["uniform"]
 
 
-def test_mean_squares_are_the_diagonal_of_the_moments() -> None:
+def test_channel_moments_are_the_mean_and_the_diagonal_of_the_moments() -> None:
     graph = layer("Conv", normal(24, 32, 3, 3))
     samples = loud(10, 32, 5, 5)
     full = second_moments(graph, samples, graph.nodes)["fc"]
-    np.testing.assert_allclose(mean_squares(graph, samples, graph.nodes)["fc"], np.diag(full), rtol=1e-4)
+    mean, square = channel_moments(graph, samples, graph.nodes)["fc"]
+    np.testing.assert_allclose(square, np.diag(full), rtol=1e-4)
+    np.testing.assert_allclose(mean, samples.arrays["x"].mean(axis=(0, 2, 3)), rtol=1e-3, atol=1e-6)
+
+
+BIAS = normal(24, seed=5)
+CASES = {
+    "conv": ((Node("Conv", ("x", "w", "b"), ("y",), "fc"),), (24, 32, 1, 1), (4, 32, 5, 5)),
+    "conv without bias": ((Node("Conv", ("x", "w"), ("y",), "fc"),), (24, 32, 1, 1), (4, 32, 5, 5)),
+    "grouped": ((Node("Conv", ("x", "w", "b"), ("y",), "fc", MappingProxyType({"group": 4})),), (24, 8, 1, 1), (4, 32, 3, 3)),
+    "gemm": ((Node("Gemm", ("x", "w", "b"), ("y",), "fc", MappingProxyType({"alpha": 2.0, "beta": 0.5})),), (32, 24), (4, 32)),
+    "transposed": ((Node("Gemm", ("x", "w", "b"), ("y",), "fc", MappingProxyType({"transB": 1})),), (24, 32), (4, 32)),
+    "matmul": ((Node("MatMul", ("x", "w"), ("h",), "fc"), Node("Add", ("b", "h"), ("y",), "add")), (32, 24), (4, 32)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("axis", ["tensor", "channel-group"])
+def test_the_bias_takes_back_the_mean_error(case: str, axis: str) -> None:
+    nodes, weights, inputs = CASES[case]
+    graph = graph_of(nodes, inputs, w=normal(*weights), b=BIAS)
+    data = np.abs(normal(64, *inputs[1:], seed=6)) + 1
+    one = ShareWeights(("fc",), 2, axis, 8 if axis == "channel-group" else 0)
+    after = run_pass(one, graph, Context(calibration=Samples({"x": data})))
+    found = [run(after, feeds)["y"] - run(graph, feeds)["y"] for feeds in Samples({"x": data}).feeds(graph)]
+    errors = np.moveaxis(np.concatenate(found), 1, 0).reshape(24, -1)
+    assert np.abs(errors.mean(axis=1)).max() < 1e-3 * errors.std()
+
+
+def test_a_product_without_a_bias_gets_none() -> None:
+    after = run_pass(ShareWeights(("fc",)), layer("MatMul", normal(32, 24)), Context(calibration=loud(6, 32)))
+    assert not [name for name in after.params if "bias" in name]
 
 
 def test_the_same_run_twice_gives_the_same_bytes() -> None:

@@ -21,12 +21,12 @@ SAMPLES = 128
 
 
 class View(NamedTuple):
-    """How a layer reads a value: at which strides, with channels on the second axis or the last, and what is asked of it."""
+    """How a layer reads a value: its strides, where its channels are (second axis or last), and whether each counts alone."""
 
     value: str
     strides: tuple[int, ...]
     channels_second: bool
-    squares: bool
+    single: bool
 
 
 def second_moments(
@@ -37,22 +37,24 @@ def second_moments(
     Remembered for the graph and the samples: asked a second time, it computes those of `others` in the same sweep.
     Raises DataError where activations are not finite.
     """
-    return _asked(graph, samples, nodes, others, squares=False)
+    return _asked(graph, samples, nodes, others, single=False)
 
 
-def mean_squares(graph: Graph, samples: Samples, nodes: Iterable[Node], others: Iterable[Node] = ()) -> Mapping[str, np.ndarray]:
-    """Node name -> float64 [channels], the diagonal of the second moment; cheaper, and for grouped convolutions too."""
-    return _asked(graph, samples, nodes, others, squares=True)
+def channel_moments(
+    graph: Graph, samples: Samples, nodes: Iterable[Node], others: Iterable[Node] = ()
+) -> Mapping[str, np.ndarray]:
+    """Node name -> float64 [2, channels], mean and mean square of each; cheaper, and for grouped convolutions too."""
+    return _asked(graph, samples, nodes, others, single=True)
 
 
 def _asked(
-    graph: Graph, samples: Samples, nodes: Iterable[Node], others: Iterable[Node], *, squares: bool
+    graph: Graph, samples: Samples, nodes: Iterable[Node], others: Iterable[Node], *, single: bool
 ) -> Mapping[str, np.ndarray]:
     known = _known(graph, samples)
-    views = {node.name: _view(graph, node, squares) for node in nodes}
+    views = {node.name: _view(graph, node, single) for node in nodes}
     missing = dict.fromkeys(view for view in views.values() if view not in known)
-    if missing and any(view.squares == squares for view in known):
-        missing.update((view, None) for view in (_view(graph, node, squares) for node in others) if view not in known)
+    if missing and any(view.single == single for view in known):
+        missing.update((view, None) for view in (_view(graph, node, single) for node in others) if view not in known)
     if missing:
         known.update(_measured(graph, samples.head(max(SAMPLES, batch_of(graph))), tuple(missing)))
     return {name: known[view] for name, view in views.items()}
@@ -63,14 +65,14 @@ def _known(_graph: Graph, _samples: Samples) -> MutableMapping[View, np.ndarray]
     return {}
 
 
-def _view(graph: Graph, node: Node, squares: bool) -> View:
+def _view(graph: Graph, node: Node, single: bool) -> View:
     """A 1x1 convolution skips the pixels between its strides; larger ones see every pixel, at the borders less often."""
     if node.op != "Conv":
-        return View(node.inputs[0], (), bool(node.attr("transA", 0)), squares)
+        return View(node.inputs[0], (), bool(node.attr("transA", 0)), single)
     shape = graph.tensor(node.inputs[1]).shape or ()
     padded = any(node.attr("pads", ()))  # strides then start outside of the data
     strides = () if padded or any(size != 1 for size in shape[2:]) else tuple(node.attr("strides", ()))
-    return View(node.inputs[0], strides if any(stride != 1 for stride in strides) else (), True, squares)
+    return View(node.inputs[0], strides if any(stride != 1 for stride in strides) else (), True, single)
 
 
 def _measured(graph: Graph, samples: Samples, views: tuple[View, ...]) -> Iterator[tuple[View, np.ndarray]]:
@@ -92,7 +94,7 @@ def _measured(graph: Graph, samples: Samples, views: tuple[View, ...]) -> Iterat
 
 
 def _product(data: np.ndarray, view: View) -> tuple[np.ndarray, int]:
-    """Sum of x x^T, or of its diagonal, over all rows x of one batch, and the number of rows."""
+    """Sum of x x^T, or of x and x^2, over all rows x of one batch, and the number of rows."""
     data = data.astype(np.float32, copy=False)
     if not view.channels_second:
         data = data.reshape(-1, data.shape[-1]).T[None]
@@ -101,8 +103,9 @@ def _product(data: np.ndarray, view: View) -> tuple[np.ndarray, int]:
     seen = data[(slice(None), slice(None), *(slice(None, None, stride) for stride in view.strides))]
     rows = seen.reshape(seen.shape[0], seen.shape[1], -1)  # [batch, channels, rows]
     count = len(rows) * rows.shape[-1]
-    if view.squares:
-        return np.einsum("bcr,bcr->bc", rows, rows).sum(0, dtype=np.float64), count
+    if view.single:
+        sums = np.stack([rows.sum(axis=2), np.einsum("bcr,bcr->bc", rows, rows)])
+        return sums.sum(axis=1, dtype=np.float64), count
     return np.matmul(rows, rows.transpose(0, 2, 1)).sum(0, dtype=np.float64), count
 
 
