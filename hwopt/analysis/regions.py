@@ -43,7 +43,7 @@ ELEMENTWISE = _names(
     " Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Sub Sum Tan Tanh ThresholdedRelu Where Xor Swish"
 )
 INTEGER_MOVES = (*VIEWS, "Transpose", "Concat", "Slice", "Pad", "DepthToSpace", "SpaceToDepth")
-INTEGER_POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
+INTEGER_POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean")
 
 
 Grown = tuple[Node, tuple[Node, ...], bool]  # anchor, epilogue, computes on integers
@@ -161,8 +161,20 @@ def kind_of(graph: Graph, node: Node) -> str:
         return "depthwise" if deep else "conv"
     if node.op in ("Gemm", "MatMul"):
         return "matmul"
+    if node.op == "ReduceMean" and reduces_image(graph, node):
+        return "pool"
     families = (("pool", POOLS), ("elementwise", ELEMENTWISE), ("reduce", REDUCTIONS), ("move", MOVES))
     return next((kind for kind, ops in families if node.op in ops), "other")
+
+
+def reduces_image(graph: Graph, node: Node) -> bool:
+    """True if a reduction is over all axes but batch and channels: a global pool."""
+    rank = len(graph.tensor(node.inputs[0]).shape or ())
+    axes = node.attr("axes")
+    if axes is None and len(node.inputs) > 1:
+        array = graph.constant(node.inputs[1])
+        axes = None if array is None else array.tolist()
+    return rank > 2 and axes is not None and sorted(axis % rank for axis in axes) == list(range(2, rank))
 
 
 def _epilogue(graph: Graph, anchor: Node, owner: dict[str, int]) -> Iterator[Node]:
@@ -296,7 +308,11 @@ def computes_on_integers(graph: Graph, anchor: Node, epilogue: tuple[Node, ...])
     if anchor.op in ("Add", "Sub", "Mul"):
         same = all(graph.tensor(value).shape is not None for value in anchor.inputs)
         return clamped and same and dequantized(graph, anchor.inputs[1]) is not None
-    return clamped and anchor.op in (*INTEGER_POOLS, "Relu", "Clip")
+    return (
+        clamped
+        and (kind_of(graph, anchor) == "pool" or anchor.op in ("Relu", "Clip"))
+        and anchor.op not in ("LpPool", "GlobalLpPool")
+    )
 
 
 @dataclass(frozen=True, eq=False)

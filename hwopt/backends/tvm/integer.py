@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from hwopt.analysis.qdq import Quantization, dequantized, quantization
 from hwopt.analysis.regions import INTEGER_MOVES, Region
 from hwopt.backends.tvm.convert import aligned
-from hwopt.backends.tvm.layout import Expr, Values, dims_of
+from hwopt.backends.tvm.layout import Expr, dims_of, reshaped
 from hwopt.ir import Graph, Node, scalar
 
 LIMITS = {"uint8": (0, 255), "int8": (-128, 127)}
@@ -229,14 +229,18 @@ def _pool(lowering: Lowering, region: Region, operand: tuple[str, Quantization],
         pooled = builder.emit(relax.op.max(data, image, keepdims=True))
         lowering.values.put(region.output, _requantized(lowering, pooled, operand[1], result), True)
         return True
-    if anchor.op == "GlobalAveragePool":
+    if anchor.op in ("GlobalAveragePool", "ReduceMean"):
         window: Window | None = Window(tuple(dims_of(data)[1:-1]), (1,) * len(image), (0,) * (2 * len(image)), (1,) * len(image))
     else:
         window = _window(graph, anchor, tuple(dims_of(data)[1:-1]))
     if window is None:
         return False
     compute = _largest(window, operand[1], result) if anchor.op == "MaxPool" else _mean(window, anchor, operand[1], result)
-    return _emit(lowering, region, compute, [data], True)
+    if anchor.op != "ReduceMean" or anchor.attr("keepdims", 1):
+        return _emit(lowering, region, compute, [data], True)
+    mean = builder.emit_te(compute, data, primfunc_name_hint="integer_reducemean")
+    lowering.values.put(region.output, reshaped(builder, mean, graph.tensor(region.output).dims))
+    return True
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from hwopt.analysis.regions import reduces_image
 from hwopt.backends.tvm.layout import Values
 from hwopt.ir import Graph, Node
 
@@ -19,22 +20,13 @@ def emit(graph: Graph, node: Node, values: Values, builder: Any) -> bool:
             return False
         return _reduce(node, values, builder, "mean" if node.op == "GlobalAveragePool" else "max", tuple(range(2, rank)), True)
     if node.op in REDUCE and values.is_last(node.inputs[0]):
-        axes = _axes(graph, node)
-        return axes is not None and _reduce(node, values, builder, REDUCE[node.op], axes, bool(node.attr("keepdims", 1)))
+        axes = tuple(range(2, len(graph.tensor(node.inputs[0]).dims)))
+        return reduces_image(graph, node) and _reduce(
+            node, values, builder, REDUCE[node.op], axes, bool(node.attr("keepdims", 1))
+        )
     if node.op in ("MaxPool", "AveragePool") and len(node.outputs) == 1 and graph.tensor(node.output).dtype.startswith("float"):
         return _window(graph, node, values, builder)
     return False
-
-
-def _axes(graph: Graph, node: Node) -> tuple[int, ...] | None:
-    """The axes of a reduction if they are the image's (all but batch and channels)."""
-    rank = len(graph.tensor(node.inputs[0]).dims)
-    given = node.attr("axes")
-    if given is None and len(node.inputs) > 1:
-        array = graph.constant(node.inputs[1])
-        given = None if array is None else array.tolist()
-    axes = tuple(sorted(axis % rank for axis in given)) if given else ()
-    return axes if axes == tuple(range(2, rank)) else None
 
 
 def _reduce(node: Node, values: Values, builder: Any, how: str, axes: tuple[int, ...], keep: bool) -> bool:

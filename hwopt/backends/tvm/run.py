@@ -23,7 +23,7 @@ class Loaded:
         import tvm
 
         self.program = program
-        self._library = library or load_objects(program.objects)
+        self._library: Any = library or load_objects(program.objects)
         self._arrays: dict[str, Any] = {}
         for buffer in program.buffers.values():
             if buffer.alias:
@@ -35,10 +35,7 @@ class Loaded:
         for buffer in program.buffers.values():
             if buffer.alias:
                 self._arrays[buffer.name] = self._arrays[buffer.alias]._create_view(buffer.shape, buffer.dtype)
-        self._calls = [
-            (self._library[call.symbol] if self._library else None, [self._arrays[name] for name in call.args])
-            for call in program.calls
-        ]
+        self._calls = [(self._library[call.symbol], [self._arrays[name] for name in call.args]) for call in program.calls]
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name."""

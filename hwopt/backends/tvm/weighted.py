@@ -71,7 +71,7 @@ def _conv(graph: Graph, region: Region, values: Values, operands: IntegerOperand
     pads = _pads(anchor, image[1:3], kernel, strides, dilations)
     fused = Fused()
     full = weight.reshape(*weight.shape[:2], *kernel)
-    zero_point = _bias_and_scale(graph, region, values, operands, full, 0, fused)
+    zero_point = _bias_and_scale(region, values, operands, full, 0, fused)
     _epilogue(graph, region, values, fused, channel=1, last=True)
     spec = step.ConvSpec(
         batch=image[0], height=image[1], width=image[2], in_channels=image[3], out_channels=out[1], kernel=kernel,
@@ -120,7 +120,7 @@ def _gemm(graph: Graph, region: Region, values: Values, operands: IntegerOperand
     if len(anchor.inputs) > 2 and anchor.inputs[2] and not _is_row(values, anchor.inputs[2], weight.shape[1], beta):
         return None
     fused = Fused()
-    _bias_and_scale(graph, region, values, operands, weight, 1, fused, beta)
+    _bias_and_scale(region, values, operands, weight, 1, fused, beta)
     _epilogue(graph, region, values, fused, channel=1, last=False)
     return _product(graph, region, values.get(data), weight, (1, rows, weight.shape[1], depth), fused, data)
 
@@ -141,7 +141,7 @@ def _matmul(graph: Graph, region: Region, values: Values, operands: IntegerOpera
     fused = Fused()
     if weight is not None and math.prod(right[:-2]) == 1:
         weight = weight.reshape(right[-2:])
-        _bias_and_scale(graph, region, values, operands, weight, 1, fused)
+        _bias_and_scale(region, values, operands, weight, 1, fused)
         _epilogue(graph, region, values, fused, channel=len(left) - 1, last=False)
         return _product(graph, region, values.get(data), weight, (1, math.prod(left[:-1]), right[-1], right[-2]), fused, data)
     if left[:-2] != right[:-2] or (operands and operands.right_quantization is None):
@@ -168,7 +168,7 @@ def _product(graph: Graph, region: Region, data: Expr, weight: Any, shape: tuple
 
 
 def _bias_and_scale(
-    graph: Graph, region: Region, values: Values, operands: IntegerOperands | None, weight: np.ndarray, axis: int, fused: Fused,
+    region: Region, values: Values, operands: IntegerOperands | None, weight: np.ndarray, axis: int, fused: Fused,
     beta: float = 1.0,
 ) -> int:  # fmt: skip
     """Adds the bias, and for integers the zero-point correction and the scale; returns the data's zero point.
