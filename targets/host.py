@@ -82,7 +82,7 @@ def _cost(
         memories=memories,
         granule=granule,
         depth={dtype: kernel.depth for dtype, kernel in kernels.items()},
-        efficiency={"conv": 0.7, "matmul": 0.7, "depthwise": 0.15},
+        efficiency={"conv": 0.7, "matmul": 0.7, "depthwise": 0.3},
         launch_seconds=0.5e-6,
         joules_per_op=JOULES_PER_OP,
     )
