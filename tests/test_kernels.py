@@ -123,6 +123,29 @@ SHAPES = [
     {"height": 40, "width": 40, "channels": 7, "out": 70, "kernel": (2, 2), "batch": 3, "strides": (1, 2)},
     {"height": 1, "width": 1, "channels": 30, "out": 1000, "kernel": (1, 1)},
     {"height": 13, "width": 5, "channels": 33, "out": 49, "kernel": (1, 1), "strides": (2, 3), "pads": (1, 1, 1, 1)},
+    {"height": 9, "width": 11, "channels": 48, "out": 48, "kernel": (3, 3), "groups": 48, "pads": (1, 1, 1, 1), "batch": 2},
+    {
+        "height": 9,
+        "width": 30,
+        "channels": 21,
+        "out": 21,
+        "kernel": (5, 5),
+        "groups": 21,
+        "pads": (2, 2, 2, 2),
+        "strides": (2, 2),
+    },
+    {"height": 12, "width": 7, "channels": 5, "out": 5, "kernel": (3, 2), "groups": 5, "pads": (3, 0, 1, 2), "dilations": (2, 3)},
+    {"height": 7, "width": 7, "channels": 32, "out": 32, "kernel": (7, 7), "groups": 32},
+    {
+        "height": 1,
+        "width": 40,
+        "channels": 17,
+        "out": 17,
+        "kernel": (1, 4),
+        "groups": 17,
+        "pads": (0, 6, 0, 5),
+        "strides": (1, 3),
+    },
 ]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hwopt.backends.tvm.kernels import gemm, schedule
+from hwopt.backends.tvm.kernels import depthwise, gemm, schedule
 from hwopt.backends.tvm.kernels.geometry import geometry
 from hwopt.backends.tvm.kernels.schedule import Schedule
 from hwopt.backends.tvm.kernels.spec import ConvSpec, MatmulSpec
@@ -36,17 +36,23 @@ def supports(spec: Spec, micro: MicroKernel) -> str:
 
 def pack(spec: Spec, weights: np.ndarray, micro: MicroKernel) -> np.ndarray:
     """Weights in ONNX's layout ([out, in / groups, height, width] or [k, n]) as the kernel reads them."""
+    if depthwise.is_depthwise(spec):
+        return depthwise.pack(spec, weights, micro)
     rows = weights.transpose(0, 2, 3, 1) if isinstance(spec, ConvSpec) else weights.T
     return gemm.pack(geometry(spec), rows, micro)
 
 
 def default_schedule(spec: Spec, micro: MicroKernel, cores: int = 1) -> Schedule:
     """Blocking from a small analytical model."""
+    if depthwise.is_depthwise(spec):
+        return depthwise.default_schedule(spec, micro, cores)
     return schedule.default_schedule(geometry(spec), micro, cores)
 
 
 def build(spec: Spec, schedule: Schedule, micro: MicroKernel, symbol: str) -> Any:
     """The kernel as a tirx.PrimFunc."""
+    if depthwise.is_depthwise(spec):
+        return depthwise.Depthwise(spec, schedule, micro).build(symbol)
     kernel = gemm.Gemm(geometry(spec), schedule, micro)
     if isinstance(spec, MatmulSpec) and not spec.constant:
         return kernel.build_computed(spec, symbol)

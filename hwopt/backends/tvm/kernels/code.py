@@ -6,7 +6,7 @@ takes about 10 ms to build and 50 ms to compile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tvm import tirx
@@ -40,6 +40,13 @@ def cast(value: Value, dtype: str, lanes: int) -> Value:
 def intrinsic(dtype: str, name: str, *arguments: Value) -> Value:
     """A call of a pure LLVM intrinsic."""
     return tirx.call_llvm_pure_intrin(dtype, name, *arguments)
+
+
+def interleaved(rows: Sequence[Value], lanes: int) -> Value:
+    """[depth][lanes] -> [lanes][depth]."""
+    if len(rows) == 1:
+        return rows[0]
+    return tirx.Shuffle(list(rows), [row * lanes + lane for lane in range(lanes) for row in range(len(rows))])
 
 
 def pieces(count: int, widest: int) -> Iterator[tuple[int, int]]:

@@ -23,21 +23,21 @@ def fused_multiply_add(micro: MicroKernel) -> bool:
 def weight_operand(code: Code, micro: MicroKernel, buffer: Value, index: Value) -> Value:
     """[lanes, depth] weights, in the form that `accumulate` takes, loaded once for all pixels of a tile."""
     value = load(buffer, index, micro.lanes * micro.depth)
-    return code.bind("weight", _widened(micro, value))
+    return code.bind("weight", widened(micro, value))
 
 
 def data_operand(code: Code, micro: MicroKernel, buffer: Value, index: Value, dtype: str, count: int) -> Value:
     """`depth` activations, repeated in every lane; the last `depth - count` of them are zero and are not read."""
     lanes, depth = micro.lanes, micro.depth
     if depth == 1:
-        return code.bind("data", _widened(micro, splat(load(buffer, index), lanes)))
+        return code.bind("data", widened(micro, splat(load(buffer, index), lanes)))
     word = "int32" if depth == 4 else "int16"  # moved as one scalar, so that one broadcast instruction does it
     if count == depth:
         repeated = splat(tirx.reinterpret(word, load(buffer, index, depth)), lanes)
     else:
         parts = [_at_byte(load(buffer, index + byte), byte, word) for byte in range(count)]
         repeated = splat(functools.reduce(tirx.bitwise_or, parts), lanes)
-    return code.bind("data", _widened(micro, tirx.reinterpret(vector(dtype, lanes * depth), repeated)))
+    return code.bind("data", widened(micro, tirx.reinterpret(vector(dtype, lanes * depth), repeated)))
 
 
 def _at_byte(value: Value, byte: int, word: str) -> Value:
@@ -61,7 +61,7 @@ def accumulate(micro: MicroKernel, total: Value, data: Value, weight: Value) -> 
     return intrinsic(wide, name, total, data, weight)  # vpdpbusd, sdot, udot
 
 
-def _widened(micro: MicroKernel, value: Value) -> Any:
+def widened(micro: MicroKernel, value: Value) -> Any:
     """Integer operands of instructions that do not take bytes, converted."""
     if micro.accumulator == "int32" and not micro.intrinsic:
         return cast(value, "int32", micro.lanes)

@@ -5,11 +5,9 @@ Lanes beyond n keep whatever the workspace holds: their accumulators are never s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from tvm import tirx
 
-from hwopt.backends.tvm.kernels.code import Code, Value, load, pieces, splat, vector
+from hwopt.backends.tvm.kernels.code import Code, Value, interleaved, load, pieces, splat, vector
 from hwopt.backends.tvm.kernels.spec import MatmulSpec
 from hwopt.target import MicroKernel
 
@@ -47,7 +45,7 @@ class Repack:
             for offset, lanes in pieces(valid, self.micro.lanes):
                 start = self.base + index * depth * self.spec.n + column + offset
                 parts = [load(self.right, start + row * self.spec.n, lanes) for row in range(rows)]
-                value = _interleaved([*parts, *[splat(0, lanes, self.spec.weight_dtype)] * (depth - rows)], lanes)
+                value = interleaved([*parts, *[splat(0, lanes, self.spec.weight_dtype)] * (depth - rows)], lanes)
                 inner.store(self.space, target + index * self.step + offset * depth, value, lanes * depth)
 
         code.loop("word", k // depth, word)
@@ -86,13 +84,6 @@ class Repack:
             if depth > 1:
                 value = tirx.reinterpret(vector(self.spec.weight_dtype, lanes * depth), value)
             code.store(self.space, target + (word + index) * self.step, value, lanes * depth)
-
-
-def _interleaved(rows: Sequence[Value], lanes: int) -> Value:
-    """[depth][lanes] -> [lanes][depth]."""
-    if len(rows) == 1:
-        return rows[0]
-    return tirx.Shuffle(list(rows), [row * lanes + lane for lane in range(lanes) for row in range(len(rows))])
 
 
 def _transpose(code: Code, rows: list[Value]) -> list[Value]:
