@@ -10,8 +10,9 @@ units that one layer writes, together with everybody who writes the same ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from weakref import WeakKeyDictionary
 
@@ -49,6 +50,23 @@ class Weight:
 
 
 @dataclass(frozen=True, eq=False)
+class Elements:
+    """What one analysis found about all elements; groups look their parts up in it when asked."""
+
+    params: Mapping[tuple[str, int], Ids]
+    uses: tuple[Use, ...]
+    labels: np.ndarray  # element -> class: what goes together
+    unit: np.ndarray  # class -> unit of its group
+    owner: np.ndarray  # class -> group, -1: none
+
+    def units(self, ids: Ids, group: int) -> np.ndarray | None:
+        """index -> unit of the group, -1 for others; None if the group has nothing on this axis."""
+        classes = self.labels[ids]
+        mine = self.owner[classes] == group
+        return np.where(mine, self.unit[classes], -1) if mine.any() else None
+
+
+@dataclass(frozen=True, eq=False)
 class Group:
     """`size` units that can go one by one (`frozen` says why not, where that is so), of `granularity` channels each.
 
@@ -60,16 +78,32 @@ class Group:
     size: int
     granularity: int
     producers: tuple[str, ...]
-    members: tuple[Member, ...]
-    weights: tuple[Weight, ...]
     frozen: str
-    labels: np.ndarray  # unit -> class of elements, for Coupling.removed
+    labels: np.ndarray  # unit -> class of elements, for Coupling.kept
     blocks: tuple[np.ndarray, ...]
+    number: int
+    elements: Elements
 
     @property
     def channels(self) -> int:
         """Channels of the first producer that belong to the group."""
         return self.size * self.granularity
+
+    @cached_property
+    def members(self) -> tuple[Member, ...]:
+        """Every axis of a parameter that is cut when units go."""
+        found = ((key, self.elements.units(ids, self.number)) for key, ids in self.elements.params.items())
+        return tuple(Member(param, axis, unit) for (param, axis), unit in found if unit is not None)
+
+    @cached_property
+    def weights(self) -> tuple[Weight, ...]:
+        """The weights of products among them, for scores."""
+        found = ((use, self.elements.units(use.ids, self.number)) for use in self.elements.uses)
+        return tuple(
+            Weight(use.node, use.weight, use.axis, unit, use.writes, use.data, use.data_axis)
+            for use, unit in found
+            if unit is not None
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,8 +234,8 @@ def _groups(slots: Slots, labels: np.ndarray, reason: np.ndarray) -> tuple[Group
     for found, uses in makers.items():
         ordered = _in_order(labels[np.concatenate([use.ids for use in uses])], family, found)
         number[found], unit[ordered], owner[ordered] = ordered, np.arange(len(ordered)), found
-    builder = _Builder(slots, labels, reason, unit, owner)
-    return builder.groups(makers, number)
+    elements = Elements(MappingProxyType(slots.params), tuple(slots.uses), labels, unit, owner)
+    return tuple(_named(slots, elements, reason, makers, number))
 
 
 def _in_order(classes: np.ndarray, family: np.ndarray, found: int) -> np.ndarray:
@@ -211,85 +245,49 @@ def _in_order(classes: np.ndarray, family: np.ndarray, found: int) -> np.ndarray
     return mine[np.sort(first)]
 
 
-@dataclass(frozen=True, eq=False)
-class _Builder:
-    """Sorts members, weights and blocks by the group that owns them; each array is looked at once."""
+def _named(
+    slots: Slots, elements: Elements, reason: np.ndarray, makers: Mapping[int, list[Use]], number: Mapping[int, np.ndarray]
+) -> Iterator[Group]:
+    blocks = _blocks(slots, elements, reason)
+    taken: set[str] = set()
+    for found, uses in makers.items():
+        name = uses[0].node if uses[0].node not in taken else f"{uses[0].node}.{uses[0].axis}"
+        taken.add(name)
+        classes = number[found]
+        own = int((elements.owner[elements.labels[uses[0].ids]] == found).sum())
+        yield Group(
+            name=name,
+            size=len(classes),
+            granularity=max(1, own // len(classes)),
+            producers=tuple(dict.fromkeys(use.node for use in uses)),
+            frozen=_why(slots, int(reason[classes].min()), len(classes)),
+            labels=classes,
+            blocks=tuple(blocks.get(found, ())),
+            number=found,
+            elements=elements,
+        )
 
-    slots: Slots
-    labels: np.ndarray
-    reason: np.ndarray
-    unit: np.ndarray  # class -> unit
-    owner: np.ndarray  # class -> family, -1: none
 
-    def groups(self, makers: Mapping[int, list[Use]], number: Mapping[int, np.ndarray]) -> tuple[Group, ...]:
-        members = self._members()
-        weights = self._weights()
-        blocks = self._blocks(number)
-        taken: set[str] = set()
-        groups = []
-        for found, uses in makers.items():
-            name = uses[0].node if uses[0].node not in taken else f"{uses[0].node}.{uses[0].axis}"
-            taken.add(name)
-            classes = number[found]
-            own = int((self.owner[self.labels[uses[0].ids]] == found).sum())
-            group = Group(
-                name=name,
-                size=len(classes),
-                granularity=max(1, own // len(classes)),
-                producers=tuple(dict.fromkeys(use.node for use in uses)),
-                members=tuple(members.get(found, ())),
-                weights=tuple(weights.get(found, ())),
-                frozen=self._why(classes),
-                labels=classes,
-                blocks=tuple(blocks.get(found, ())),
-            )
-            groups.append(group)
-        return tuple(groups)
+def _why(slots: Slots, reason: int, size: int) -> str:
+    if reason >= 0:
+        return next(text for text, index in slots.reasons.items() if index == reason)
+    return "it has a single unit" if size == 1 else ""
 
-    def _why(self, classes: np.ndarray) -> str:
-        first = int(self.reason[classes].min())
-        if first >= 0:
-            return next(text for text, index in self.slots.reasons.items() if index == first)
-        return "it has a single unit" if len(classes) == 1 else ""
 
-    def _by_owner(self, ids: Ids) -> Iterable[tuple[int, np.ndarray]]:
-        """(family, index -> unit or -1) for every family with elements on this axis."""
-        classes = self.labels[ids]
-        owners = self.owner[classes]
-        if not len(owners) or owners.max() < 0:
-            return
-        if owners.min() == owners.max():
-            yield int(owners[0]), self.unit[classes]
-            return
-        for found in np.unique(owners[owners >= 0]):
-            yield int(found), np.where(owners == found, self.unit[classes], -1)
-
-    def _members(self) -> dict[int, list[Member]]:
-        members: dict[int, list[Member]] = {}
-        for (param, axis), ids in self.slots.params.items():
-            for found, unit in self._by_owner(ids):
-                members.setdefault(found, []).append(Member(param, axis, unit))
-        return members
-
-    def _weights(self) -> dict[int, list[Weight]]:
-        weights: dict[int, list[Weight]] = {}
-        for use in self.slots.uses:
-            for found, unit in self._by_owner(use.ids):
-                weight = Weight(use.node, use.weight, use.axis, unit, use.writes, use.data, use.data_axis)
-                weights.setdefault(found, []).append(weight)
-        return weights
-
-    def _blocks(self, number: Mapping[int, np.ndarray]) -> dict[int, list[np.ndarray]]:
-        """Axes that hold some but not all units of a group, and nothing that surely stays."""
-        blocks: dict[int, dict[bytes, np.ndarray]] = {}
-        seen = {id(ids): ids for axes in self.slots.values.values() for ids in axes if ids is not None}
-        for ids in seen.values():
-            classes = self.labels[ids]
-            if not len(ids) or self.owner[classes].min() < 0 or self.reason[classes].max() >= 0:
-                continue
-            classes = np.unique(classes)
-            for found in np.unique(self.owner[classes]):
-                units = np.sort(self.unit[classes[self.owner[classes] == found]])
-                if len(units) < len(number[int(found)]):
-                    blocks.setdefault(int(found), {})[units.tobytes()] = units
-        return {found: list(sets.values()) for found, sets in blocks.items()}
+def _blocks(slots: Slots, elements: Elements, reason: np.ndarray) -> dict[int, list[np.ndarray]]:
+    """Axes that hold some but not all units of a group, and nothing that surely stays."""
+    blocks: dict[int, dict[bytes, np.ndarray]] = {}
+    size = np.bincount(elements.owner[elements.owner >= 0])
+    computed = (axes for value, axes in slots.values.items() if value not in slots.graph.params)
+    seen = {id(ids): ids for axes in computed for ids in axes if ids is not None and len(ids) > 1}
+    for ids in seen.values():
+        classes = elements.labels[ids]
+        if reason[classes].max() >= 0 or elements.owner[classes].min() < 0:
+            continue
+        classes = np.unique(classes)
+        owners = elements.owner[classes]
+        present = np.bincount(owners, minlength=len(size))
+        for found in np.flatnonzero((present > 0) & (present < size)).tolist():
+            units = np.sort(elements.unit[classes[owners == found]])
+            blocks.setdefault(found, {})[units.tobytes()] = units
+    return {found: list(sets.values()) for found, sets in blocks.items()}
