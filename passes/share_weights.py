@@ -15,7 +15,7 @@ from hwopt.errors import PassError
 from hwopt.ir import Edit, Graph, Node, frozen, of_op, onnx_dtype, part
 from hwopt.pipeline import Context, Pass, Phase, Refusal
 from hwopt.target import Target
-from passes._bias import bias_place, correct_bias, mean_shift
+from passes._bias import correct_bias, mean_shift
 from passes._kmeans import CELLS, nearest, optimal_codebook
 
 OPS = ("Conv", "Gemm", "MatMul")
@@ -32,9 +32,9 @@ BIT_OPERATORS = 18  # the opset that brought BitwiseAnd and BitwiseOr
 class ShareWeights(Pass):
     """y = conv(x, W) -> y = conv(x, Gather(codebook, indices)), with 2^bits entries per tensor or per group of output channels.
 
-    The codebook is the optimal one-dimensional k-means of the weights. With calibration data each weight counts by the variance
-    of its input channel, and the bias takes back the mean error of the outputs (where there is no place for a bias: by the mean
-    square); without data, or with sensitivity=uniform, all count alike. Indices lie packed in uint8: a 6-bit one
+    The codebook is the optimal one-dimensional k-means of the weights. With calibration data each weight counts by the mean
+    square of its input channel, and the bias takes back the mean error of the outputs; without data, or with
+    sensitivity=uniform, all count alike. Indices lie packed in uint8: a 6-bit one
     as a plane of 4 bits and a plane of 2 bits, each split by BitShift and BitwiseAnd. Applies to constant weights that nobody
     outside of `site` reads and that shrink. Han et al. 2016 ("Deep compression"); decoded, they compute as before.
     """
@@ -126,8 +126,8 @@ class ShareWeights(Pass):
         last = _channels_last(node)
         channels = _channels(graph, node) if self.group else 0
         groups = int(node.attr("group", 1)) if node.op == "Conv" else 1
-        seen, biased = moments.get(node.name), bias_place(graph, node) is not None
-        books, indices = shared(array, seen, biased, self.bits, channels // self.group if self.group else 1, last, groups)
+        codebooks = channels // self.group if self.group else 1
+        books, indices = shared(array, moments.get(node.name), self.bits, codebooks, last, groups)
         edit.forward(weight, _decode(edit, node, array.shape, books, indices, self.bits, last))
         for reader in nodes if moments else ():
             change = unpacked(books, indices, array.shape, last) - array
@@ -150,17 +150,14 @@ def _channels(graph: Graph, node: Node) -> int:
 
 @remembered
 def shared(
-    weight: np.ndarray, moments: np.ndarray | None, biased: bool, bits: int, codebooks: int, channels_last: bool, groups: int
+    weight: np.ndarray, moments: np.ndarray | None, bits: int, codebooks: int, channels_last: bool, groups: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codebooks [codebooks, 2^bits] and indices uint8 [codebooks, elements / codebooks], output channels first.
 
-    One codebook keeps the weights' own order. `moments` is [2, input channels], mean and mean square; with a bias that takes
-    back the mean error only the variance counts. `groups` is that of a convolution.
+    One codebook keeps the weights' own order. `moments` is [2, input channels], mean and mean square (which serves better
+    than the variance, measured on two networks). `groups` is that of a convolution.
     """
-    importance = None
-    if moments is not None:
-        square = np.maximum(moments[1] - moments[0] ** 2, 1e-4 * moments[1]) if biased else moments[1]
-        importance = _importance(weight, square, channels_last, groups)
+    importance = None if moments is None else _importance(weight, moments[1], channels_last, groups)
     swap = channels_last and codebooks > 1
     rows = (weight.T if swap else weight).reshape(codebooks, -1)
     weights = None if importance is None else (importance.T if swap else importance).reshape(codebooks, -1)
@@ -175,7 +172,7 @@ def shared(
 
 
 def _importance(weight: np.ndarray, squares: np.ndarray, channels_last: bool, groups: int) -> np.ndarray:
-    """The given number of the input channel of every weight, in the weight's shape."""
+    """Mean square of the input channel of every weight, in the weight's shape."""
     if channels_last:
         return np.broadcast_to(squares[:, None], weight.shape)
     rows = np.repeat(squares.reshape(groups, -1), len(weight) // groups, axis=0)
