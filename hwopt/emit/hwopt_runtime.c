@@ -197,10 +197,11 @@ static int launch(parallel_body body, void *data, int tasks) {
 
 #define SPINS 2000 /* some 50 microseconds: longer than the pause between two kernels of a run */
 
+/* A loop has one share per thread. The owner runs the first, and whichever of the others nobody has begun by then: a worker
+ * that the system has not given a core yet holds nobody up. */
 typedef struct {
-  _Alignas(ALIGNMENT) atomic_uint turn; /* counts the loops that this worker takes part in */
+  _Alignas(ALIGNMENT) atomic_int share; /* 1: there to be taken; what the loop needs was written before */
   atomic_int asleep;
-  unsigned done;
   int index;
   pthread_t thread;
   pthread_mutex_t mutex;
@@ -213,7 +214,7 @@ static struct {
   void *data;
   TVMParallelGroupEnv env;
   int threads, workers;
-  atomic_int spins, pending, failed, stop;
+  atomic_int spins, unfinished, failed, stop;
   worker worker[MAX_THREADS];
 } team = {.owner = PTHREAD_MUTEX_INITIALIZER};
 
@@ -230,20 +231,27 @@ static void relax(int turn) {
 #endif
 }
 
-static void run_tasks(int me) {
+static void run_share(int me) {
   int failed = 0;
   for (int i = me; i < team.env.num_task; i += team.threads) failed |= team.body(i, &team.env, team.data);
   if (failed) atomic_store(&team.failed, 1);
 }
 
-static void wait_for_turn(worker *w) {
+static void try_share(worker *w) {
+  int there = 1;
+  if (!atomic_compare_exchange_strong(&w->share, &there, 0)) return;
+  run_share(w->index);
+  atomic_fetch_sub_explicit(&team.unfinished, 1, memory_order_acq_rel);
+}
+
+static void wait_for_share(worker *w) {
   for (int i = 0, most = atomic_load(&team.spins); i < most; ++i) {
-    if (atomic_load_explicit(&w->turn, memory_order_acquire) != w->done || atomic_load(&team.stop)) return;
+    if (atomic_load_explicit(&w->share, memory_order_relaxed) || atomic_load_explicit(&team.stop, memory_order_relaxed)) return;
     relax(i);
   }
   pthread_mutex_lock(&w->mutex);
   atomic_store(&w->asleep, 1);
-  while (atomic_load(&w->turn) == w->done && !atomic_load(&team.stop)) pthread_cond_wait(&w->wake, &w->mutex);
+  while (!atomic_load(&w->share) && !atomic_load(&team.stop)) pthread_cond_wait(&w->wake, &w->mutex);
   atomic_store(&w->asleep, 0);
   pthread_mutex_unlock(&w->mutex);
 }
@@ -253,12 +261,9 @@ static void *work(void *argument) {
   hwopt_pool pool = {NULL};
   context mine = {&pool, NULL, NULL, NULL, 1};
   current = &mine;
-  for (;;) {
-    wait_for_turn(w);
-    if (atomic_load(&w->turn) == w->done) break; /* stopped */
-    w->done++;
-    run_tasks(w->index);
-    atomic_fetch_sub_explicit(&team.pending, 1, memory_order_acq_rel);
+  while (!atomic_load(&team.stop)) {
+    wait_for_share(w);
+    try_share(w);
   }
   pool_clear(&pool);
   return NULL;
@@ -283,9 +288,8 @@ static int gather(int threads) {
   if (!registered) registered = pthread_atfork(NULL, NULL, forget_workers) == 0;
   while (team.workers < threads - 1) {
     worker *w = &team.worker[team.workers];
-    atomic_store(&w->turn, 0);
+    atomic_store(&w->share, 0);
     atomic_store(&w->asleep, 0);
-    w->done = 0;
     w->index = team.workers + 1;
     pthread_mutex_init(&w->mutex, NULL);
     pthread_cond_init(&w->wake, NULL);
@@ -309,13 +313,14 @@ static int launch(parallel_body body, void *data, int tasks) {
   team.body = body, team.data = data, team.threads = threads;
   team.env = (TVMParallelGroupEnv){&sync, tasks > 0 ? tasks : threads};
   atomic_store(&team.failed, 0);
-  atomic_store(&team.pending, threads - 1);
+  atomic_store(&team.unfinished, threads - 1);
   for (int i = 0; i < threads - 1; ++i) {
-    atomic_fetch_add(&team.worker[i].turn, 1);
+    atomic_store(&team.worker[i].share, 1);
     nudge(&team.worker[i]);
   }
-  run_tasks(0);
-  for (int i = atomic_load(&team.spins) ? 0 : SPINS + 1; atomic_load_explicit(&team.pending, memory_order_acquire); i += i <= SPINS)
+  run_share(0);
+  for (int i = 0; i < threads - 1; ++i) try_share(&team.worker[i]);
+  for (int i = atomic_load(&team.spins) ? 0 : SPINS + 1; atomic_load_explicit(&team.unfinished, memory_order_acquire); i += i <= SPINS)
     relax(i);
   int failed = atomic_load(&team.failed);
   pthread_mutex_unlock(&team.owner);

@@ -1,13 +1,14 @@
 """The static memory plan: where in one arena every temporary lies.
 
 Two buffers share bytes when no kernel needs both. Placing them is dynamic storage allocation, NP-hard; greedy by size (Pisarchyk
-and Lee, "Efficient Memory Management for Deep Neural Net Inference", 2020) is within a few percent of the bound on real models.
+and Lee, "Efficient Memory Management for Deep Neural Net Inference", 2020) comes close on real models, and other orders closer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from hwopt.emit.program import Buffer, Program
 from hwopt.ir import numpy_dtype
 
+WORK = 20_000  # buffers placed by chance before the search ends: about a second
 ALIGNMENT = 64  # bytes: a cache line, and what TVM's kernels assume of every tensor
 
 
@@ -75,13 +77,28 @@ def lifetimes(program: Program) -> tuple[Lifetime, ...]:
 
 
 def plan_memory(program: Program) -> MemoryPlan:
-    """The smaller of two greedy placements: largest first, and by when they are needed."""
-    spans = lifetimes(program)
-    orders = (
-        sorted(spans, key=lambda span: (-span.bytes, span.start, span.name)),
-        sorted(spans, key=lambda span: (span.start, -span.bytes, span.name)),
-    )
-    return min((_place(order) for order in orders), key=lambda plan: plan.arena_bytes)
+    """The smallest of several greedy placements: largest first, by when they are needed, then both with some chance in it.
+
+    Stops at a placement that meets the bound; the chance is seeded, so equal programs get equal plans.
+    """
+    spans, bound = lifetimes(program), least_bytes(program)
+    best: MemoryPlan | None = None
+    for order in _orders(spans):
+        plan = _place(order)
+        if best is None or plan.arena_bytes < best.arena_bytes:
+            best = plan
+        if best.arena_bytes <= bound:
+            break
+    return best or MemoryPlan({}, 0)
+
+
+def _orders(spans: Sequence[Lifetime]) -> Iterator[list[Lifetime]]:
+    yield sorted(spans, key=lambda span: (-span.bytes, span.start, span.name))
+    yield sorted(spans, key=lambda span: (span.start, -span.bytes, span.name))
+    chance = random.Random(0)
+    for _ in range(min(400, WORK // max(1, len(spans)))):
+        weights = {span.name: span.bytes * chance.uniform(0.3, 1.0) for span in spans}
+        yield sorted(spans, key=lambda span: (-weights[span.name], span.name))
 
 
 def least_bytes(program: Program) -> int:
