@@ -151,8 +151,9 @@ def _resize(work: Cut, node: Node) -> None:
 
 
 def _conv(work: Cut, node: Node) -> None:
-    groups, channels = node.attr("group", 1), len(np.asarray(work.stays(node.inputs[0], 1)))
-    if groups > 1 and whole_groups(groups, channels):
+    groups = node.attr("group", 1)
+    channels, made = (len(np.asarray(work.stays(value, 1))) for value in (node.inputs[0], node.output))
+    if groups > 1 and whole_groups(groups, channels, made):
         work.attributes(node, group=groups * work.size(node.inputs[0], 1) // channels)
 
 

@@ -18,7 +18,7 @@ def conv(slots: Slots, node: Node) -> Axes:
     if groups == 1:
         slots.unite(channels, read)
         _note(slots, Use(node.name, weight, 0, made, writes=True), Use(node.name, weight, 1, read, data=data, data_axis=1))
-    elif whole_groups(groups, len(channels)):
+    elif whole_groups(groups, len(channels), len(made)):
         _tie_groups(slots, groups, channels, made)
         slots.freeze(read, f"{node}: its groups are cut as a whole")
         aligned = data if len(made) == len(channels) else ""
@@ -38,7 +38,7 @@ def conv_transpose(slots: Slots, node: Node) -> Axes:
     made = per_group if groups == 1 else slots.fresh(groups * len(per_group))
     _check_groups(groups, channels, made)
     slots.unite(channels, read)
-    if groups == 1 or not whole_groups(groups, len(channels)):
+    if groups == 1 or not whole_groups(groups, len(channels), len(made)):
         _tie_across(slots, groups, channels)
         slots.unite(made.reshape(groups, -1), per_group)
         _note(slots, Use(node.name, weight, 1, per_group, writes=True), Use(node.name, weight, 0, read, data=data, data_axis=1))
@@ -52,9 +52,13 @@ def conv_transpose(slots: Slots, node: Node) -> Axes:
 MANY_GROUPS = 16  # ResNeXt has 32 of 4 channels; ShuffleNet's few wide groups keep their number and lose width
 
 
-def whole_groups(groups: int, channels: int) -> bool:
-    """Grouped convolutions lose whole groups where these are many (depthwise, ResNeXt), else width in every group alike."""
-    return channels == groups or groups >= MANY_GROUPS
+def whole_groups(groups: int, channels: int, made: int) -> bool:
+    """Grouped convolutions lose whole groups where these are many (depthwise, ResNeXt), else width in every group alike.
+
+    Thin groups stay in the second class until input and output have one channel each, so that cutting one side does not
+    tie it to the other.
+    """
+    return channels == made == groups or groups >= MANY_GROUPS
 
 
 def _check_groups(groups: int, channels: Ids, made: Ids) -> None:
