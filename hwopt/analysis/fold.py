@@ -161,6 +161,7 @@ def _computed(graph: Graph, nodes: Sequence[Node], known: Mapping[str, np.ndarra
 
 def _affordable(graph: Graph, nodes: Sequence[Node], known: Mapping[str, np.ndarray]) -> list[Node]:
     """Those whose outputs have a size that inference can tell from the input values, and a bearable one."""
+    nodes = [node for node in nodes if node.op != "Slice" or known[node.inputs[0]].size]  # inference aborts on empty ones
     if not nodes:
         return []
     types = _isolated(graph, nodes, known).types

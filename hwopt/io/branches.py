@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 import onnx
 
+from hwopt.errors import ModelError
 from hwopt.io.proto import dense, nodes_of
 from hwopt.ir import Edit, Graph, Node, of_op
 from hwopt.ir.graph import with_renamed
@@ -16,12 +17,21 @@ def inline_branches(graph: Graph) -> Graph:
 
     Values of the branch get names that the graph does not have yet; its initializers become parameters.
     """
-    decided = [node for node in of_op(graph, "If") if graph.constant(node.inputs[0]) is not None]
     edit = graph.edit()
-    for node in decided:
-        condition = graph.params[node.inputs[0]]
-        _inline(edit, node, node.attrs["then_branch" if bool(condition.all()) else "else_branch"])
+    for node in of_op(graph, "If"):
+        condition = graph.constant(node.inputs[0])
+        if condition is not None:
+            _inline(edit, node, _taken(node, "then_branch" if condition.all() else "else_branch"))
     return edit.finish("inline-branches")
+
+
+def _taken(node: Node, branch: str) -> onnx.GraphProto:
+    body = node.attr(branch)
+    if body is None or len(body.output) < len(node.outputs):
+        raise ModelError(
+            f"{branch} does not give its outputs", place=f"node {node.name} (If)", hint="the model breaks ONNX's rules"
+        )
+    return body
 
 
 def _inline(edit: Edit, branch_of: Node, branch: onnx.GraphProto) -> None:

@@ -13,9 +13,10 @@ import google.protobuf.message
 import numpy as np
 import onnx
 
-from hwopt.errors import ModelError
-from hwopt.io.proto import from_model, to_model
-from hwopt.ir import Graph, type_of
+from hwopt.errors import HwoptError, ModelError
+from hwopt.io.guard import check_inference
+from hwopt.io.proto import stated_graph, to_model
+from hwopt.ir import Graph, infer_types, type_of
 
 LARGEST_PROTO = 2_000_000_000  # bytes; protobuf stops at 2^31 - 1, and the nodes need room too
 INLINE_BYTES = 1024  # weights up to here stay in the model: shape inference reads them
@@ -49,25 +50,26 @@ def graph_of(model: onnx.ModelProto, folder: Path | None, place: str) -> Graph:
     """The Graph of a model as it stands, with the weights that lie in `folder`. Raises ModelError."""
     for tensor in model.graph.initializer:
         _check_external(tensor, folder, place)
-    for graph in _subgraphs(model.graph):
-        for tensor in _tensors(graph):
+    for inner in _subgraphs(model.graph):
+        _open_negative_sizes(inner)
+        for tensor in _tensors(inner):
             _check_external(tensor, folder, place)
             if onnx.external_data_helper.uses_external_data(tensor):
                 onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder))
     with damage_reported(place):
-        return from_model(model, str(folder) if folder else "")
+        graph = stated_graph(model, str(folder) if folder else "")
+        check_inference(graph, place)
+        return infer_types(graph)
 
 
 @contextlib.contextmanager
 def damage_reported(place: str) -> Iterator[None]:
     """Whatever the onnx package raises on a damaged model becomes one ModelError."""
-    damage = (
-        onnx.checker.ValidationError, onnx.shape_inference.InferenceError, google.protobuf.message.Error, ValueError, TypeError,
-        KeyError, IndexError, OverflowError, AttributeError, RuntimeError, MemoryError, OSError, NotImplementedError,
-    )  # fmt: skip
     try:
         yield
-    except damage as error:
+    except HwoptError:
+        raise
+    except Exception as error:  # parser, checker, inference and converter each raise kinds of their own
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"the model is damaged: {reason[0]}", place=place, hint="export or download it again") from error
 
@@ -109,6 +111,14 @@ def _subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 if inner.ByteSize():
                     yield inner
                     yield from _subgraphs(inner)
+
+
+def _open_negative_sizes(graph: onnx.GraphProto) -> None:
+    """Some exporters write -1 for an open size; shape inference aborts the whole process on some of them."""
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_value < 0:
+                dim.Clear()
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

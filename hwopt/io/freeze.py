@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from hwopt.errors import UsageError, did_you_mean
+from hwopt.io.guard import check_inference
 from hwopt.ir import Graph, TensorType, infer_types, numpy_dtype
 from hwopt.ir.types import Dim
 
@@ -36,6 +37,7 @@ def freeze(graph: Graph, shapes: Mapping[str, Sequence[int]]) -> Graph:
         name: kind for name, kind in types.items() if name in graph.inputs or name in graph.params or _is_foreign(graph, name)
     }
     bare = dataclasses.replace(graph, types=MappingProxyType(kept))
+    check_inference(bare, graph.name)
     return _with_output_types(graph, infer_types(bare))
 
 

@@ -30,13 +30,14 @@ def load(
     *,
     shapes: Mapping[str, Sequence[int]] | None = None,
     binds: Mapping[str, Any] | None = None,
-    inputs: Sequence[Any] | None = None,
+    inputs: Any = None,
     allow_nan: bool = False,
 ) -> Graph:
     """The normalised Graph of a model: static inputs, constants folded, one opset, one spelling.
 
     `model` is the path of an ONNX file (or of a torch program, .pt2), a ModelProto, a torch ExportedProgram, or a
-    torch module together with example `inputs`. `shapes` fixes input sizes, `binds` turns inputs into constants.
+    torch module together with example `inputs` (a tensor, a tuple of them, or a mapping by argument name). `shapes` fixes
+    input sizes, `binds` turns inputs into constants.
     Raises ModelError for what is wrong with the model, UsageError for sizes that are missing or do not fit.
     """
     graph = read(model, inputs=inputs)
@@ -72,7 +73,7 @@ def _simplified(graph: Graph) -> Graph:
         graph = after
 
 
-def read(model: Any, *, inputs: Sequence[Any] | None = None) -> Graph:
+def read(model: Any, *, inputs: Any = None) -> Graph:
     """The Graph of a model exactly as it stands (local functions inlined, sparse weights written out). Raises ModelError."""
     if isinstance(model, onnx.ModelProto):
         return _graph(model, None, model.graph.name or "model")

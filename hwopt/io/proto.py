@@ -16,6 +16,11 @@ _PLAIN = {"FLOAT", "INT", "STRING", "FLOATS", "INTS", "STRINGS"}
 
 def from_model(model: onnx.ModelProto, folder: str = "") -> Graph:
     """The Graph of a model; nodes without a name get one, all values get types. `folder` holds external weights."""
+    return infer_types(stated_graph(model, folder))
+
+
+def stated_graph(model: onnx.ModelProto, folder: str = "") -> Graph:
+    """The same with only those types that the model states."""
     body = model.graph
     params = {tensor.name: frozen(onnx.numpy_helper.to_array(tensor, folder)) for tensor in body.initializer}
     params.update({tensor.values.name: frozen(dense(tensor)) for tensor in body.sparse_initializer})
@@ -25,7 +30,7 @@ def from_model(model: onnx.ModelProto, folder: str = "") -> Graph:
         kind = from_proto(value.type)
         if kind is not None and value.name not in params:
             types[value.name] = kind
-    graph = Graph(
+    return Graph(
         name=body.name or "graph",
         inputs=inputs,
         outputs=tuple(value.name for value in body.output),
@@ -35,7 +40,6 @@ def from_model(model: onnx.ModelProto, folder: str = "") -> Graph:
         opsets=MappingProxyType({_domain(opset.domain): opset.version for opset in model.opset_import}),
         metadata=MappingProxyType({entry.key: entry.value for entry in model.metadata_props}),
     )
-    return infer_types(graph)
 
 
 def to_model(graph: Graph, weights: Sequence[onnx.TensorProto] | None = None) -> onnx.ModelProto:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from hwopt.errors import ModelError, UsageError
 from hwopt.io.opset import PINNED
 
 
-def to_onnx(model: Any, inputs: Sequence[Any] | None = None) -> onnx.ModelProto:
+def to_onnx(model: Any, inputs: Any = None) -> onnx.ModelProto:
     """The ONNX model of a torch module with example inputs, of an ExportedProgram, or of a saved one (.pt2).
 
     Raises UsageError if torch is missing, example inputs are missing, or `model` is no model at all.
@@ -45,23 +47,43 @@ def _loaded(torch: Any, path: Path) -> Any:
     try:
         return torch.export.load(path)
     except Exception as error:  # torch raises what its zip reader, its unpickler and its schema happen to raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"not a torch program: {reason}", place=str(path), hint="write it with torch.export.save") from error
+        raise ModelError(
+            f"not a torch program: {_reason(error)}", place=str(path), hint="write it with torch.export.save"
+        ) from error
 
 
-def _exported(torch: Any, model: Any, inputs: Sequence[Any] | None) -> onnx.ModelProto:
-    is_module = isinstance(model, torch.nn.Module)
-    training = is_module and model.training
+def _exported(torch: Any, model: Any, inputs: Any) -> onnx.ModelProto:
+    modes = {part: part.training for part in model.modules()} if isinstance(model, torch.nn.Module) else {}
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), _quiet("torch.onnx"):
             warnings.simplefilter("ignore")
-            if is_module:
-                model = torch.export.export(model.eval(), tuple(inputs or ()))
-            program = torch.onnx.export(model, opset_version=PINNED, dynamo=True, verbose=False, optimize=True)
-        return program.model_proto
+            program = torch.export.export(model.eval(), *_arguments(inputs)) if modes else model
+            return torch.onnx.export(program, opset_version=PINNED, dynamo=True, verbose=False).model_proto
     except Exception as error:  # torch.export raises a kind of its own for every way to fail
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"torch cannot export the model: {reason}", place=type(model).__name__) from error
+        raise ModelError(f"torch cannot export the model: {_reason(error)}", place=type(model).__name__) from error
     finally:
-        if training:
-            model.train()
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments from a tensor, a sequence or a mapping of them."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """torch.onnx logs a warning for every optional package that is absent."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 
 from hwopt.ir.graph import Graph
-from hwopt.ir.types import OpaqueType, TensorType, ValueType, dtype_name, onnx_dtype, type_of
+from hwopt.ir.types import Dim, OpaqueType, TensorType, ValueType, dtype_name, onnx_dtype, type_of
 
 # Shapes, axes, pads and scales travel as values, since inference reads them; real weights only as types.
 SMALL_ELEMENTS = 256
@@ -70,5 +70,10 @@ def from_proto(proto: onnx.TypeProto) -> ValueType | None:
         return None
     if not tensor.HasField("shape"):
         return TensorType(dtype_name(tensor.elem_type), None)
-    dims = [d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor.shape.dim]
-    return TensorType(dtype_name(tensor.elem_type), tuple(dims))
+    return TensorType(dtype_name(tensor.elem_type), tuple(map(_dim, tensor.shape.dim)))
+
+
+def _dim(proto: onnx.TensorShapeProto.Dimension) -> Dim:
+    if proto.HasField("dim_value"):
+        return proto.dim_value if proto.dim_value >= 0 else None  # some exporters write -1 for an open size
+    return proto.dim_param or None
