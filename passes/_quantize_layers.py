@@ -44,6 +44,7 @@ class Integers:
     scale: np.ndarray
     bias: np.ndarray | None
     bias_scale: np.ndarray
+    shift: np.ndarray | None = None  # the mean error of the output that the bias makes up for, [channels]
 
 
 def layer_of(graph: Graph, node: Node) -> Layer | str:
@@ -151,11 +152,12 @@ def _bias(graph: Graph, node: Node) -> np.ndarray | str | None:
     return np.broadcast_to(bias.ravel(), (channels,))
 
 
-def integers_of(layer: Layer, data_scale: float, *, reduce_range: bool) -> Integers:
+def integers_of(layer: Layer, data_scale: float, mean: np.ndarray | None, *, reduce_range: bool) -> Integers:
     """The layer's numbers for inputs that count in steps of `data_scale`.
 
     A channel's scale is its largest |weight| / 127 (/ 64 with reduce_range: pairs of products then fit 16 bits). It is made
-    larger where the bias would not fit beside the products, and follows the bias where all weights are zero.
+    larger where the bias would not fit beside the products, and follows the bias where all weights are zero. With the `mean`
+    of the input's channels, the bias makes up for what rounding the weights adds to the mean of the output.
     """
     weight, limit = layer.weight, 64 if reduce_range else 127
     if weight is None:
@@ -168,15 +170,32 @@ def integers_of(layer: Layer, data_scale: float, *, reduce_range: bool) -> Integ
     precise = np.where(bias > 0, bias / data_scale / 2.0**24, 1.0)
     scale = np.where(scale > 0, scale, precise)
     scale = np.maximum(scale, np.maximum(bias / room, TINY) / data_scale).astype(np.float32)
-    shape = [1] * weight.ndim
-    if layer.axis is not None:
-        shape[layer.axis] = -1
-    steps = np.rint(weight / scale.reshape(shape if scale.ndim else ()))
+    shape = [-1 if axis == layer.axis else 1 for axis in range(weight.ndim)] if scale.ndim else ()
+    steps = np.clip(np.rint(weight / scale.reshape(shape)), -limit, limit).astype(np.int8)
     bias_scale = (scale * np.float32(data_scale)).astype(np.float32)
-    return Integers(np.clip(steps, -limit, limit).astype(np.int8), scale, _bias_steps(layer, bias_scale), bias_scale)
+    shift = None if mean is None else shift_of(layer, steps * scale.reshape(shape).astype(np.float64) - weight, mean)
+    return Integers(steps, scale, _bias_steps(layer, shift, bias_scale), bias_scale, shift)
 
 
-def _bias_steps(layer: Layer, scale: np.ndarray) -> np.ndarray | None:
-    if layer.bias is None:
+def shift_of(layer: Layer, error: np.ndarray, mean: np.ndarray) -> np.ndarray | None:
+    """What an error of the weights adds to the mean of each output channel, E[y_q - y]: error @ E[x].
+
+    Nagel et al., "Data-free quantization through weight equalization and bias correction", 2019 (here with measured means).
+    """
+    node = layer.node
+    if layer.lookup or (node.op == "MatMul" and error.ndim != 2):
         return None
-    return np.clip(np.rint(layer.bias.astype(np.float64) / scale), -ACCUMULATOR, ACCUMULATOR).astype(np.int32)
+    if node.op != "Conv":
+        return (error if node.attr("transB", 0) else error.T) @ mean
+    per_input = error.reshape(*error.shape[:2], -1).sum(2)
+    groups = int(node.attr("group", 1))
+    return (per_input * np.repeat(mean.reshape(groups, -1), len(per_input) // groups, axis=0)).sum(1)
+
+
+def _bias_steps(layer: Layer, shift: np.ndarray | None, scale: np.ndarray) -> np.ndarray | None:
+    bias = layer.bias
+    if shift is not None and layer.node.op != "MatMul":
+        bias = -shift if bias is None else bias - shift
+    if bias is None:
+        return None
+    return np.clip(np.rint(bias / scale.astype(np.float64)), -ACCUMULATOR, ACCUMULATOR).astype(np.int32)

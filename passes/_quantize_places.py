@@ -16,7 +16,9 @@ from hwopt.analysis.qdq import Quantization, quantization
 from hwopt.analysis.regions import ELEMENTWISE, integer_operands
 from hwopt.ir import Graph, Node
 
-DATA, RIGHT = "data", "right"  # the roles of a value: a kernel's data, or the computed right side of a matmul (int8, symmetric)
+# The roles of a value: any kernel's data, or one side of a matmul of two computed values. There zero points are 0: correcting
+# them would take row and column sums at run time. The right side stands where weights do, and is int8.
+DATA, LEFT, RIGHT = "data", "left", "right"
 Key = tuple[str, str]  # value, role
 
 _VALUE_ONLY = frozenset(ELEMENTWISE) - {"QuantizeLinear", "DequantizeLinear", "Cast", "CastLike"}
@@ -63,7 +65,7 @@ def places_of(graph: Graph, wanted: Mapping[str, bool]) -> Places:
     _flow(places)
     todo: list[Key] = []
     for name, both in wanted.items():
-        for index, role in enumerate((DATA, RIGHT) if both else (DATA,)):
+        for index, role in enumerate((LEFT, RIGHT) if both else (DATA,)):
             places.reads[name, index] = role
             todo.append((graph.node[name].inputs[index], role))
     while todo:
@@ -161,7 +163,7 @@ def _existing(graph: Graph, key: Key) -> tuple[Node, Quantization] | None:
         found = quantization(graph, node)
         if found is None or not found.whole or found.dtype not in ("uint8", "int8"):
             continue
-        if role == DATA or (found.dtype == "int8" and int(found.zero_point) == 0):
+        if role == DATA or (int(found.zero_point) == 0 and (role == LEFT or found.dtype == "int8")):
             return node, found
     return None
 

@@ -11,16 +11,20 @@ import numpy as np
 from hwopt.analysis.ranges import Grid
 from hwopt.ir import Edit, Graph, Node, part, scalar
 from passes._quantize_layers import Integers, Layer, integers_of
-from passes._quantize_places import DATA, RIGHT, Key, Places
+from passes._quantize_places import DATA, LEFT, RIGHT, Key, Places
 
 
-def rewrite(places: Places, layers: Mapping[str, Layer], grids: Mapping[Key, Grid], *, reduce_range: bool) -> Edit:
-    """All changes as one Edit; `grids` holds the grid of every group of points."""
+def rewrite(
+    places: Places, layers: Mapping[str, Layer], grids: Mapping[Key, Grid], means: Mapping[str, np.ndarray], *, reduce_range: bool
+) -> Edit:
+    """All changes as one Edit; `grids` holds the grid of every group of points, `means` those of layers' input channels."""
     form = _Form(places, grids, places.graph.edit())
     for key in places.points:
         form.quantize(key)
     order = {node.name: index for index, node in enumerate(places.graph.nodes)}
-    for (_, role), node in sorted(places.moved.items(), key=lambda item: order[item[1].name]):
+    moves = sorted(((node, role) for (_, role), node in places.moved.items()), key=lambda move: order[move[0].name])
+    form.keep(reversed(moves))
+    for node, role in moves:
         form.move(node, role)
     for (name, index), role in places.reads.items():
         node = places.graph.node[name]
@@ -28,7 +32,8 @@ def rewrite(places: Places, layers: Mapping[str, Layer], grids: Mapping[Key, Gri
     for layer in layers.values():
         if layer.weight is not None:
             key = layer.node.inputs[0], DATA
-            form.weigh(layer, integers_of(layer, form.scale_of(key), reduce_range=reduce_range))
+            mean = means.get(layer.node.name)
+            form.weigh(layer, integers_of(layer, form.scale_of(key), mean, reduce_range=reduce_range))
     return form.finish(name for name, layer in layers.items() if layer.node.op == "Gemm")
 
 
@@ -43,6 +48,8 @@ class _Form:
     copies: dict[Key, str] = field(default_factory=dict)  # the same dequantized
     grid_names: dict[Key, tuple[str, str]] = field(default_factory=dict)  # scale and zero point of a group
     inputs: dict[str, list[str]] = field(default_factory=dict)  # of rewired nodes
+    kept: set[Key] = field(default_factory=set)  # moved nodes, with their role, whose float form is still read
+    integer_nodes: set[str] = field(default_factory=set)  # moved in place: they read integers
     weights: dict[tuple[str, bytes], str] = field(default_factory=dict)  # dequantized weights, by origin and scale
 
     @property
@@ -123,6 +130,15 @@ class _Form:
         attrs = {} if axis is None else {"axis": axis}
         return self.edit.emit("DequantizeLinear", [integer, *names], name=f"{value}_dequantize", outputs=[output], attrs=attrs)
 
+    def keep(self, moves: Iterable[tuple[Node, str]]) -> None:
+        """Note which moved nodes stay in float as well, readers first: their own float inputs are then read too."""
+        for node, role in moves:
+            if not self._computed(node, role) and self._read_in_float(node, role):
+                self.kept.add((node.name, role))
+
+    def _computed(self, node: Node, role: str) -> bool:
+        return role == DATA and node.output in self.places.integer
+
     def move(self, node: Node, role: str) -> None:
         """The same operator on integers, in place of the float one unless somebody still reads that."""
         inputs = [self.integer((v, role)) if i == 0 or node.op == "Concat" else v for i, v in enumerate(node.inputs)]
@@ -130,9 +146,10 @@ class _Form:
             inputs[2:3] = [self.grid((node.output, role))[1]]
         outputs = [self.edit.fresh(f"{value}_quantized") if value else "" for value in node.outputs]
         self.eight.update(((value, role), name) for value, name in zip(node.outputs, outputs, strict=True))
-        computed = role == DATA and node.output in self.places.integer
-        if computed or not self._read_in_float(node, role):
+        computed = self._computed(node, role)
+        if (node.name, role) not in self.kept:
             self.edit.replace(node, inputs=tuple(inputs), outputs=tuple(outputs))
+            self.integer_nodes.add(node.name)
         else:
             self.edit.emit(node.op, inputs, attrs=node.attrs, name=part(node, f"{role}8"), outputs=outputs, like=node)
         for value in node.outputs if computed else ():
@@ -141,13 +158,14 @@ class _Form:
 
     def _read_in_float(self, node: Node, role: str) -> bool:
         """True if somebody reads the node's result as it was, or in another role."""
-        if any((node.name, other) in self.places.moved for other in (DATA, RIGHT) if other != role):
+        if any((node.name, other) in self.places.moved for other in (DATA, LEFT, RIGHT) if other != role):
             return True
         for value in node.outputs:
             edges = self._edges(value)
             if value in self.graph.outputs:
                 return True
-            if any(edge not in self.places.reads and (edge[0], role) not in self.places.moved for edge in edges):
+            floating = [edge for edge in edges if edge not in self.places.reads]
+            if any((name, role) not in self.places.moved or (name, role) in self.kept for name, _ in floating):
                 return True
         return False
 
@@ -157,17 +175,33 @@ class _Form:
         return [(user.name, index) for user in users for index, read in enumerate(user.inputs) if read == value]
 
     def rewire(self, node: Node, index: int, value: str) -> None:
-        self.inputs.setdefault(node.name, list(node.inputs))[index] = value
+        if node.name not in self.integer_nodes:
+            self.inputs.setdefault(node.name, list(node.inputs))[index] = value
 
     def weigh(self, layer: Layer, numbers: Integers) -> None:
         """Integer weights and bias behind their dequantization."""
         node = layer.node
         self.rewire(node, 1, self._weight(layer, numbers))
+        if node.op == "MatMul" and numbers.shift is not None:
+            self._correct_behind(node, numbers.shift)
         if numbers.bias is None:
             return
-        names = self._params(node.inputs[2], numbers.bias_scale, np.int32)
-        bias = self.edit.param(f"{node.inputs[2]}_int32", numbers.bias)
-        self.rewire(node, 2, self._dequantize(node.inputs[2], bias, names, 0 if numbers.bias_scale.ndim else None))
+        given = len(node.inputs) > 2 and bool(node.inputs[2])
+        name = node.inputs[2] if given else part(node, "bias")
+        bias = self.edit.param(f"{name}_int32", numbers.bias)
+        names = self._params(name, numbers.bias_scale, np.int32)
+        self.inputs[node.name][2:] = [self._dequantize(name, bias, names, 0 if numbers.bias_scale.ndim else None)]
+
+    def _correct_behind(self, node: Node, shift: np.ndarray) -> None:
+        """A MatMul has no bias of its own: correct the one that an Add behind it adds, if there is one."""
+        add = self.graph.sole_user(node.output)
+        if add is None or add.op != "Add":
+            return
+        index = 1 - add.inputs.index(node.output)
+        bias = self.graph.constant(add.inputs[index])
+        if bias is not None and bias.size == len(shift) and bias.shape[-1:] == shift.shape:
+            corrected = (bias - shift.reshape(bias.shape)).astype(np.float32)
+            self.rewire(add, index, self.edit.param(f"{add.inputs[index]}_corrected", corrected))
 
     def _weight(self, layer: Layer, numbers: Integers) -> str:
         source = layer.node.inputs[1]

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hwopt.analysis.ranges import CALIBRATORS, Grid, Histogram, check_calibrator, grid_of, histograms
+from hwopt.analysis.ranges import CALIBRATORS, Grid, Histogram, Observations, Probe, check_calibrator, grid_of, observed
 from hwopt.errors import PassError
 from hwopt.ir import Graph, of_op
 from hwopt.pipeline import Context, Pass, Phase, Refusal
 from hwopt.target import Target
 from passes._quantize_layers import OPS, QUANTIZED, Layer, layer_of
-from passes._quantize_places import RIGHT, Key, Places, places_of
+from passes._quantize_places import LEFT, RIGHT, Key, Places, places_of
 from passes._quantize_rewrite import rewrite
 
 
@@ -35,6 +35,7 @@ class Quantize(Pass):
 
     calibrator: str = "minmax"
     percent: float = 99.99  # what the percentile calibrator keeps
+    correct_bias: bool = True  # biases make up for the mean error of rounded weights
     reduce_range: bool = False  # 7-bit weights, for kernels that add pairs of products in 16 bits
 
     def run(self, graph: Graph, ctx: Context) -> Graph:
@@ -46,8 +47,13 @@ class Quantize(Pass):
         if ctx.calibration is None:
             raise PassError("static quantization needs calibration data", place=str(self), hint="give some with --calibrate")
         places = places_of(graph, {name: layer.weight is None for name, layer in layers.items()})
-        grids = self._grids(places, ctx, everywhere(graph))
-        return rewrite(places, layers, grids, reduce_range=self.reduce_range).finish(str(self))
+        probes: list[Probe] = [(value, None) for value, _ in places.points]
+        if self.correct_bias:
+            probes += [mean_probe(layer) for layer in layers.values() if layer.weight is not None]
+        seen = observed(graph, ctx.calibration, probes, everywhere(graph, self.correct_bias))
+        means = {name: seen.mean(*mean_probe(layer)) for name, layer in layers.items() if mean_probe(layer) in seen.found}
+        grids = self._grids(places, seen, ctx.target)
+        return rewrite(places, layers, grids, means, reduce_range=self.reduce_range).finish(str(self))
 
     @classmethod
     def candidates(cls, graph: Graph, target: Target) -> Iterator[Pass | Refusal]:
@@ -75,26 +81,33 @@ class Quantize(Pass):
                 ctx.refuse(self, node, layer)
         return found
 
-    def _grids(self, places: Places, ctx: Context, others: list[str]) -> dict[Key, Grid]:
+    def _grids(self, places: Places, seen: Observations, target: Target | None) -> dict[Key, Grid]:
         """One grid for each group of values that must share it, from the histogram of all of them."""
-        if ctx.calibration is None:
-            return {}
-        seen = histograms(places.graph, ctx.calibration, [value for value, _ in places.points], others)
-        grids: dict[Key, Grid] = {}
         merged: dict[Key, Histogram] = {}
         for key in places.points:
-            group = places.group(key)
-            merged[group] = merged[group].merge(seen[key[0]]) if group in merged else seen[key[0]]
+            group, histogram = places.group(key), seen.histogram(key[0])
+            merged[group] = merged[group].merge(histogram) if group in merged else histogram
+        options = {"percent": self.percent} if self.calibrator == "percentile" else {}
+        grids: dict[Key, Grid] = {}
         for group, histogram in merged.items():
-            options = {"percent": self.percent} if self.calibrator == "percentile" else {}
             low, high = CALIBRATORS[self.calibrator](histogram, **options)
-            dtype = "int8" if group[1] == RIGHT else ctx.target.activation if ctx.target else "uint8"
-            grids[group] = grid_of(low, high, dtype, symmetric=group[1] == RIGHT)
+            dtype = target.activation if target else "uint8"
+            if group[1] == RIGHT or (group[1] == LEFT and (low < 0 or dtype == "int8")):
+                grids[group] = grid_of(low, high, "int8", symmetric=True)
+            else:
+                grids[group] = grid_of(low, high, dtype)
         return grids
 
 
-def everywhere(graph: Graph) -> list[str]:
-    """The values that quantizing every layer would quantize: observed together when planners ask for layer after layer."""
-    layers = {node.name: layer_of(graph, node) for node in of_op(graph, *OPS)}
-    wanted = {name: layer.weight is None for name, layer in layers.items() if isinstance(layer, Layer)}
-    return [value for value, _ in places_of(graph, wanted).points]
+def mean_probe(layer: Layer) -> tuple[str, int]:
+    """The layer's input and the axis of its channels."""
+    return layer.node.inputs[0], 1 if layer.node.op == "Conv" else -1
+
+
+def everywhere(graph: Graph, means: bool) -> list[Probe]:
+    """What quantizing every layer would observe: observed together when planners ask for layer after layer."""
+    found = (layer_of(graph, node) for node in of_op(graph, *OPS))
+    layers = [layer for layer in found if isinstance(layer, Layer)]
+    places = places_of(graph, {layer.node.name: layer.weight is None for layer in layers})
+    probes: list[Probe] = [(value, None) for value, _ in places.points]
+    return probes + [mean_probe(layer) for layer in layers if means and layer.weight is not None]

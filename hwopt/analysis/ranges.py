@@ -91,46 +91,89 @@ def _bins(values: np.ndarray, exponent: int) -> np.ndarray:
     return np.floor(scaled).astype(np.intp)
 
 
-def observe(batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, Histogram]:
-    """One histogram for every named value, over all batches."""
-    found: dict[str, Histogram] = {}
+@dataclass(frozen=True, eq=False)
+class ChannelMean:
+    """The mean of every channel along one axis, streamed."""
+
+    axis: int
+    sums: np.ndarray | float = 0.0
+    count: int = 0
+
+    @property
+    def mean(self) -> np.ndarray:
+        """[channels]"""
+        return np.atleast_1d(np.asarray(self.sums / max(self.count, 1)))
+
+    def add(self, array: np.ndarray, name: str = "") -> ChannelMean:
+        """With these values counted too. Raises DataError, naming the value, for NaN and infinity."""
+        axis = self.axis % array.ndim
+        if axis == array.ndim - 1:
+            rows = array.reshape(-1, array.shape[-1])
+            sums = np.ones(len(rows), rows.dtype) @ rows
+        else:  # the last axis first: it is contiguous, and numpy sums it pairwise
+            inner = array.sum(axis=tuple(range(axis + 1, array.ndim)))
+            sums = inner.sum(axis=tuple(range(axis)), dtype=np.float64)
+        if not np.isfinite(sums).all():
+            raise DataError("holds NaN or infinity during calibration", place=f"value {name}" if name else "calibration")
+        return ChannelMean(self.axis, self.sums + sums, self.count + array.size // max(array.shape[axis], 1))
+
+
+# --- watching a model run ---
+
+Probe = tuple[str, int | None]  # a value, and the axis of the channels whose means are wanted, or None for its histogram
+
+
+@dataclass(frozen=True, eq=False)
+class Observations:
+    """What probes saw."""
+
+    found: Mapping[Probe, Histogram | ChannelMean]
+
+    def histogram(self, value: str) -> Histogram:
+        found = self.found[value, None]
+        return found if isinstance(found, Histogram) else Histogram()
+
+    def mean(self, value: str, axis: int) -> np.ndarray:
+        found = self.found[value, axis]
+        return found.mean if isinstance(found, ChannelMean) else np.zeros(1)
+
+
+def observe(batches: Iterable[Mapping[str, np.ndarray]], probes: Iterable[Probe]) -> Observations:
+    """Run the probes over all batches (arrays by value name), in constant memory."""
+    found: dict[Probe, Histogram | ChannelMean]
+    found = {(value, axis): Histogram() if axis is None else ChannelMean(axis) for value, axis in probes}
     for batch in batches:
-        for name, array in batch.items():
-            found[name] = found.get(name, Histogram()).add(array, name)
-    return found
+        for value, axis in found:
+            found[value, axis] = found[value, axis].add(batch[value], value)
+    return Observations(found)
 
 
-def histograms(graph: Graph, samples: Samples, values: Iterable[str], others: Iterable[str] = ()) -> dict[str, Histogram]:
-    """Histograms of intermediate values and inputs over all samples, in one sweep of ONNX Runtime, batch by batch.
+def observed(graph: Graph, samples: Samples, probes: Iterable[Probe], others: Iterable[Probe] = ()) -> Observations:
+    """Probe inputs and intermediate values over all samples, in one sweep of ONNX Runtime, batch by batch.
 
-    Remembered for the graph and the samples: asked a second time, it observes `others` in the same sweep. Raises DataError
-    for values that are not finite.
+    Remembered for the graph and the samples: asked a second time, it runs the probes in `others` in the same sweep. Raises
+    DataError for values that are not finite.
     """
     known = _known(graph, samples)
-    wanted = tuple(dict.fromkeys(values))
-    missing = [value for value in wanted if value not in known]
+    wanted = tuple(dict.fromkeys(probes))
+    missing = [probe for probe in wanted if probe not in known]
     if missing and known:
-        missing = [value for value in dict.fromkeys((*missing, *others)) if value not in known]
+        missing = [probe for probe in dict.fromkeys((*missing, *others)) if probe not in known]
     if missing:
-        known.update(_observed(graph, samples, missing))
-    return {value: known[value] for value in wanted}
+        known.update(observe(_batches(graph, samples, missing), missing).found)
+    return Observations({probe: known[probe] for probe in wanted})
 
 
 @remembered
-def _known(_graph: Graph, _samples: Samples) -> MutableMapping[str, Histogram]:
+def _known(_graph: Graph, _samples: Samples) -> MutableMapping[Probe, Histogram | ChannelMean]:
     return {}
 
 
-def _observed(graph: Graph, samples: Samples, values: list[str]) -> dict[str, Histogram]:
-    watched = observing(graph, values)
+def _batches(graph: Graph, samples: Samples, probes: Iterable[Probe]) -> Iterator[Mapping[str, np.ndarray]]:
+    watched = observing(graph, (value for value, _ in probes))
     session = Session(watched) if watched.outputs else None
-    fed = [value for value in values if value in graph.inputs]
-
-    def batches() -> Iterator[Mapping[str, np.ndarray]]:
-        for feeds in samples.feeds(graph):
-            yield {**{value: feeds[value] for value in fed}, **(session.run(feeds) if session else {})}
-
-    return observe(batches())
+    for feeds in samples.feeds(graph):
+        yield {**feeds, **(session.run(feeds) if session else {})}
 
 
 # --- calibrators: histogram -> range ---
