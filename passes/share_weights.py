@@ -18,7 +18,8 @@ from hwopt.target import Target
 from passes._bias import correct_bias, mean_shift
 from passes._kmeans import CELLS, nearest, optimal_codebook
 
-OPS = ("Conv", "Gemm", "MatMul")
+OPS = ("Conv", "Gemm", "MatMul", "Gather")
+LAYERS = OPS[:3]  # what multiplies its input by the weights
 AXES = ("tensor", "channel-group")
 SENSITIVITIES = ("activation", "uniform")
 BITS = (2, 3, 4, 6, 8)  # worth considering for one codebook
@@ -34,8 +35,8 @@ class ShareWeights(Pass):
 
     The codebook is the optimal one-dimensional k-means of the weights. With calibration data each weight counts by the mean
     square of its input channel, and the bias takes back the mean error of the outputs; without data, or with
-    sensitivity=uniform, all count alike. Indices lie packed in uint8: a 6-bit one
-    as a plane of 4 bits and a plane of 2 bits, each split by BitShift and BitwiseAnd. Applies to constant weights that nobody
+    sensitivity=uniform, all count alike. Indices lie packed in uint8: a 6-bit one as a plane of 4 bits and
+    a plane of 2 bits, each split by BitShift and BitwiseAnd. Applies to constant weights, embedding tables included, that nobody
     outside of `site` reads and that shrink. Han et al. 2016 ("Deep compression"); decoded, they compute as before.
     """
 
@@ -51,14 +52,14 @@ class ShareWeights(Pass):
     def run(self, graph: Graph, ctx: Context) -> Graph:
         self._check(graph)
         chosen: dict[str, list[Node]] = {}  # weight -> the nodes that read it
-        for node in graph.nodes if self.site else of_op(graph, *OPS):
+        for node in graph.nodes if self.site else _takers(graph):
             if not self.covers(node) or (node.op not in OPS and node.name not in self.site):
                 continue
             reason = self._reason(graph, node)
             if reason:
                 ctx.refuse(self, node, reason)
             else:
-                chosen.setdefault(node.inputs[1], []).append(node)
+                chosen.setdefault(_weight(node), []).append(node)
         edit, moments = graph.edit(), self._moments(graph, [node for nodes in chosen.values() for node in nodes], ctx)
         for weight, nodes in chosen.items():
             self._share(edit, graph, nodes, weight, moments)
@@ -66,7 +67,7 @@ class ShareWeights(Pass):
 
     @classmethod
     def candidates(cls, graph: Graph, target: Target) -> Iterator[Pass | Refusal]:
-        for node in of_op(graph, *OPS):
+        for node in _takers(graph):
             reason = cls((node.name,), min(BITS))._reason(graph, node)
             if reason:
                 yield Refusal(cls.name, node.name, reason)
@@ -75,7 +76,8 @@ class ShareWeights(Pass):
             channels, granule = _channels(graph, node), target.granule_of("float32")
             sizes = (math.ceil(size / granule) * granule for size in GROUPS)
             group = next((size for size in sizes if channels % size == 0 and channels > size), 0)
-            found += [cls((node.name,), bits, "channel-group", group) for bits in GROUPED_BITS if group]
+            grouped = GROUPED_BITS if group and node.op in LAYERS else ()
+            found += [cls((node.name,), bits, "channel-group", group) for bits in grouped]
             yield from (one for one in found if not one._reason(graph, node))
 
     def _check(self, graph: Graph) -> None:
@@ -92,12 +94,14 @@ class ShareWeights(Pass):
         """Why this node's weights are not shared; empty if they can be."""
         if node.op not in OPS or node.domain:
             return f"is a {node.op}; share-weights takes {', '.join(OPS)}"
-        weight = graph.constant(node.inputs[1])
+        name = _weight(node)
+        weight = graph.constant(name)
         if weight is None:
             return "weights are not constant"
-        readers = graph.users[node.inputs[1]]
-        others = [one.name for one in readers if not self.covers(one) or one.op not in OPS or one.inputs[1] != node.inputs[1]]
-        if others or node.inputs[1] in graph.outputs:
+        if node.op == "Gather" and (self.group or not _is_table(graph, node)):
+            return "an embedding has no output channels" if self.group else "does not look up the rows of a table"
+        others = [one.name for one in graph.users[name] if not self._takes(one, name)]
+        if others or name in graph.outputs:
             return f"weight is shared with {', '.join(others) or 'the outputs'}"
         if weight.dtype.kind != "f":
             return f"weights are {weight.dtype}"
@@ -109,6 +113,10 @@ class ShareWeights(Pass):
             return f"group {self.group} does not divide {_channels(graph, node)} output channels"
         return self._too_small(weight, _channels(graph, node) // self.group if self.group else 1)
 
+    def _takes(self, node: Node, weight: str) -> bool:
+        """True if this reader of the weight is one whose weights are to be shared."""
+        return self.covers(node) and node.op in (LAYERS if self.group else OPS) and _weight(node) == weight
+
     def _too_small(self, weight: np.ndarray, codebooks: int) -> str:
         """Why it would not shrink, if so. Same formula as what `_decode` emits, with an upper bound for the constants."""
         indices = sum(math.ceil(weight.size * width / 8) for width in _planes(self.bits))
@@ -118,8 +126,8 @@ class ShareWeights(Pass):
     def _moments(self, graph: Graph, nodes: list[Node], ctx: Context) -> Mapping[str, np.ndarray]:
         if self.sensitivity == "uniform" or ctx.calibration is None or not nodes:
             return {}
-        others = [node for node in of_op(graph, *OPS) if node.inputs[1] in graph.params]
-        return channel_moments(graph, ctx.calibration, nodes, others)
+        others = [node for node in of_op(graph, *LAYERS) if node.inputs[1] in graph.params]
+        return channel_moments(graph, ctx.calibration, [node for node in nodes if node.op in LAYERS], others)
 
     def _share(self, edit: Edit, graph: Graph, nodes: list[Node], weight: str, moments: Mapping[str, np.ndarray]) -> None:
         node, array = nodes[0], graph.params[weight]
@@ -129,9 +137,25 @@ class ShareWeights(Pass):
         codebooks = channels // self.group if self.group else 1
         books, indices = shared(array, moments.get(node.name), self.bits, codebooks, last, groups)
         edit.forward(weight, _decode(edit, node, array.shape, books, indices, self.bits, last))
-        for reader in nodes if moments else ():
+        for reader in (one for one in nodes if one.name in moments):
             change = unpacked(books, indices, array.shape, last) - array
             correct_bias(edit, graph, reader, mean_shift(reader, change, moments[reader.name][0]))
+
+
+def _weight(node: Node) -> str:
+    """The weights' name: a Gather looks up rows of its first input."""
+    return node.inputs[0] if node.op == "Gather" else node.inputs[1]
+
+
+def _is_table(graph: Graph, node: Node) -> bool:
+    """An embedding: rows of a constant matrix."""
+    table = graph.constant(node.inputs[0])
+    return table is not None and table.ndim == 2 and table.dtype.kind == "f" and node.attr("axis", 0) == 0
+
+
+def _takers(graph: Graph) -> Iterator[Node]:
+    """The nodes that have weights to share; most Gathers of a model handle shapes."""
+    return (node for node in of_op(graph, *OPS) if node.op != "Gather" or _is_table(graph, node))
 
 
 def _planes(bits: int) -> tuple[int, ...]:
@@ -145,7 +169,7 @@ def _channels_last(node: Node) -> bool:
 
 
 def _channels(graph: Graph, node: Node) -> int:
-    return graph.params[node.inputs[1]].shape[-1 if _channels_last(node) else 0]
+    return graph.params[_weight(node)].shape[-1 if _channels_last(node) else 0]
 
 
 @remembered

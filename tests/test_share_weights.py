@@ -282,12 +282,27 @@ def test_a_weight_read_twice_is_stored_once() -> None:
     np.testing.assert_allclose(run(after, feeds)["y"], 2 * feeds["x"] @ book[nearest(weight, book)], rtol=1e-5, atol=1e-5)
 
 
+def test_an_embedding_is_shared_with_the_layer_that_is_tied_to_it() -> None:
+    graph = twins(embedding=True)
+    after = run_pass(ShareWeights(bits=8), graph, Context(calibration=loud(6, 32)))
+    assert after.node["fc1"].inputs[1] == after.node["fc3"].inputs[0]
+    feeds = {"x": normal(3, 32)}
+    np.testing.assert_allclose(run(after, feeds)["y"], run(graph, feeds)["y"], atol=0.2)
+
+
+def test_gathers_of_shapes_are_no_embeddings() -> None:
+    nodes = (Node("Shape", ("x",), ("s",), "shape"), Node("Gather", ("s", "i"), ("y",), "dim"))
+    assert list(ShareWeights.candidates(graph_of(nodes, (3, 32), i=np.array(0)), TARGET)) == []
+
+
 @pytest.mark.parametrize(
     ("graph", "one", "reason"),
     [
         (twins(), ShareWeights(("fc1",)), "weight is shared with fc3"),
-        (twins(embedding=True), ShareWeights(), "weight is shared with fc3"),
-        (twins(), ShareWeights(("add",)), "is a Add; share-weights takes Conv, Gemm, MatMul"),
+        (twins(embedding=True), ShareWeights(("fc1",)), "weight is shared with fc3"),
+        (twins(embedding=True), ShareWeights((), 4, "channel-group", 8), "weight is shared with fc3"),
+        (twins(embedding=True), ShareWeights(("fc3",), 4, "channel-group", 8), "an embedding has no output channels"),
+        (twins(), ShareWeights(("add",)), "is a Add; share-weights takes Conv, Gemm, MatMul, Gather"),
         (layer("MatMul", normal(8, 8)), ShareWeights(bits=8), "need 1184 bytes, the weights 256"),
         (
             layer("MatMul", normal(32, 30)),
