@@ -172,7 +172,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     place = str(folder / MANIFEST)
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         what = "not an artifact: it has no manifest.json" if folder.is_dir() else "no such artifact"
         raise ArtifactError(what, place=str(folder)) from error
     except (OSError, ValueError) as error:

@@ -131,6 +131,15 @@ def test_bench_reports_seconds_and_uses_the_threads_asked_for(write, tmp_path):
             artifact.bench(**options)
 
 
+def test_a_runner_holds_its_arrays_and_checks_them_once(write, tmp_path):
+    artifact = write(tmp_path / "a")
+    run = artifact.runner({"x": X[::-1]})  # a copy that nobody else holds
+    for _ in range(3):
+        run()
+    with pytest.raises(DataError):
+        artifact.runner({})
+
+
 # ----------------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -190,6 +199,9 @@ def test_the_report_of_an_artifact_for_another_machine_can_be_read_but_it_does_n
 def test_what_is_no_artifact_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match="nowhere: no such artifact"):
         Artifact(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="file: no such artifact"):
+        Artifact(tmp_path / "file")
     with pytest.raises(ArtifactError, match="not an artifact: it has no manifest"):
         Artifact(tmp_path)
 

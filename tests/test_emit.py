@@ -24,7 +24,7 @@ from hwopt.emit.engine import aligned_empty
 from hwopt.emit.memory import bytes_of, least_bytes, lifetimes, root_of
 from hwopt.emit.toolchain import find_compiler
 from hwopt.emit.weights import pack_weights
-from hwopt.errors import ToolchainError, UnsupportedError, UsageError, VerifyError
+from hwopt.errors import HwoptError, ToolchainError, UnsupportedError, UsageError, VerifyError
 from tests._kernels import constant, kernels, program
 
 SYSTEM = {"libc.so.6", "libm.so.6", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}  # the loader: for thread-local storage
@@ -425,14 +425,22 @@ def test_options_out_of_range_are_refused(tmp_path):
 
 
 def test_without_a_compiler_the_message_says_what_to_install(tmp_path, monkeypatch):
-    with pytest.raises(ToolchainError, match=r"no C compiler.*install one: apt install gcc"):
-        find_compiler({"PATH": str(tmp_path)})
+    with pytest.raises(ToolchainError, match=r"no C compiler.*install one \(apt install gcc\)"):
+        find_compiler("", {"PATH": str(tmp_path)})
+    with pytest.raises(ToolchainError, match=r"no C compiler \(riscv64-linux-gnu-gcc\) in PATH; .*gcc-riscv64-linux-gnu"):
+        find_compiler("riscv", {"PATH": str(tmp_path)})
     with pytest.raises(ToolchainError, match="'no-such-cc', which CC asks for"):
-        find_compiler({"PATH": os.environ["PATH"], "CC": "no-such-cc -m64"})
+        find_compiler("", {"PATH": os.environ["PATH"], "CC": "no-such-cc -m64"})
     monkeypatch.setenv("CC", "false")
     with pytest.raises(ToolchainError, match="failed with 1"):
         build_library(program(("double", "x", "y")), tmp_path / "m")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_with_its_name(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HwoptError, match=r"file/m: cannot be written: (Not a directory|File exists)"):
+        build_library(program(("double", "x", "y")), tmp_path / "file" / "m")
 
 
 def test_a_processor_without_the_features_gets_a_code_not_a_crash(tmp_path):
@@ -513,6 +521,26 @@ def test_headers_of_two_models_go_into_one_c_plus_plus_file(tmp_path):
     (tmp_path / "use.cc").write_text(source)
     command = ["c++", "-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only", "use.cc"]
     subprocess.run(command, cwd=tmp_path, check=True)
+
+
+def test_two_models_in_one_program_share_one_runtime(tmp_path):
+    for name, kernel in (("first", "tasks"), ("second", "scratch")):
+        built = build_library(program((kernel, "x", "y"), name=name), tmp_path / name, threads=2)
+        objects = [f"{name}.o", "hwopt_runtime.o", f"{name}_weights.o", f"{name}_kernels0.o"]
+        sources = [f"{name}.c", "hwopt_runtime.c", f"{name}_weights.S"]
+        subprocess.run(["cc", "-std=c11", "-O1", "-c", *sources], cwd=built.folder, check=True)
+        subprocess.run(["ar", "rcsD", f"lib{name}.a", *objects], cwd=built.folder, check=True)
+    (tmp_path / "main.c").write_text("""
+        #include "first/first.h"
+        #include "second/second.h"
+        int main(void) {
+          float x[40] = {5}, y[40], z[40];
+          if (first_run(x, y, 0) || second_run(x, z, 0) || first_set_threads(1) || first_info()->inputs_count != 1) return 1;
+          return y[0] == 2 && z[0] == 12 ? 0 : 2;
+        }""")
+    archives = ["first/libfirst.a", "second/libsecond.a"]
+    subprocess.run(["cc", "-std=c11", "-o", "main", "main.c", *archives, "-pthread"], cwd=tmp_path, check=True)
+    subprocess.run([tmp_path / "main"], check=True)
 
 
 def test_a_heap_free_build_lives_in_the_callers_workspace(tmp_path):

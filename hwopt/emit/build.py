@@ -17,7 +17,7 @@ from hwopt.emit.memory import plan_memory
 from hwopt.emit.program import Program
 from hwopt.emit.toolchain import find_compiler, run_compiler
 from hwopt.emit.weights import assembly, pack_weights
-from hwopt.errors import UnsupportedError, UsageError
+from hwopt.errors import HwoptError, UnsupportedError, UsageError
 from hwopt.ir import TensorType
 
 RUNTIME = ("hwopt_runtime.c", "hwopt_runtime.h", "hwopt_types.h")
@@ -60,32 +60,27 @@ def build_library(
     parallel: str = "pthread",
     scratch_bytes: int = 0,
 ) -> Library:
-    """Write `<name>.h`, `<name>.c`, the weights, the kernels, the runtime and `lib<name>.so` into `folder`, all or nothing.
+    """Write `<name>.h`, `<name>.c`, the weights, the kernels, the runtime and `lib<name>.so` into `folder`.
 
     `features` are checked when the library runs (names of /proc/cpuinfo); `threads` is what a run uses until somebody says
     otherwise; `scratch_bytes` is room in the workspace for what kernels allocate. The same program gives the same bytes.
-    Raises UnsupportedError for what plain C cannot run, ToolchainError without a C compiler.
+    Nothing is written before everything is built. Raises UnsupportedError for what plain C cannot run, and ToolchainError
+    without a C compiler.
     """
     _check_options(program, threads, parallel)
-    compiler = find_compiler()
     check_program(program)
     machine = check_objects(program)
+    compiler = find_compiler(machine)
     weights = pack_weights(program)
     if len(weights.blob) >= 1 << 31:
         raise UnsupportedError(f"{len(weights.blob)} bytes of constants; a library holds 2 GB", place=program.name)
     symbols = frozenset(name for data in program.objects for name in read_object(data).functions)
     layout = Layout(program, plan_memory(program), weights, symbols, scratch_bytes)
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
-        made = Path(work) / "library"
-        made.mkdir()
-        _write_sources(made, layout, threads, check_code(features, machine), tuple(sorted(features)))
-        _compile(made, program, compiler, PARALLEL[parallel])
-        folder.mkdir(exist_ok=True)
-        files = tuple(sorted(path.name for path in made.iterdir()))
-        for name in files:
-            (made / name).replace(folder / name)
+    folder, check = Path(folder), check_code(features, machine)
+    try:
+        files = _make(folder, layout, compiler, (threads, check, tuple(sorted(features))), PARALLEL[parallel])
+    except OSError as error:
+        raise HwoptError(f"cannot be written: {error.strerror or error}", place=str(folder)) from error
     return Library(
         name=program.name, folder=folder, files=files, shared=f"lib{program.name}.so", machine=machine,
         features=tuple(sorted(features)), threads=threads, inputs=_tensors(program, program.inputs),
@@ -101,6 +96,22 @@ def _check_options(program: Program, threads: int, parallel: str) -> None:
         raise UsageError(f"{threads} threads", hint="1 to 256")
     if parallel not in PARALLEL:
         raise UsageError(f"unknown way to run threads: {parallel!r}", hint=f"known: {', '.join(sorted(PARALLEL))}")
+
+
+def _make(
+    folder: Path, layout: Layout, compiler: tuple[str, ...], facts: tuple[int, str, tuple[str, ...]], parallel: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Build in a folder of its own next to `folder`, and move the files over once all of them are there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
+        made = Path(work)
+        _write_sources(made, layout, *facts)
+        _compile(made, layout.program, compiler, parallel)
+        folder.mkdir(exist_ok=True)
+        files = tuple(sorted(path.name for path in made.iterdir()))
+        for name in files:
+            (made / name).replace(folder / name)
+    return files
 
 
 def _write_sources(folder: Path, layout: Layout, threads: int, check: str, features: tuple[str, ...]) -> None:

@@ -9,22 +9,38 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from hwopt.emit.cpu import host_machine
 from hwopt.errors import ToolchainError
 
 COMPILERS = ("cc", "gcc", "clang")
 
+# machine -> the prefix of its GNU cross compiler
+CROSS: Mapping[str, str] = {
+    "aarch64": "aarch64-linux-gnu",
+    "arm": "arm-linux-gnueabihf",
+    "riscv": "riscv64-linux-gnu",
+    "x86_64": "x86_64-linux-gnu",
+    "i386": "i686-linux-gnu",
+}
 
-def find_compiler(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """The command that compiles C: $CC (which may hold options), else the first of cc, gcc, clang; raises ToolchainError."""
+
+def find_compiler(machine: str = "", environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """The command that compiles C for a machine ("" is this one): $CC, which may hold options, else a usual name.
+
+    Raises ToolchainError that says what to install.
+    """
     chosen = tuple(shlex.split(environment.get("CC", "")))
-    path = environment.get("PATH")
-    for command in [chosen] if chosen else [(name,) for name in COMPILERS]:
-        if shutil.which(command[0], path=path):
+    foreign = bool(machine) and machine != host_machine()
+    usual = (f"{CROSS.get(machine, machine)}-gcc",) if foreign else COMPILERS
+    for command in [chosen] if chosen else [(name,) for name in usual]:
+        if shutil.which(command[0], path=environment.get("PATH")):
             return command
     if chosen:
         raise ToolchainError(f"no C compiler {chosen[0]!r}, which CC asks for", hint="unset CC or correct it")
-    hint = "install one: apt install gcc, dnf install gcc or xcode-select --install; or name one in CC"
-    raise ToolchainError(f"no C compiler ({', '.join(COMPILERS)}) in PATH", hint=hint)
+    package = f"gcc-{CROSS.get(machine, machine)}" if foreign else "gcc"
+    raise ToolchainError(
+        f"no C compiler ({', '.join(usual)}) in PATH", hint=f"install one (apt install {package}) or name one in CC"
+    )
 
 
 def run_compiler(command: Sequence[str], folder: Path) -> None:
