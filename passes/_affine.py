@@ -164,11 +164,18 @@ class Layer:
         keep = self.bias is not None or bias.any()
         return self._unview(weight), bias.astype(self.array.dtype) if keep else None
 
-    def write(self, edit: Edit) -> None:
-        """Put the folded layer in place of everything it took."""
+    def write(self, edit: Edit) -> bool:
+        """Put the folded layer in place of everything it took; False if its numbers are too large for their type."""
         if not self.worthwhile:
-            return
-        weight, bias = self.folded()
+            return True
+        with np.errstate(over="ignore"):
+            weight, bias = self.folded()
+        if not np.isfinite(weight).all() or (bias is not None and not np.isfinite(bias).all()):
+            return False
+        self._write(edit, weight, bias)
+        return True
+
+    def _write(self, edit: Edit, weight: np.ndarray, bias: np.ndarray | None) -> None:
         node, last = self.node, self.behind[-1].node if self.behind else self.node
         inputs = [self.source, edit.param(f"{node.name}_weight", weight)]
         if node.op != "MatMul" or bias is None:

@@ -44,9 +44,15 @@ class FoldBatchNorm(Pass):
             elif layer:
                 reasons.update(dict.fromkeys((node.output, node.inputs[0]), f"{node.name}: {layer}"))
         edit = graph.edit()
-        for layer in layers.values():
-            layer.write(edit)
-        self._refuse(graph, ctx, {affine.node.name for layer in layers.values() for affine in layer.taken}, reasons)
+        written = [layer for layer in layers.values() if layer.write(edit)]
+        overflown = {
+            affine.node.output: f"the folded weights do not fit {layer.array.dtype}"
+            for layer in layers.values()
+            if layer not in written
+            for affine in layer.taken
+        }
+        folded = {affine.node.name for layer in written for affine in layer.taken}
+        self._refuse(graph, ctx, folded, {**reasons, **overflown})
         return edit.finish(str(self))
 
     def _refuse(self, graph: Graph, ctx: Context, folded: set[str], reasons: dict[str, str]) -> None:

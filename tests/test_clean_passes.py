@@ -144,6 +144,18 @@ def test_shared_weights_and_shared_values_are_refused_with_the_reason() -> None:
     assert [refusal.reason for refusal in ctx.refused] == ["the output of conv0 is read elsewhere"]
 
 
+def test_batch_norm_whose_folded_weights_overflow_is_refused() -> None:
+    build = Builder()
+    value = build.op(
+        "Conv", [build.input((1, 1, 3, 3), "float16"), build.param(np.full((1, 1, 1, 1), 3e4, np.float16))], (1, 1, 3, 3)
+    )
+    ones = [build.param(np.full(1, number, np.float16)) for number in (5.0, 0.0, 0.0, 1.0)]
+    build.outputs = [build.op("BatchNormalization", [value, *ones], (1, 1, 3, 3))]
+    graph, ctx = build.graph(), Context()
+    assert run_pass(FoldBatchNorm(), graph, ctx) is graph
+    assert [refusal.reason for refusal in ctx.refused] == ["the folded weights do not fit float16"]
+
+
 def test_batch_norm_alone_is_refused() -> None:
     ctx = Context()
     run_pass(FoldBatchNorm(), spelled(bn, IMAGE), ctx)
