@@ -91,6 +91,8 @@ def compile_model(
         baseline = build(job.graph, job, Path(scratch) / "baseline")
         found = _decide(job, replay, _scale(job, baseline))
         result = baseline if found.graph is job.graph else build(found.graph, job, Path(scratch) / "result")
+        if result is not baseline and searched(job, replay) and not job.budget.limited:
+            found, result = _worth_it(job, found, baseline, result)
         report = measured_report(job, found, baseline, result)
         return result.write(out, job, found, report)
 
@@ -263,6 +265,24 @@ def _decide(job: Job, replay: Plan | None, scale: float) -> Found:
         threads=job.threads, workers=CORES, progress=job.progress, scale=scale,
     )  # fmt: skip
     return search(task)
+
+
+def searched(job: Job, replay: Plan | None) -> bool:
+    """True if hwopt chose the changes itself, not the user."""
+    return replay is None and not job.fixed
+
+
+def _worth_it(job: Job, found: Found, baseline: Built, result: Built) -> tuple[Found, Built]:
+    """The result, or the unchanged model if the measurement does not confirm what the cost model promised."""
+    feeds = _feeds(job, baseline)
+    times = interleaved({"baseline": baseline.artifact.runner(feeds), "result": result.artifact.runner(feeds)})
+    before, after = times["baseline"].median, times["result"].median
+    if after < before:
+        return found, result
+    reason = f"measured: {before * 1e3:.4g} ms before and {after * 1e3:.4g} ms after all changes together"
+    refused = tuple(Refusal(one.by.partition("{")[0], one.by, reason) for one in found.plan.decisions)
+    plan = dataclasses.replace(found.plan, decisions=(), refused=(*found.plan.refused, *refused), seconds_after=before)
+    return Found(plan, job.graph, None), baseline
 
 
 def _plan_of(job: Job, stated: Sequence[tuple[str, str]], refused: tuple[Refusal, ...]) -> Plan:

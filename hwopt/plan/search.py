@@ -13,7 +13,7 @@ import numpy as np
 from hwopt.analysis.liveness import peak_activation_bytes
 from hwopt.analysis.regions import regions
 from hwopt.analysis.size import weight_bytes
-from hwopt.analysis.workload import workloads
+from hwopt.analysis.workload import kernels, workloads
 from hwopt.backends.ort import Session
 from hwopt.errors import BudgetError, DataError
 from hwopt.evaluate import Comparison, Scorer, compare
@@ -229,9 +229,7 @@ def _not_chosen(option: Option, chosen: Sequence[Option], base: Base) -> Refusal
 
 def graph_edges(graph: Graph, target: Target, threads: int) -> list[Edge]:
     """Values between kernels with weights, seen through those without; "" at the ends of the network."""
-    weighted = {
-        region.output: workload.name for region, workload in zip(regions(graph), workloads(graph), strict=True) if workload.macs
-    }
+    weighted = {region.output: workload.name for region, workload in kernels(graph) if workload.macs}
     origin: dict[str, frozenset[str]] = {value: frozenset({""}) for value in graph.inputs}
     edges: dict[tuple[str, str], float] = {}
     for region in regions(graph):

@@ -1,0 +1,175 @@
+"""The main job from end to end on a small model: plan, artifact, report, replay, budgets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+
+import hwopt
+from hwopt.backends.ort import Session
+from hwopt.compiler import clean, plan_model
+from hwopt.errors import ArtifactError, BudgetError, UnsupportedError, UsageError
+from hwopt.evaluate import compare
+from hwopt.io.onnx import load, save
+from hwopt.ir import Graph, Node, TensorType, frozen, infer_types
+from hwopt.pipeline import Context
+from hwopt.plan.budget import Budget
+from hwopt.plan.plan import plan_from_json
+
+
+def small_net() -> Graph:
+    """Three convolutions with a residual, pooling and a classifier; wide enough that every family has something to do."""
+    random = np.random.default_rng(0)
+
+    def weight(*shape: int) -> np.ndarray:
+        return frozen((random.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))).astype(np.float32))
+
+    params = {"w1": weight(32, 3, 3, 3), "w2": weight(64, 32, 3, 3), "w3": weight(64, 64, 3, 3), "w4": weight(64, 10)}
+    params |= {"b1": frozen(np.full(32, 0.1, np.float32)), "b4": frozen(np.zeros(10, np.float32))}
+    same = {"pads": (1, 1, 1, 1), "kernel_shape": (3, 3)}
+    nodes = (
+        Node("Conv", ("x", "w1", "b1"), ("c1",), "first", same),
+        Node("Relu", ("c1",), ("r1",), "relu1"),
+        Node("Conv", ("r1", "w2"), ("c2",), "second", same),
+        Node("Relu", ("c2",), ("r2",), "relu2"),
+        Node("Conv", ("r2", "w3"), ("c3",), "third", same),
+        Node("Add", ("c3", "r2"), ("s",), "add"),
+        Node("Relu", ("s",), ("r3",), "relu3"),
+        Node("GlobalAveragePool", ("r3",), ("p",), "pool"),
+        Node("Flatten", ("p",), ("f",), "flatten"),
+        Node("Gemm", ("f", "w4", "b4"), ("y",), "head"),
+    )
+    types = {"x": TensorType("float32", (1, 3, 16, 16))}
+    return infer_types(Graph("small", ("x",), ("y",), nodes, MappingProxyType(types), MappingProxyType(params), {"": 21}))
+
+
+def pictures(count: int, seed: int) -> dict[str, np.ndarray]:
+    return {"x": np.random.default_rng(seed).random((count, 3, 16, 16), np.float32)}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "small.onnx"
+    save(small_net(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def compiled(model: Path, tmp_path_factory: pytest.TempPathFactory) -> hwopt.Artifact:
+    out = tmp_path_factory.mktemp("out") / "artifact"
+    return hwopt.compile(model, out=out, calibrate=pictures(16, 1), evaluate=pictures(64, 2), budget=Budget(0.2), threads=1)
+
+
+def test_artifact_holds_everything_it_promises(compiled: hwopt.Artifact) -> None:
+    present = {path.name for path in compiled.path.iterdir()}
+    assert {"model.onnx", "plan.json", "report.json", "graph.txt", "manifest.json", "small.h", "libsmall.so"} <= present
+    report = compiled.report
+    for side in ("baseline", "result"):
+        assert {"score", "latency_seconds", "weight_bytes", "peak_activation_bytes"} <= set(report[side])
+    assert report["result"]["weight_bytes"] < report["baseline"]["weight_bytes"]
+    assert report["speedup"] == report["baseline"]["latency_seconds"] / report["result"]["latency_seconds"]
+    low, high = report["score_drop_interval"]
+    assert low <= report["score_drop"] <= high and report["score_drop"] <= 0.2
+    assert report["layers"] and report["machine"]["cpu"] and report["versions"]["apache-tvm"]
+
+
+def test_library_computes_what_its_onnx_model_says(compiled: hwopt.Artifact) -> None:
+    reference = Session(load(compiled.path / "model.onnx"))
+    for row in range(8):
+        feeds = {"x": pictures(8, 5)["x"][row : row + 1]}
+        wanted, found = reference.run(feeds)["y"], compiled.run(feeds)["y"]
+        np.testing.assert_allclose(found, wanted, atol=0.03 * np.abs(wanted).max())
+
+
+def test_plan_records_numbers_and_replays_to_the_same_bytes(compiled: hwopt.Artifact, model: Path, tmp_path: Path) -> None:
+    plan = plan_from_json((compiled.path / "plan.json").read_text())
+    assert plan.decisions and plan.refused and plan.rounds
+    assert all(decision.seconds_after < decision.seconds_before for decision in plan.decisions)
+    again = hwopt.compile(
+        model,
+        out=tmp_path / "again",
+        calibrate=pictures(16, 1),
+        evaluate=pictures(64, 2),
+        budget=Budget(0.2),
+        threads=1,
+        plan=plan,
+    )
+    for name in ("model.onnx", "libsmall.so", "small.c", "graph.txt"):
+        assert (again.path / name).read_bytes() == (compiled.path / name).read_bytes(), name
+
+
+def test_plan_for_another_model_is_refused(compiled: hwopt.Artifact, tmp_path: Path) -> None:
+    other = small_net().edit()
+    other.set_param("b1", np.zeros(32, np.float32))
+    save(other.finish("other"), tmp_path / "other.onnx")
+    with pytest.raises(UsageError, match="made for another model"):
+        hwopt.compile(tmp_path / "other.onnx", out=tmp_path / "x", calibrate=pictures(8, 1), plan=compiled.path / "plan.json")
+
+
+def test_without_data_nothing_lossy_is_done(model: Path) -> None:
+    found = plan_model(model)
+    assert found.plan.decisions == ()
+    assert {one.reason for one in found.plan.refused} == {"there are no data to choose and to judge by"}
+
+
+def test_stated_passes_are_applied_as_they_are(model: Path) -> None:
+    found = plan_model(model, passes="quantize{}", calibrate=pictures(8, 1))
+    assert [decision.by for decision in found.plan.decisions] == ["quantize"]
+    assert any(node.op == "QuantizeLinear" for node in found.graph.nodes)
+
+
+def test_size_budget_is_kept_or_answered_with_the_nearest_plan(model: Path) -> None:
+    data = {"calibrate": pictures(16, 1), "evaluate": pictures(32, 2)}
+    found = plan_model(model, budget=Budget(0.5, weight_bytes=60_000), **data)
+    assert found.plan.decisions
+    with pytest.raises(BudgetError, match=r"nearest plan|no combination"):
+        plan_model(model, budget=Budget(0.0, weight_bytes=2_000), **data)
+
+
+def test_plans_are_the_same_for_the_same_seed(model: Path) -> None:
+    data: Mapping[str, object] = {"calibrate": pictures(16, 1), "evaluate": pictures(32, 2), "budget": Budget(0.1)}
+    first, second = (plan_model(model, target="cortex-a72", **data).plan.to_json() for _ in range(2))
+    assert first == second
+
+
+def test_foreign_hardware_is_planned_but_not_compiled(model: Path, tmp_path: Path) -> None:
+    for target in ("nvidia-t4", "systolic-16x16", "cortex-a72"):
+        found = plan_model(model, target=target, calibrate=pictures(16, 1), evaluate=pictures(32, 2), budget=Budget(0.1))
+        assert found.plan.target == target
+        assert found.plan.seconds_after <= found.plan.seconds_before
+    with pytest.raises(UnsupportedError, match="no code generator for gpu"):
+        hwopt.compile(model, out=tmp_path / "x", target="nvidia-t4")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_of_somebody_else_is_left_alone(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="precious"):
+        hwopt.compile(model, out=tmp_path)
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_interrupted_search_keeps_the_best_plan(model: Path) -> None:
+    def impatient(stage: str, done: int, total: int) -> None:
+        if stage == "solving and measuring" and done == 1:
+            raise KeyboardInterrupt
+
+    found = plan_model(model, calibrate=pictures(16, 1), evaluate=pictures(64, 2), budget=Budget(0.5), progress=impatient)
+    assert len(found.plan.rounds) == 1
+
+
+def test_cleaning_keeps_the_outputs(model: Path) -> None:
+    graph = load(model)
+    feeds = {"x": pictures(1, 3)["x"]}
+    before, after = Session(graph).run(feeds)["y"], Session(clean(graph, Context())).run(feeds)["y"]
+    np.testing.assert_allclose(before, after, rtol=1e-4, atol=1e-5)
+
+
+def test_report_reads_back_as_json(compiled: hwopt.Artifact) -> None:
+    assert json.loads((compiled.path / "report.json").read_text()) == compiled.report
+    assert compare("x", np.ones(3), np.ones(3)).drop == 0
