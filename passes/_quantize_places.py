@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from hwopt.analysis.qdq import Quantization, quantization
-from hwopt.analysis.regions import ELEMENTWISE, integer_operands
+from hwopt.analysis.regions import integer_operands
 from hwopt.ir import Graph, Node
 
 # The roles of a value: any kernel's data, or one side of a matmul of two computed values. There zero points are 0: correcting
@@ -21,7 +21,25 @@ from hwopt.ir import Graph, Node
 DATA, LEFT, RIGHT = "data", "left", "right"
 Key = tuple[str, str]  # value, role
 
-_VALUE_ONLY = frozenset(ELEMENTWISE) - {"QuantizeLinear", "DequantizeLinear", "Cast", "CastLike"}
+# Elementwise operators that amplify no error: 8 bits in, 8 bits out. Sqrt, Pow, Exp or a division by what is computed are not
+# among them: inside an exploded LayerNorm or softmax they need their float inputs.
+_STEADY = frozenset(
+    {
+        "Relu",
+        "LeakyRelu",
+        "PRelu",
+        "ThresholdedRelu",
+        "Clip",
+        "Sigmoid",
+        "HardSigmoid",
+        "HardSwish",
+        "Tanh",
+        "Gelu",
+        "Erf",
+        "Mish",
+    }
+    | {"Elu", "Selu", "Celu", "Softplus", "Softsign", "Swish", "Abs", "Neg", "Add", "Sub", "Mul", "Div", "Min", "Max"}
+)
 _MOVES = frozenset(
     {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Transpose", "Split", "Slice", "Gather", "Expand", "Tile"}
     | {"DepthToSpace", "SpaceToDepth", "MaxPool"}
@@ -100,10 +118,14 @@ def _passes_on(graph: Graph, node: Node) -> bool:
     """True for operators that integer kernels compute if their input is quantized."""
     if node.op == "ReduceMean" and not _over_image(graph, node):
         return False
-    plain = node.domain == "" and (
-        node.op in _VALUE_ONLY or node.op in _MOVES or node.op in _POOLS or node.op in ("Pad", "Resize")
-    )
-    return plain and all(graph.tensor(value).dtype == "float32" for value in node.outputs if value)
+    passes = _is_steady(graph, node) or any(node.op in ops for ops in (_MOVES, _POOLS, ("Pad", "Resize")))
+    return passes and node.domain == "" and all(graph.tensor(value).dtype == "float32" for value in node.outputs if value)
+
+
+def _is_steady(graph: Graph, node: Node) -> bool:
+    divides = node.op == "Div" and graph.constant(node.inputs[1]) is None
+    squares = node.op == "Mul" and node.inputs[0] == node.inputs[1]
+    return node.domain == "" and node.op in _STEADY and not divides and not squares
 
 
 def _over_image(graph: Graph, node: Node) -> bool:
@@ -112,7 +134,7 @@ def _over_image(graph: Graph, node: Node) -> bool:
     given = node.attr("axes")
     array = graph.constant(node.inputs[1]) if given is None and len(node.inputs) > 1 else None
     axes = given if array is None else array.ravel().tolist()
-    return rank > 2 and axes is not None and sorted(int(axis) % rank for axis in axes) == list(range(2, rank))
+    return rank > 3 and axes is not None and sorted(int(axis) % rank for axis in axes) == list(range(2, rank))
 
 
 def _is_move(places: Places, node: Node) -> bool:
@@ -199,7 +221,7 @@ def kernel_before(places: Places, last: Node, order: Mapping[str, int]) -> list[
         anchor = node.name in places.anchors
         users = {user.name for value in node.outputs for user in graph.users.get(value, ())}
         private = users <= inside.keys() and not any(value in graph.outputs for value in node.outputs)
-        fits = (anchor and not anchored) or (not anchor and node.op in _VALUE_ONLY and node.domain == "")
+        fits = (anchor and not anchored) or (not anchor and _is_steady(graph, node))
         if not fits or (node is not last and not private):
             continue
         inside[node.name] = node
