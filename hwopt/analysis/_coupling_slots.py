@@ -132,8 +132,12 @@ class Slots:
                 for ids in self.axes(value):
                     self.freeze(ids, reason)
         for value in filter(None, node.outputs):
-            shape = self.graph.tensor(value).shape or ()
-            self.values[value] = tuple(self.fresh(dim, reason) if isinstance(dim, int) else None for dim in shape)
+            self.start(value, reason)
+
+    def start(self, value: str, frozen: str) -> None:
+        """Frozen axes for a value that comes from outside the rules; none if its rank is unknown: whoever reads it is unclear."""
+        if self.graph.tensor(value).shape is not None:
+            self.values[value] = self.like(value, frozen)
 
     def choose(self, node: Node, place: int, options: Sequence[int], ids: Sequence[Ids]) -> int:
         """Which of several axes carries the cut: the first of `options`, or a later one where the first leads nowhere."""

@@ -158,20 +158,14 @@ def _is_stuck(choice: Choice, labels: np.ndarray, reason: np.ndarray, tried: int
 def _walk(graph: Graph, choices: Mapping[tuple[str, int], int]) -> Slots:
     slots = Slots(graph, choices)
     for value in graph.inputs:
-        _reach(slots, value)
+        slots.start(value, f"is the graph's input {value}")
     for node in graph.nodes:
         _visit(slots, node)
         slots.note_constant(node)
     for value in graph.outputs:
-        for ids in slots.axes(value):
+        for ids in slots.axes(value) if value in slots.values or value in graph.params else ():
             slots.freeze(ids, f"is the graph's output {value}")
     return slots
-
-
-def _reach(slots: Slots, value: str) -> None:
-    shape = slots.graph.tensor(value).shape or ()
-    reason = f"is the graph's input {value}"
-    slots.put(value, tuple(slots.fresh(dim, reason) if isinstance(dim, int) else None for dim in shape))
 
 
 def _visit(slots: Slots, node: Node) -> None:
