@@ -41,13 +41,13 @@ class Points:
 
 
 def _sorted(values: np.ndarray, weights: np.ndarray | None) -> Points:
-    flat = values.ravel().astype(np.float64)
-    origin = float(flat.mean())  # sums of squares around the mean lose no digits
+    flat = values.ravel()  # sorted in its own precision: twice as fast
+    origin = float(flat.mean(dtype=np.float64))  # sums of squares around the mean lose no digits
     if weights is None:
-        ordered, weight = np.sort(flat) - origin, np.ones(flat.size)
+        ordered, weight = np.sort(flat).astype(np.float64) - origin, np.ones(flat.size)
     else:
         order = np.argsort(flat, kind="stable")
-        ordered, weight = flat[order] - origin, weights.ravel()[order].astype(np.float64)
+        ordered, weight = flat[order].astype(np.float64) - origin, weights.ravel()[order].astype(np.float64)
         mean = weight.mean()
         weight = np.maximum(weight / mean, 1e-6) if mean > 0 else np.ones(flat.size)
     terms = np.stack([weight, weight * ordered, weight * ordered * ordered])
