@@ -129,6 +129,8 @@ def _constant(name: str, kind: TensorType, value: Any) -> np.ndarray:
     """The value as an array of the input's type and shape, if nothing is lost on the way."""
     array = _parsed(value, kind) if isinstance(value, str) and kind.dtype != "string" else np.asarray(value)
     dtype = numpy_dtype(kind.dtype)
+    if array.dtype.kind == "O" and dtype.kind != "O":
+        raise UsageError(f"{name} is {kind}, and {value!r} is not", place="--bind")
     try:
         cast = array.astype(dtype)
     except (TypeError, ValueError, OverflowError) as error:

@@ -98,9 +98,11 @@ def _kernel(graph: Graph, node: Node, rank: int) -> list[int] | None:
     return [(k - 1) * d + 1 for k, d in zip(sizes, dilations, strict=True)] if len(sizes) == rank else None
 
 
-def _totals(node: Node, sizes: list[int], kernel: list[int]) -> list[int]:
+def _totals(node: Node, sizes: list[int], kernel: list[int]) -> list[int] | None:
+    """None where a stride far above the window leaves more than one element over: runtimes disagree which they skip."""
     strides = node.attr("strides", (1,) * len(sizes))
-    return [max(0, (-(-n // s) - 1) * s + k - n) for n, k, s in zip(sizes, kernel, strides, strict=True)]
+    totals = [(-(-n // s) - 1) * s + k - n for n, k, s in zip(sizes, kernel, strides, strict=True)]
+    return None if min(totals) < -1 else [max(0, total) for total in totals]
 
 
 def _transposed_totals(node: Node, sizes: list[int], kernel: list[int]) -> list[int] | None:
