@@ -308,11 +308,7 @@ def computes_on_integers(graph: Graph, anchor: Node, epilogue: tuple[Node, ...])
     if anchor.op in ("Add", "Sub", "Mul"):
         same = all(graph.tensor(value).shape is not None for value in anchor.inputs)
         return clamped and same and dequantized(graph, anchor.inputs[1]) is not None
-    return (
-        clamped
-        and (kind_of(graph, anchor) == "pool" or anchor.op in ("Relu", "Clip"))
-        and anchor.op not in ("LpPool", "GlobalLpPool")
-    )
+    return clamped and (anchor.op in ("Relu", "Clip") or (anchor.op in INTEGER_POOLS and kind_of(graph, anchor) == "pool"))
 
 
 @dataclass(frozen=True, eq=False)

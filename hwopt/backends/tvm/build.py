@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from hwopt.backends.tvm.fold import folded
 from hwopt.backends.tvm.generic import scheduled
 from hwopt.backends.tvm.lower import lower
 from hwopt.backends.tvm.read import Reading, read
 from hwopt.backends.tvm.support import needs_runtime, refuse, refuse_unsupported
 from hwopt.emit.program import Program
-from hwopt.errors import HwoptError, ToolchainError
+from hwopt.errors import ToolchainError
 from hwopt.ir import Graph
 from hwopt.target import Target
 
@@ -22,9 +25,15 @@ def compile_program(graph: Graph, target: Target, threads: int = 1, name: str = 
 
     Raises UnsupportedError that lists every node TVM cannot run, or that only its runtime can (see compile_vm).
     """
+    return assemble(reading(graph, target, threads), target, name)
+
+
+def reading(graph: Graph, target: Target, threads: int = 1) -> Reading:
+    """The graph as kernels still in TIR, and their calls."""
     refuse_unsupported(graph)
+    graph = folded(graph)
     refuse(graph, needs_runtime(graph), "compile it for the Relax VM")
-    return assemble(read(fused(lower(graph, target, threads), target, threads), graph), target, name)
+    return read(fused(lower(graph, target, threads), target, threads), graph)
 
 
 def fused(module: Any, target: Target, threads: int) -> Any:
@@ -70,24 +79,28 @@ def digest(function: Any) -> str:
     return hashlib.sha256(str(number).encode()).hexdigest()[:16]
 
 
-def build_objects(functions: Mapping[str, Any], target: Target) -> tuple[bytes, ...]:
-    """Compile PrimFuncs into one relocatable object; raises ToolchainError with LLVM's message."""
-    import tempfile
-    from pathlib import Path
+# LLVM 22 vectorizes loops over a[i % n] wrongly for AVX-512 (a Tile of ONNX's node tests): such kernels stay as written.
+AS_WRITTEN = ("-vectorize-loops:bool=false",)
 
+
+def build_objects(functions: Mapping[str, Any], target: Target) -> tuple[bytes, ...]:
+    """Compile PrimFuncs into relocatable objects; raises ToolchainError with LLVM's message."""
+    scalar = {symbol for symbol, function in functions.items() if function.attrs and function.attrs.get("hwopt.scalar", False)}
+    plain = {symbol: function for symbol, function in functions.items() if symbol not in scalar}
+    wrapping = {symbol: function for symbol, function in functions.items() if symbol in scalar}
+    parts = ((plain, {}), (wrapping, {"cl-opt": [*target.tvm.get("cl-opt", ()), *AS_WRITTEN]}))
+    return tuple(_object(part, {**target.tvm, **more}, target.name) for part, more in parts if part)
+
+
+def _object(functions: Mapping[str, Any], description: Mapping[str, Any], place: str) -> bytes:
     import tvm
 
-    if not functions:
-        return ()
     named = {symbol: function.with_attr("global_symbol", symbol) for symbol, function in sorted(functions.items())}
     try:
-        with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
-            library = tvm.tirx.build(tvm.IRModule(named), target=tvm_target(target))
-        with tempfile.TemporaryDirectory() as folder:
+        with tvm.transform.PassContext(config={"tirx.disable_assert": True}), tempfile.TemporaryDirectory() as folder:
+            library = tvm.tirx.build(tvm.IRModule(named), target=tvm.target.Target(dict(description)))
             path = Path(folder) / "kernels.o"
             library.write_to_file(str(path))
-            return (path.read_bytes(),)
-    except HwoptError:
-        raise
+            return path.read_bytes()
     except Exception as error:  # TVM raises kinds of its own
-        raise ToolchainError(f"TVM cannot build the kernels: {error}", place=target.name) from error
+        raise ToolchainError(f"TVM cannot build the kernels: {error}", place=place) from error

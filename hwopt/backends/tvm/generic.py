@@ -18,7 +18,7 @@ CHEAP = ("tirx.if_then_else", "tirx.likely", "tirx.reinterpret")
 def scheduled(function: Any, threads: int) -> Any:
     """The PrimFunc with loops ordered, vectorized and parallel; itself where it has no schedulable blocks."""
     import tvm
-    from tvm import s_tir
+    from tvm import s_tir, tirx
 
     module = tvm.IRModule({"main": function})
     try:
@@ -29,7 +29,8 @@ def scheduled(function: Any, threads: int) -> Any:
     _inline(schedule, blocks)
     for block in _blocks(schedule):
         _block(schedule, block, threads)
-    return schedule.mod["main"].with_attr("tirx.is_scheduled", True)
+    wraps = any(_walk(schedule.get(block).body, tirx.FloorMod) for block in _blocks(schedule))
+    return schedule.mod["main"].with_attr({"tirx.is_scheduled": True, "hwopt.scalar": wraps})
 
 
 def _blocks(schedule: Any) -> list[Any]:

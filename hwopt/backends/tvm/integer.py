@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from hwopt.analysis.qdq import Quantization, dequantized, quantization
 from hwopt.analysis.regions import INTEGER_MOVES, Region
 from hwopt.backends.tvm.convert import aligned
-from hwopt.backends.tvm.layout import Expr, dims_of, reshaped
+from hwopt.backends.tvm.layout import Expr, Values, dims_of, reshaped
 from hwopt.ir import Graph, Node, scalar
 
 LIMITS = {"uint8": (0, 255), "int8": (-128, 127)}

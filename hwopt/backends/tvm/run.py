@@ -23,19 +23,19 @@ class Loaded:
         import tvm
 
         self.program = program
-        self._library: Any = library or load_objects(program.objects)
+        loaded: Any = library or load_objects(program.objects)
         self._arrays: dict[str, Any] = {}
         for buffer in program.buffers.values():
             if buffer.alias:
                 continue
             if buffer.data is not None:
-                self._arrays[buffer.name] = tvm.runtime.tensor(np.ascontiguousarray(buffer.data))
+                self._arrays[buffer.name] = tvm.runtime.tensor(np.array(buffer.data, order="C"))
             else:
                 self._arrays[buffer.name] = tvm.runtime.empty(buffer.shape, buffer.dtype)
         for buffer in program.buffers.values():
             if buffer.alias:
                 self._arrays[buffer.name] = self._arrays[buffer.alias]._create_view(buffer.shape, buffer.dtype)
-        self._calls = [(self._library[call.symbol], [self._arrays[name] for name in call.args]) for call in program.calls]
+        self._calls = [(loaded[call.symbol], [self._arrays[name] for name in call.args]) for call in program.calls]
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name."""
@@ -43,7 +43,7 @@ class Loaded:
             array, wanted = feeds[name], self.program.buffers[buffer]
             if tuple(array.shape) != wanted.shape:
                 raise DataError(f"has shape {list(array.shape)}, not {list(wanted.shape)}", place=f"input {name!r}")
-            self._arrays[buffer].copyfrom(np.ascontiguousarray(array.astype(numpy_dtype(wanted.dtype), copy=False)))
+            self._arrays[buffer].copyfrom(np.array(array, numpy_dtype(wanted.dtype), order="C"))
         for function, arguments in self._calls:
             function(*arguments)
         return {name: self._arrays[buffer].numpy() for name, buffer in self.program.outputs}
