@@ -110,6 +110,25 @@ def test_gemm_takes_the_batch_norms_on_both_sides(transposed: int) -> None:
     assert ops(apply(FoldBatchNorm(), spelled(layer, (2, 8)))) == ["Gemm"]
 
 
+def test_factor_per_row_folds_only_where_rows_are_the_channels() -> None:
+    def layer(b: Builder, x: str, transposed: int) -> str:
+        rows = b.same("Mul", x, b.param(np.arange(1, 9, dtype=np.float32).reshape(8, 1)))
+        return b.op("Gemm", [rows, b.weight(8, 5, fan_in=8)], (8, 5), transA=transposed)
+
+    assert ops(apply(FoldBatchNorm(), spelled(lambda b, x: layer(b, x, 1), (8, 8)))) == ["Gemm"]
+    graph = spelled(lambda b, x: layer(b, x, 0), (8, 8))
+    assert run_pass(FoldBatchNorm(), graph, Context()) is graph
+
+
+def test_gemm_whose_bias_differs_from_row_to_row_is_refused() -> None:
+    def layer(b: Builder, x: str) -> str:
+        return bn(b, b.op("Gemm", [x, b.weight(8, 5, fan_in=8), b.weight(2, 5, fan_in=1)], (2, 5)))
+
+    graph, ctx = spelled(layer, (2, 8)), Context()
+    assert run_pass(FoldBatchNorm(), graph, ctx) is graph
+    assert [refusal.reason for refusal in ctx.refused] == ["gemm0: its bias differs from row to row"]
+
+
 def test_matmul_takes_factors_and_keeps_one_add() -> None:
     def layer(b: Builder, x: str) -> str:
         y = b.same("Add", b.same("Mul", x, b.vector(8, 1.0)), b.vector(8))
@@ -233,6 +252,23 @@ def test_consecutive_transposes_casts_and_reshapes_become_one() -> None:
 
 def test_identity_from_input_to_output_has_to_stay() -> None:
     graph = spelled(lambda b, x: b.same("Identity", x))
+    assert run_pass(DropIdentity(), graph, Context()) is graph
+
+
+def test_identity_between_two_outputs_has_to_stay() -> None:
+    build = Builder()
+    value = build.same("Tanh", build.input((2, 3)))
+    build.outputs = [value, build.same("Identity", value)]
+    graph = build.graph()
+    assert run_pass(DropIdentity(), graph, Context()) is graph
+
+
+def test_large_integers_do_not_survive_a_float_and_a_read_mask_needs_its_dropout() -> None:
+    build = Builder()
+    wide = build.same("Cast", build.same("Cast", build.input((2, 3), "int64"), to=11), to=7)
+    dropped = build.op("Dropout", [build.input((2, 3))], (2, 3), outputs=2)
+    build.outputs = [build.same("Neg", wide), build.same("Neg", dropped), build.same("Not", f"{dropped}_1")]
+    graph = build.graph()
     assert run_pass(DropIdentity(), graph, Context()) is graph
 
 

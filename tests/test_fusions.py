@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from hwopt.pipeline import Context, run_pass
+from hwopt.pipeline import Context, Pass, run_pass
 from passes.fuse_attention import FuseAttention
 from passes.fuse_gelu import FuseGelu
 from passes.fuse_hard_swish import FuseHardSwish
@@ -300,3 +300,47 @@ def test_scaled_query_that_is_read_elsewhere_stays() -> None:
     build.outputs = [build.op("MatMul", [scores, x], (2, 5, 8)), query]
     graph = build.graph()
     assert run_pass(FuseAttention(), graph, Context()) is graph
+
+
+def unchanged(one: Pass, build: Builder, *outputs: str) -> bool:
+    build.outputs = list(outputs)
+    graph = build.graph()
+    return run_pass(one, graph, Context()) is graph
+
+
+def test_activation_whose_inside_is_read_elsewhere_stays() -> None:
+    build = Builder()
+    x = build.input((2, 8))
+    denominator = one_plus_exp(build, x)
+    assert unchanged(FuseSilu(), build, build.same("Div", x, denominator), denominator)
+    build = Builder()
+    x = build.input((2, 8))
+    clip = relu6(build, x)
+    assert unchanged(FuseHardSwish(), build, build.same("Div", build.same("Mul", x, clip), build.floats(6.0)), clip)
+
+
+def test_gate_of_another_value_is_no_hard_swish() -> None:
+    build = Builder()
+    x, y = build.input((2, 8)), build.input((2, 8))
+    assert unchanged(FuseHardSwish(), build, build.same("Mul", y, build.same("HardSigmoid", x, alpha=1 / 6, beta=0.5)))
+
+
+def test_scale_per_token_stays_behind_the_layer_norm() -> None:
+    after = apply(FuseLayerNorm(), spelled(lambda b, x: b.same("Mul", ln_bare(b, x), b.param(np.full((5, 1), 2, np.float32)))))
+    assert ops(after) == ["LayerNormalization", "Mul"]
+
+
+def test_layer_norm_in_double_precision_stays() -> None:
+    build = Builder()
+    x = build.input((2, 8), "float64")
+    c = centred(build, x)
+    variance = build.same("Add", mean(build, build.same("Mul", c, c)), build.param(np.array(1e-5)))
+    assert unchanged(FuseLayerNorm(), build, build.same("Div", c, build.same("Sqrt", variance)))
+
+
+def test_half_precision_scales_stay_before_the_product() -> None:
+    build = Builder()
+    x, y = build.input((2, 5, 8), "float16"), build.input((2, 8, 5), "float16")
+    query = build.same("Mul", build.same("Tanh", x), build.param(np.array(0.25, np.float16)))
+    scores = build.op("MatMul", [query, y], (2, 5, 5))
+    assert unchanged(FuseAttention(), build, build.op("MatMul", [build.same("Softmax", scores, axis=-1), x], (2, 5, 8)))
