@@ -15,6 +15,7 @@ from hwopt.backends.tvm.build import compile_program, fused
 from hwopt.backends.tvm.lower import lower
 from hwopt.backends.tvm.run import run_program
 from hwopt.backends.tvm.support import unsupported
+from hwopt.backends.tvm.vm import Machine, compile_vm, reasons
 from hwopt.errors import UnsupportedError
 from hwopt.io.proto import from_model
 from hwopt.ir import Graph
@@ -235,3 +236,19 @@ def test_threads_change_nothing_in_the_results() -> None:
     feeds = {"x": values((1, 3, 40, 40), 0, "float32")}
     one, two = (run_program(compile_program(graph, find_target("host"), n), feeds)["y"] for n in (1, 2))
     np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "agraph (float[4,8] x) => (float[4,3] y, int64[4,3] i) <int64[1] k = {3}> { h = Relu(x) y, i = TopK(h, k) }",
+        "agraph (float[n,8] x) => (float[n,8] y) { h = Relu(x) y = Softmax(h) }",
+    ],
+)
+def test_the_virtual_machine_runs_what_the_driver_cannot(text: str) -> None:
+    graph = graph_of(text)
+    assert reasons(graph)
+    feeds = {"x": values((4, 8), 0, "float32")}
+    machine = Machine(compile_vm(graph, find_target("host")), graph.inputs, graph.outputs)
+    for name, expected in ort.run(graph, feeds).items():
+        np.testing.assert_allclose(machine.run(feeds)[name], expected, rtol=1e-5, atol=1e-6)

@@ -88,7 +88,11 @@ def build_objects(functions: Mapping[str, Any], target: Target) -> tuple[bytes, 
     scalar = {symbol for symbol, function in functions.items() if function.attrs and function.attrs.get("hwopt.scalar", False)}
     plain = {symbol: function for symbol, function in functions.items() if symbol not in scalar}
     wrapping = {symbol: function for symbol, function in functions.items() if symbol in scalar}
-    parts = ((plain, {}), (wrapping, {"cl-opt": [*target.tvm.get("cl-opt", ()), *AS_WRITTEN]}))
+    options = {"cl-opt": [*target.tvm.get("cl-opt", ()), *AS_WRITTEN]}
+    parts: list[tuple[dict[str, Any], dict[str, Any]]] = [(plain, {}), (wrapping, options)]
+        (plain, {}),
+        (wrapping, {"cl-opt": [*target.tvm.get("cl-opt", ()), *AS_WRITTEN]}),
+    )
     return tuple(_object(part, {**target.tvm, **more}, target.name) for part, more in parts if part)
 
 

@@ -75,7 +75,7 @@ def _reason(graph: Graph, node: Node) -> str:
 
 
 def wrong_in_tvm(graph: Graph, node: Node) -> str:
-    """Why TVM 0.27 would compute something else than ONNX says (found by the ONNX node tests), or ""."""
+    """Why TVM 0.27 would compute something else than ONNX says (the ONNX node tests show it), or ""."""
     if node.op in ("BatchNormalization", "Dropout") and (
         len([v for v in node.outputs if v]) > 1 or node.attr("training_mode", 0)
     ):
