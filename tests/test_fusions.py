@@ -344,3 +344,10 @@ def test_half_precision_scales_stay_before_the_product() -> None:
     query = build.same("Mul", build.same("Tanh", x), build.param(np.array(0.25, np.float16)))
     scores = build.op("MatMul", [query, y], (2, 5, 5))
     assert unchanged(FuseAttention(), build, build.op("MatMul", [build.same("Softmax", scores, axis=-1), x], (2, 5, 8)))
+
+
+def test_swish_node_becomes_the_pair_unless_its_slope_differs() -> None:
+    graph = spelled(lambda b, x: b.same("Swish", x), opset=24)
+    assert ops(run_pass(FuseSilu(), graph, Context())) == ["Sigmoid", "Mul"]
+    steep = spelled(lambda b, x: b.same("Swish", x, alpha=2.0), opset=24)
+    assert run_pass(FuseSilu(), steep, Context()) is steep
