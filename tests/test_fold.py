@@ -63,6 +63,11 @@ def test_a_large_intermediate_is_computed_where_its_result_is_small() -> None:
     assert ops(fold_constants(graph_of(chain, {"n": np.array([600_000])}))) == ["Add"]
 
 
+def test_a_large_weight_is_stored_however_it_is_made() -> None:
+    chain = [node("ConstantOfShape", "n", "big"), node("MatMul", "x big", "y")]
+    assert ops(fold_constants(graph_of(chain, {"n": np.array([6, 100_000])}))) == ["MatMul"]
+
+
 def test_an_absurd_constant_is_not_even_computed() -> None:
     chain = [node("ConstantOfShape", "n", "big"), node("ReduceSum", "big", "sum", keepdims=0), node("Add", "x sum", "y")]
     after = fold_constants(graph_of(chain, {"n": np.array([1 << 40])}))

@@ -73,6 +73,16 @@ def test_a_saved_model_gives_the_same_bits(tmp_path: Path, external: bool) -> No
     assert same(original.run(None, {"x": value}), session.run(None, {"x": value}))
 
 
+def test_above_protobufs_limit_the_weights_go_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hwopt.io.files.LARGEST_PROTO", 400)  # the kernel alone has 432 bytes
+    monkeypatch.setattr("hwopt.io.files.INLINE_BYTES", 100)
+    save(read(convolutions(21)), tmp_path / "m.onnx")
+    assert (tmp_path / "m.onnx.data").stat().st_size >= 432
+    assert read(tmp_path / "m.onnx").digest == read(convolutions(21)).digest
+    x = np.ones((1, 3, 8, 8), np.float32)
+    assert_same_outputs(convolutions(21), read(tmp_path / "m.onnx"), x)
+
+
 def test_external_weights_of_others_are_read(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     onnx.save_model(convolutions(21), path, save_as_external_data=True, location="w.bin", size_threshold=0)

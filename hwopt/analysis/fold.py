@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from hwopt.ir import Graph, Node, TensorType, ValueType, frozen, infer_types, numpy_dtype, type_of
+from hwopt.ir import Graph, Node, TensorType, ValueType, frozen, infer_types, numpy_dtype, of_op, type_of
 
 LIMIT_BYTES = 1 << 20  # a constant above this is stored only if it is no larger than the parameters it comes from
 CEILING_BYTES = 1 << 28  # nothing larger is ever computed
@@ -22,6 +22,7 @@ _NEVER = {
 }  # fmt: skip
 # Size known only from the values, but bounded by the input's.
 _BOUNDED = {"NonZero", "Unique", "Compress", "NonMaxSuppression"}
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _NARROW = {"uint8", "int8", "uint4", "int4", "uint2", "int2"}
 _FEW = 256  # elements: shapes, axes and scales
 
@@ -32,7 +33,7 @@ def fold_constants(graph: Graph, limit_bytes: int = LIMIT_BYTES, by: str = "fold
     `Shape(x) -> Gather -> Concat -> Reshape(y, .)` becomes `Reshape(y, [1, 64])` as soon as x has a static type.
     Values come from ONNX Runtime. Kept as they are: random operators, control flow, whatever stores weights in
     fewer bits (DequantizeLinear, narrow integers, codebooks), and constants above `limit_bytes` that are larger than
-    the parameters they come from (`ConstantOfShape`, `Expand`); what such a node reads is folded all the same.
+    the parameters they come from (`ConstantOfShape`, `Expand`) and no weight; what they read is folded all the same.
     """
     while True:
         after = _fold_once(graph, limit_bytes, by)
@@ -55,6 +56,7 @@ def _stored(graph: Graph, known: Mapping[str, np.ndarray], origin: Mapping[str, 
     done = {node.name for node in graph.nodes if node.outputs and all(v in known for v in node.outputs if v)}
     queue = [value for value in graph.outputs if value in constant and not _carries_parameter(graph, value)]
     queue += [value for node in graph.nodes if node.name not in done for value in node.reads if value in constant]
+    weights = {value for node in of_op(graph, *_WEIGHTED) for value in node.inputs[1:]}
     stored: dict[str, None] = {}
     seen: set[str] = set()
     while queue:
@@ -62,7 +64,7 @@ def _stored(graph: Graph, known: Mapping[str, np.ndarray], origin: Mapping[str, 
         if value in seen:
             continue
         seen.add(value)
-        if _bytes(known[value]) <= max(limit_bytes, origin[value]):
+        if value in weights or _bytes(known[value]) <= max(limit_bytes, origin[value]):
             stored[value] = None
         else:
             queue.extend(read for read in graph.producer[value].reads if read in constant)
