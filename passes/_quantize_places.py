@@ -221,7 +221,8 @@ def kernel_before(places: Places, last: Node, order: Mapping[str, int]) -> list[
         anchor = node.name in places.anchors
         users = {user.name for value in node.outputs for user in graph.users.get(value, ())}
         private = users <= inside.keys() and not any(value in graph.outputs for value in node.outputs)
-        fits = (anchor and not anchored) or (not anchor and _is_steady(graph, node))
+        same = graph.tensor(node.output).shape == graph.tensor(last.output).shape
+        fits = same and ((anchor and not anchored) or (not anchor and _is_steady(graph, node)))
         if not fits or (node is not last and not private):
             continue
         inside[node.name] = node

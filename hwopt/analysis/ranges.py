@@ -160,6 +160,8 @@ def observed(graph: Graph, samples: Samples, probes: Iterable[Probe], others: It
     if missing and known:
         missing = [probe for probe in dict.fromkeys((*missing, *others)) if probe not in known]
     if missing:
+        order = {value: index for index, value in enumerate((*graph.inputs, *graph.producer))}
+        missing.sort(key=lambda probe: order.get(probe[0], -1))  # an error then names the first value that is not finite
         known.update(observe(_batches(graph, samples, missing), missing).found)
     return Observations({probe: known[probe] for probe in wanted})
 
@@ -193,7 +195,7 @@ def percentile(histogram: Histogram, percent: float = 99.99) -> Range:
     if not cumulative[-1]:
         return 0.0, 0.0
     low, high = np.interp([cut, 1.0 - cut], *_filled(cumulative / cumulative[-1], histogram.edges))
-    return max(float(low), histogram.low), min(float(high), histogram.high)
+    return min(max(float(low), histogram.low), 0.0), max(min(float(high), histogram.high), 0.0)
 
 
 def _filled(shares: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
