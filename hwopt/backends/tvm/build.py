@@ -90,9 +90,6 @@ def build_objects(functions: Mapping[str, Any], target: Target) -> tuple[bytes, 
     wrapping = {symbol: function for symbol, function in functions.items() if symbol in scalar}
     options = {"cl-opt": [*target.tvm.get("cl-opt", ()), *AS_WRITTEN]}
     parts: list[tuple[dict[str, Any], dict[str, Any]]] = [(plain, {}), (wrapping, options)]
-        (plain, {}),
-        (wrapping, {"cl-opt": [*target.tvm.get("cl-opt", ()), *AS_WRITTEN]}),
-    )
     return tuple(_object(part, {**target.tvm, **more}, target.name) for part, more in parts if part)
 
 
