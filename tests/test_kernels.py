@@ -13,7 +13,7 @@ import pytest
 import tvm
 
 from hwopt.backends.tvm import kernels
-from hwopt.backends.tvm.kernels.spec import Activation, Add, Bias, ConvSpec, MatmulSpec, Multiply, Quantize, Scale
+from hwopt.backends.tvm.kernels.spec import Activation, Add, Bias, ConvSpec, MatmulSpec, Multiply, PoolSpec, Quantize, Scale
 from targets import _isa_arm, _isa_x86
 
 INT8 = {"data_dtype": "uint8", "weight_dtype": "int8", "out_dtype": "int32"}
@@ -61,6 +61,14 @@ def out_size(spec):
     if isinstance(spec, MatmulSpec):
         return spec.batch * spec.m * spec.n
     return spec.batch * spec.out_height * spec.out_width * spec.out_channels
+
+
+def run_pool(spec, data, cores=1):
+    micro = _isa_x86.microkernels(machine())["float32"]
+    library = compiled(spec, micro, _isa_x86.llvm(machine()), cores)
+    out = tvm.runtime.tensor(np.zeros(spec.batch * spec.out_height * spec.out_width * spec.channels, spec.out_dtype))
+    library["kernel"](tvm.runtime.tensor(data.reshape(-1)), out)
+    return out.numpy().reshape(spec.batch, spec.out_height, spec.out_width, spec.channels)
 
 
 def conv(height, width, channels, out, kernel, integer=False, **more):
@@ -304,6 +312,64 @@ def test_matmuls_with_a_computed_right_side_equal_numpy(sizes, shared, transpose
     right = right[:1] if shared else right
     given = right.swapaxes(1, 2) if transposed else right
     close(run(spec, data, given, cores=cores), data.astype(float) @ right.astype(float), 0 if integer else 2e-5)
+
+
+def pooled(spec, values):
+    """The pool of float64 values; padded places are left out."""
+    top, left, bottom, right = spec.pads
+    padded = np.pad(values, ((0, 0), (top, bottom), (left, right), (0, 0)), constant_values=np.nan)
+    out = np.zeros((spec.batch, spec.out_height, spec.out_width, spec.channels))
+    for y in range(spec.out_height):
+        for x in range(spec.out_width):
+            rows = slice(
+                y * spec.strides[0], y * spec.strides[0] + (spec.kernel[0] - 1) * spec.dilations[0] + 1, spec.dilations[0]
+            )
+            columns = slice(
+                x * spec.strides[1], x * spec.strides[1] + (spec.kernel[1] - 1) * spec.dilations[1] + 1, spec.dilations[1]
+            )
+            window = padded[:, rows, columns]
+            if spec.function == "max":
+                out[:, y, x] = np.nanmax(window, (1, 2))
+            elif spec.include_pads:
+                out[:, y, x] = np.nansum(window, (1, 2)) / (spec.kernel[0] * spec.kernel[1])
+            else:
+                out[:, y, x] = np.nanmean(window, (1, 2))
+    return out
+
+
+POOLS = [
+    {"kernel": (3, 3), "strides": (2, 2), "pads": (1, 1, 1, 1)},
+    {"kernel": (2, 3), "strides": (1, 2), "pads": (0, 1, 1, 0), "dilations": (2, 2)},
+    {"kernel": (9, 11)},
+    {"kernel": (2, 2), "strides": (2, 2)},
+]
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+@pytest.mark.parametrize("function", ["max", "average", "average with pads"])
+@pytest.mark.parametrize("channels", [3, 64, 85])
+@pytest.mark.parametrize("shape", POOLS, ids=str)
+def test_pools_of_floats_equal_numpy(shape, channels, function, cores):
+    spec = PoolSpec(2, 9, 11, channels, **shape, function=function.split()[0], include_pads="with" in function)
+    data = np.random.default_rng(4).standard_normal((2, 9, 11, channels), np.float32)
+    assert np.abs(run_pool(spec, data, cores) - pooled(spec, data.astype(float))).max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+@pytest.mark.parametrize("function", ["max", "average"])
+@pytest.mark.parametrize("shape", POOLS, ids=str)
+def test_pools_of_quantized_data_requantize_within_one_step(shape, function, dtype):
+    last = Quantize(0.04, 20, dtype)
+    spec = PoolSpec(
+        2, 9, 11, 85, **shape, function=function, data_dtype=dtype, out_dtype=dtype, scale=0.05, zero_point=7, epilogue=(last,)
+    )
+    info = np.iinfo(dtype)
+    data = np.random.default_rng(5).integers(info.min, info.max + 1, (2, 9, 11, 85)).astype(dtype)
+    want = quantized(pooled(spec, (data.astype(float) - 7) * 0.05), 0.04, 20, dtype)
+    assert np.abs(run_pool(spec, data) - want).max() <= 1
+    if function == "max":
+        kept = dataclasses.replace(spec, epilogue=())
+        assert (run_pool(kept, data) == pooled(spec, data.astype(float))).all()
 
 
 @pytest.mark.parametrize(

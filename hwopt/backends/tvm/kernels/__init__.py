@@ -2,7 +2,7 @@
 
 pack(spec, weights, micro)                -> the weights as the kernel reads them, one-dimensional
 default_schedule(spec, micro, cores)      -> a JSON-able Schedule
-build(spec, schedule, micro, symbol)      -> PrimFunc(data, weights, *epilogue tensors, out), flat buffers
+build(spec, schedule, micro, symbol)      -> PrimFunc(data, weights, *epilogue tensors, out), flat buffers; pools have no weights
 supports(spec, micro)                     -> "" or why there is no kernel
 """
 
@@ -12,19 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from hwopt.backends.tvm.kernels import depthwise, gemm, schedule
+from hwopt.backends.tvm.kernels import depthwise, gemm, pool, schedule
 from hwopt.backends.tvm.kernels.geometry import geometry
 from hwopt.backends.tvm.kernels.schedule import Schedule
-from hwopt.backends.tvm.kernels.spec import ConvSpec, MatmulSpec
+from hwopt.backends.tvm.kernels.spec import ConvSpec, MatmulSpec, PoolSpec
 from hwopt.target import MicroKernel
 
 __all__ = ["Schedule", "build", "default_schedule", "pack", "supports"]
 
-Spec = ConvSpec | MatmulSpec
+Spec = ConvSpec | MatmulSpec | PoolSpec
 
 
 def supports(spec: Spec, micro: MicroKernel) -> str:
     """The reason why the templates have no kernel for `spec` on `micro`, or ""."""
+    if isinstance(spec, PoolSpec):
+        return ""
     if spec.accumulator != micro.accumulator:
         return f"the micro-kernel accumulates {micro.accumulator}, the operator {spec.accumulator}"
     if spec.data_dtype != micro.activation:
@@ -34,7 +36,7 @@ def supports(spec: Spec, micro: MicroKernel) -> str:
     return ""
 
 
-def pack(spec: Spec, weights: np.ndarray, micro: MicroKernel) -> np.ndarray:
+def pack(spec: ConvSpec | MatmulSpec, weights: np.ndarray, micro: MicroKernel) -> np.ndarray:
     """Weights in ONNX's layout ([out, in / groups, height, width] or [k, n]) as the kernel reads them."""
     if depthwise.is_depthwise(spec):
         return depthwise.pack(spec, weights, micro)
@@ -44,6 +46,8 @@ def pack(spec: Spec, weights: np.ndarray, micro: MicroKernel) -> np.ndarray:
 
 def default_schedule(spec: Spec, micro: MicroKernel, cores: int = 1) -> Schedule:
     """Blocking from a small analytical model."""
+    if isinstance(spec, PoolSpec):
+        return pool.default_schedule(spec, micro, cores)
     if depthwise.is_depthwise(spec):
         return depthwise.default_schedule(spec, micro, cores)
     return schedule.default_schedule(geometry(spec), micro, cores)
@@ -51,6 +55,8 @@ def default_schedule(spec: Spec, micro: MicroKernel, cores: int = 1) -> Schedule
 
 def build(spec: Spec, schedule: Schedule, micro: MicroKernel, symbol: str) -> Any:
     """The kernel as a tirx.PrimFunc."""
+    if isinstance(spec, PoolSpec):
+        return pool.Pool(spec, schedule, micro).build(symbol)
     if depthwise.is_depthwise(spec):
         return depthwise.Depthwise(spec, schedule, micro).build(symbol)
     kernel = gemm.Gemm(geometry(spec), schedule, micro)

@@ -47,13 +47,13 @@ class Schedule:
     def place(self, task: Value, shape: Geometry, vectors: int) -> tuple[Value, Value, Value, Value]:
         """The image, first row, first column and first channel tile of a task."""
         _, rows, columns, tiles = self.counts(shape, vectors)
-        tile, task = _split(task, tiles)
-        column, task = _split(task, columns)
-        row, image = _split(task, rows)
+        tile, task = split(task, tiles)
+        column, task = split(task, columns)
+        row, image = split(task, rows)
         return image, row * self.block_rows, column * self.block_columns, tile * self.block_tiles
 
 
-def _split(number: Value, count: int) -> tuple[Value, Value]:
+def split(number: Value, count: int) -> tuple[Value, Value]:
     """(number mod count, number div count)."""
     if count == 1:
         return 0, number

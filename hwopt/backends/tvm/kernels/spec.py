@@ -129,5 +129,43 @@ class MatmulSpec:
         return self.batch * self.m * self.n * self.k
 
 
+@dataclass(frozen=True)
+class PoolSpec:
+    """Maximum or average over windows of [batch, height, width, channels]; padded places never count, unless `include_pads`.
+
+    Quantized data stand for (value - zero_point) x scale. An epilogue works on float32 results; without one, and with the same
+    dtype on both sides, a maximum passes values through as they are. A global pool is a window as large as the image.
+    """
+
+    batch: int
+    height: int
+    width: int
+    channels: int
+    kernel: tuple[int, int]
+    strides: tuple[int, int] = (1, 1)
+    dilations: tuple[int, int] = (1, 1)
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+    function: str = "max"  # or "average"
+    include_pads: bool = False
+    data_dtype: str = "float32"
+    out_dtype: str = "float32"
+    scale: float = 1.0
+    zero_point: int = 0
+    epilogue: tuple[Step, ...] = ()
+
+    @property
+    def out_height(self) -> int:
+        return _extent(self.height + self.pads[0] + self.pads[2], self.kernel[0], self.strides[0], self.dilations[0])
+
+    @property
+    def out_width(self) -> int:
+        return _extent(self.width + self.pads[1] + self.pads[3], self.kernel[1], self.strides[1], self.dilations[1])
+
+    @property
+    def reads(self) -> int:
+        """Elements that the windows look at."""
+        return self.batch * self.out_height * self.out_width * self.channels * self.kernel[0] * self.kernel[1]
+
+
 def _extent(size: int, kernel: int, stride: int, dilation: int) -> int:
     return (size - (kernel - 1) * dilation - 1) // stride + 1
