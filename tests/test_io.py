@@ -80,7 +80,7 @@ def test_above_protobufs_limit_the_weights_go_beside_the_model(tmp_path: Path, m
     assert (tmp_path / "m.onnx.data").stat().st_size >= 432
     assert read(tmp_path / "m.onnx").digest == read(convolutions(21)).digest
     x = np.ones((1, 3, 8, 8), np.float32)
-    assert_same_outputs(convolutions(21), read(tmp_path / "m.onnx"), x)
+    assert_same_outputs(convolutions(21), read(tmp_path / "m.onnx"), x)  # the session goes through a file, too
 
 
 def test_external_weights_of_others_are_read(tmp_path: Path) -> None:

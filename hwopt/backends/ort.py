@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 import onnxruntime
 
 from hwopt.errors import ModelError
+from hwopt.io.files import above_limit, write_file
 from hwopt.io.proto import to_model
 from hwopt.ir import Graph
 
@@ -25,14 +28,24 @@ class Session:
         options.log_severity_level = 4
         self.outputs = graph.outputs
         try:
-            model = to_model(graph).SerializeToString()
-            self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            self._session = _session(graph, options)
         except Exception as error:  # ONNX Runtime raises a kind of its own for every status code
             raise ModelError(f"ONNX Runtime refuses the model: {error}", place=graph.name) from error
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name."""
         return dict(zip(self.outputs, self._session.run(list(self.outputs), dict(feeds)), strict=True))
+
+
+def _session(graph: Graph, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    """From memory where protobuf can hold the model, else through a file with the weights beside it."""
+    providers = ["CPUExecutionProvider"]
+    if not above_limit(graph):
+        return onnxruntime.InferenceSession(to_model(graph).SerializeToString(), options, providers=providers)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        write_file(graph, path)
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
 
 
 def run(graph: Graph, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

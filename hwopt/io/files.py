@@ -131,15 +131,19 @@ def write_file(graph: Graph, path: Path, external: bool | None = None) -> None:
 
     Left at None, they go there only if protobuf's 2 GB make it necessary. Raises ModelError if the disk refuses.
     """
-    large = sum(_stored_bytes(array) for array in graph.params.values()) > LARGEST_PROTO
     data = path.with_name(path.name + ".data")
-    if external or (external is None and large):
+    if external or (external is None and above_limit(graph)):
         weights: list[onnx.TensorProto] = []
         atomically(data, lambda file: weights.extend(_write_weights(graph, file, data.name)))
         model = to_model(graph, weights)
     else:
         model = to_model(graph)
     atomically(path, lambda file: file.write(model.SerializeToString()))
+
+
+def above_limit(graph: Graph) -> bool:
+    """True if one protobuf cannot hold the weights."""
+    return sum(_stored_bytes(array) for array in graph.params.values()) > LARGEST_PROTO
 
 
 def _stored_bytes(array: np.ndarray) -> int:
