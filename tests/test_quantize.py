@@ -15,6 +15,8 @@ import hwopt
 from hwopt.analysis.qdq import dequantized, quantization, quantized_weight
 from hwopt.analysis.regions import integer_operands, regions
 from hwopt.backends.ort import Session
+from hwopt.backends.tvm.build import compile_program
+from hwopt.backends.tvm.run import run_program
 from hwopt.errors import DataError, PassError, UsageError
 from hwopt.io.proto import from_model
 from hwopt.ir import Graph, Node, frozen, of_op
@@ -83,7 +85,7 @@ def residual() -> Graph:
     for _ in range(2):
         y = conv(build, relu(build, conv(build, x, 8)), 8)
         x = relu(build, build.same("Add", x, y))
-    wide = build.op("MaxPool", [x], (1, 8, 6, 6), kernel_shape=(2, 2), strides=(2, 2))
+    wide = build.op("MaxPool", [x], (1, 8, 6, 6), kernel_shape=(3, 3), strides=(2, 2), pads=(1, 1, 1, 1))
     shortcut, y = conv(build, wide, 16, 1), conv(build, wide, 16)
     head(build, relu(build, build.same("Add", shortcut, y)))
     return build.graph()
@@ -315,6 +317,19 @@ def test_a_mean_over_the_image_becomes_an_integer_pool() -> None:
     assert [node.op for node in after.nodes if node.op in ("ReduceMean", "GlobalAveragePool")] == ["GlobalAveragePool"]
     assert floats_between(after) == []
     assert error(graph, after) < 0.01
+
+
+@pytest.mark.parametrize("activation", ["uint8", "int8"])
+def test_the_compiled_chain_stays_in_integers_channels_last_and_gives_onnx_runtimes_numbers(activation: str) -> None:
+    graph, target = residual(), find_target("host")
+    kernel = dataclasses.replace(target.microkernels["int8"], activation=activation)
+    ctx = Context(dataclasses.replace(target, microkernels={**target.microkernels, "int8": kernel}), random_samples(graph))
+    after = quantized(graph, ctx)
+    program = compile_program(after, target)
+    feeds = next(random_samples(graph).feeds(graph))
+    wanted, found = Session(after).run(feeds), run_program(program, feeds)
+    assert all(np.allclose(found[name], wanted[name], atol=1e-5) for name in graph.outputs)
+    assert len([call for call in program.calls if "transpose" in call.label]) <= 1  # of the network's input
 
 
 # --- composition ---

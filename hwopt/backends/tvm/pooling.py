@@ -24,7 +24,9 @@ def emit(graph: Graph, node: Node, values: Values, builder: Any) -> bool:
         return reduces_image(graph, node) and _reduce(
             node, values, builder, REDUCE[node.op], axes, bool(node.attr("keepdims", 1))
         )
-    if node.op in ("MaxPool", "AveragePool") and len(node.outputs) == 1 and graph.tensor(node.output).dtype.startswith("float"):
+    dtype = graph.tensor(node.output).dtype
+    windowed = node.op in ("MaxPool", "AveragePool") and len(node.outputs) == 1
+    if windowed and (dtype.startswith("float") or (node.op == "MaxPool" and dtype in ("uint8", "int8"))):
         return _window(graph, node, values, builder)
     return False
 
