@@ -162,18 +162,8 @@ def _group_norm(work: Cut, node: Node) -> None:
     work.attributes(node, num_groups=node.attr("num_groups") * work.size(node.inputs[0], 1) // channels)
 
 
-def _attention(work: Cut, node: Node) -> None:
-    if "q_num_heads" not in node.attrs or not work.is_cut(node.inputs[1], 2):
-        return
-    width = len(np.asarray(work.stays(node.inputs[1], 2)))
-    share = work.size(node.inputs[1], 2)
-    heads = {key: node.attr(key) * share // width for key in ("q_num_heads", "kv_num_heads")}
-    work.attributes(node, **heads)
-
-
 FIXES: Mapping[str, Callable[[Cut, Node], None]] = MappingProxyType(
     {
-        "Attention": _attention,
         "Conv": _conv,
         "ConvTranspose": _conv,
         "Expand": _shape,

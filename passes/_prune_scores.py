@@ -9,13 +9,15 @@ from types import MappingProxyType
 import numpy as np
 
 from hwopt.analysis.activations import mean_magnitudes
-from hwopt.analysis.coupling import Group, Weight
+from hwopt.analysis.coupling import Group, Weight, coupling
+from hwopt.analysis.memo import remembered
 from hwopt.backends.ort import run
 from hwopt.errors import DataError
 from hwopt.ir import Graph
 from hwopt.pipeline import Context
+from hwopt.samples import Samples, batch_of
 
-SCORED_SAMPLES = 128  # means over channels settle quickly; every prune of a sequence measures again
+SCORED_SAMPLES = 32  # means over channels settle quickly, and each pruning of a sequence measures anew
 
 Scores = np.ndarray  # float64[units], higher matters more
 Criterion = Callable[[Graph, Sequence[Group], Context], list[Scores]]
@@ -35,10 +37,15 @@ def activation(graph: Graph, groups: Sequence[Group], ctx: Context) -> list[Scor
     """Sum of |w| mean|x| over the weights that read the unit (Sun et al., "Wanda", arXiv:2306.11695); L1 where none does."""
     if ctx.calibration is None:
         raise DataError("criterion=activation needs calibration data", hint="give --calibrate data.npz, or use criterion=l2")
-    readers = [weight for group in groups for weight in group.weights if weight.data]
-    wanted = {(weight.data, weight.data_axis) for weight in readers}
-    means = mean_magnitudes(graph, ctx.calibration.head(SCORED_SAMPLES), sorted(wanted)) if wanted else {}
+    means = responses(graph, ctx.calibration)
     return [_weighted(graph, group, means) for group in groups]
+
+
+@remembered
+def responses(graph: Graph, samples: Samples) -> Mapping[tuple[str, int], np.ndarray]:
+    """Mean |x| along every axis that weights of free groups read: measured once, for all candidates of a graph."""
+    wanted = {(w.data, w.data_axis) for group in coupling(graph) if not group.frozen for w in group.weights if w.data}
+    return mean_magnitudes(graph, samples.head(max(SCORED_SAMPLES, batch_of(graph))), sorted(wanted))
 
 
 CRITERIA: Mapping[str, Criterion] = MappingProxyType({"activation": activation, "l1": l1, "l2": l2})

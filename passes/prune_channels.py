@@ -84,7 +84,7 @@ class PruneChannels(Pass):
 
     @classmethod
     def candidates(cls, graph: Graph, target: Target) -> Iterator[Pass | Refusal]:
-        """For each group the widths on the target's granule that lie nearest to the eighths."""
+        """For each group the widths on the target's granule that lie nearest to the eighths; a planner has calibration data."""
         for group in coupling(graph):
             widths = granular(group, target)
             if group.frozen or not widths:
@@ -93,7 +93,7 @@ class PruneChannels(Pass):
                 continue
             eighths = [group.size * step / STEPS for step in range(1, STEPS)]
             nearest = {min(widths, key=lambda width: abs(width - eighth)) for eighth in eighths}
-            yield from (cls(site=(group.name,), keep=width) for width in sorted(nearest, reverse=True))
+            yield from (cls(site=(group.name,), keep=width, criterion="activation") for width in sorted(nearest, reverse=True))
 
 
 def granular(group: Group, target: Target) -> list[int]:

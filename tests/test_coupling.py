@@ -246,6 +246,25 @@ def depth_to_space(mode: str) -> Build:
     return between(lambda b, x: b.op("DepthToSpace", [x], (1, 2, 12, 12), blocksize=2, mode=mode))
 
 
+def pooled_and_expanded(b: Builder, x: str) -> str:
+    pooled = b.op("GlobalAveragePool", [x], (1, 8, 1, 1))
+    flat = b.op("Squeeze", [pooled, b.ints(2, 3)], (1, 8))
+    back = b.op("Unsqueeze", [flat, b.ints(2, 3)], (1, 8, 1, 1))
+    return b.op("Expand", [back, b.ints(8, 6, 6)], (1, 8, 6, 6))
+
+
+def chosen(b: Builder, x: str) -> str:
+    return b.op("Where", [b.op("Greater", [x, b.floats(0.0)], (1, 8, 6, 6)), x, b.floats(0.5)], (1, 8, 6, 6))
+
+
+def joined_with_constants(b: Builder, x: str) -> str:
+    return b.op("Concat", [b.weight(1, 4, 6, 6, fan_in=1), x], (1, 12, 6, 6), axis=1)
+
+
+def padded_channels(b: Builder, x: str) -> str:
+    return b.op("Pad", [x, b.ints(2, 3, 1, 0), b.floats(0.5), b.ints(-3, -1)], (1, 11, 6, 9))
+
+
 CHANNELS: dict[str, Build] = {
     "relu": between(lambda b, x: b.same("Relu", x)),
     "clip": between(lambda b, x: b.same("Clip", x, b.floats(0.0), b.floats(6.0))),
@@ -259,6 +278,12 @@ CHANNELS: dict[str, Build] = {
     "spatial mean": between(lambda b, x: b.op("ReduceMean", [x, b.ints(-1)], (1, 8, 6, 1), keepdims=1)),
     "spatial softmax": between(lambda b, x: b.same("Softmax", x, axis=-1)),
     "spatial pad": between(lambda b, x: b.op("Pad", [x, b.ints(0, 0, 1, 0, 0, 0, 1, 2)], (1, 8, 8, 8))),
+    "padded channels": between(padded_channels),
+    "pool, squeeze, unsqueeze, expand": between(pooled_and_expanded),
+    "where": between(chosen),
+    "joined with constants": between(joined_with_constants),
+    "spatial normalization": between(lambda b, x: b.same("MeanVarianceNormalization", x)),
+    "triangle": between(lambda b, x: b.same("Trilu", x)),
     "resize": between(resized),
     "permutation": between(permuted),
     "tile": between(lambda b, x: b.op("Tile", [x, b.ints(1, 2, 1, 2)], (1, 16, 6, 12))),
@@ -316,6 +341,7 @@ GROUPS: dict[str, tuple[Build, Found]] = {
     "sum of channels": (between(lambda b, x: b.op("ReduceSum", [x, b.ints(1)], (1, 1, 6, 6))), [(8, 1, "across")]),
     "best channel": (between(lambda b, x: b.same("Cast", b.op("ArgMax", [x], (1, 1, 6, 6), axis=1), to=1)), [(8, 1, "across")]),
     "response norm": (between(lambda b, x: b.same("LRN", x, size=3)), [(8, 1, "works across this axis")]),
+    "unit length": (between(lambda b, x: b.same("LpNormalization", x, axis=1)), [(8, 1, "works across this axis")]),
     "no rule": (between(lambda b, x: b.same("CumSum", x, b.param(np.array(2)))), [(8, 1, "has no rule")]),
     "a shape that is computed": (
         between(lambda b, x: b.op("Reshape", [x, b.op("Shape", [x], (4,))], (1, 8, 6, 6))),
@@ -366,6 +392,18 @@ def test_softmax_of_old_opsets_normalises_all_trailing_axes() -> None:
 
     assert not coupling(made(build, opset=13))[0].frozen
     assert "works across this axis" in coupling(made(build, opset=12))[0].frozen
+
+
+def test_split_of_old_opsets_states_its_sizes_in_an_attribute() -> None:
+    def build(b: Builder) -> None:
+        x = b.op("Split", [conv(b, image(b), 8)], (1, 4, 6, 6), outputs=2, axis=1, split=(4, 4))
+        head(b, x)
+        head(b, f"{x}_1")
+
+    graph = made(build, opset=11)
+    group = coupling(graph)[0]
+    pruned = pruned_like_masked(graph, [(group, np.array([0, 1, 5]))])
+    assert pruned.node["split1"].attr("split") == (2, 3)
 
 
 def test_dynamic_batch_is_no_obstacle() -> None:

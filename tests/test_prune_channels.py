@@ -285,11 +285,12 @@ def test_ratio_is_rounded_up_to_the_granule() -> None:
 def test_every_candidate_runs() -> None:
     for seed in (1, 4, 9):
         graph = random_graph(seed)
+        ctx = Context(calibration=random_samples(graph, seed, 4))
         for one in PruneChannels.candidates(graph, target()):
             if isinstance(one, Refusal):
                 continue
             group = next(group for group in coupling(graph) if group.name == one.site[0])
-            after = run_pass(one, graph, Context())
+            after = run_pass(one, graph, ctx)
             written = group.weights[0]
             lost = graph.tensor(written.value).dims[written.axis] - after.tensor(written.value).dims[written.axis]
             assert lost == (group.size - one.keep) * group.granularity

@@ -1,4 +1,4 @@
-"""Coupling rules of the operators that multiply and add: convolutions, matrix products, attention, embedding tables.
+"""Coupling rules of the operators that multiply and add: convolutions, matrix products, embedding tables.
 
 A product ends one class and starts another: the axis it sums over belongs to whoever made it, the axis it makes is new.
 """
@@ -164,44 +164,6 @@ def gather(slots: Slots, node: Node) -> Axes:
         rest = ((i, ids) for i, ids in enumerate(axes) if i != axis and ids is not None)
         slots.uses.extend(Use(node.name, data, i, ids, writes=True) for i, ids in rest)
     return (*axes[:axis], *slots.axes(indices), *axes[axis + 1 :])
-
-
-def attention(slots: Slots, node: Node) -> Axes:
-    """ONNX's fused Attention (opset 23): whole heads, [B, H, T, D] or [B, T, H * D]; no past, no mask per head."""
-    query, key, value = node.inputs[:3]
-    if any(node.inputs[4:]) or any(node.outputs[1:]):
-        raise Unclear("attention with a cache")
-    if len(node.inputs) > 3 and node.inputs[3]:
-        mask = slots.axes(node.inputs[3])
-        if len(mask) > 2 and any(ids is None or len(ids) > 1 for ids in mask[:-2]):
-            raise Unclear("an attention mask per head")
-        for ids in mask:
-            slots.freeze(ids, "the axes of an attention mask")
-    if len(slots.axes(query)) == 4:
-        return _attention_4d(slots, node, query, key, value)
-    heads, shared = node.attr("q_num_heads", 0), node.attr("kv_num_heads", 0)
-    if not shared or heads % shared:
-        raise Unclear(f"{heads} query heads on {shared} key heads")
-    units = slots.fresh(shared)[:, None]
-    for source in (query, key, value):
-        slots.unite(slots.axis(source, 2).reshape(shared, -1), units)
-    out = slots.like(node.output)
-    if out[2] is None:
-        raise Unclear("a width that is not static")
-    slots.unite(out[2].reshape(shared, -1), units)
-    return (slots.axes(query)[0], slots.axes(query)[1], out[2])
-
-
-def _attention_4d(slots: Slots, node: Node, query: str, key: str, value: str) -> Axes:
-    heads, shared = slots.axis(query, 1), slots.axis(key, 1)
-    if not len(shared) or len(heads) % len(shared):
-        raise Unclear(f"{len(heads)} query heads on {len(shared)} key heads")
-    slots.unite(heads.reshape(len(shared), -1), shared[:, None])
-    slots.unite(slots.axis(value, 1), shared)
-    slots.unite(slots.axis(query, 3), slots.axis(key, 3))
-    if node.attr("scale") is None:
-        slots.freeze(slots.axis(query, 3), f"{node} scales by the width of its heads")
-    return (slots.axes(query)[0], heads, slots.axes(query)[2], slots.axes(value)[3])
 
 
 def broadcast(slots: Slots, operands: list[Axes]) -> Axes:

@@ -20,7 +20,7 @@ Rule = Callable[[Slots, Node], list[Axes]]
 
 _UNARY = """Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast CastLike Ceil Celu Clip Cos Cosh Dropout Elu Erf Exp Floor
 Gelu HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin
-Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu"""
+Sinh Softplus Softsign Sqrt Tan Tanh ThresholdedRelu"""
 _NARY = """Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod
 Mul Or PRelu Pow Sub Sum Where Xor"""
 _REDUCE = """ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
@@ -56,9 +56,11 @@ def group_norm(slots: Slots, node: Node) -> Axes:
         raise Unclear(f"{len(channels)} channels in {groups} groups")
     units = channels.reshape(groups, -1)
     slots.unite(units, units[:, :1])
-    for value in affine:  # one number per group until opset 20, one per channel since
+    for value in affine:
         ids = slots.axis(value, 0)
-        slots.unite(ids, channels if len(ids) == len(channels) else units[:, 0])
+        if len(ids) != len(channels):
+            raise Unclear("one number per group, as before opset 21")
+        slots.unite(ids, channels)
     return slots.axes(data)
 
 
@@ -363,12 +365,9 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_POOL.split(), _one(pool)),
     **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), _one(reshape)),
     **dict.fromkeys(("Softmax", "LogSoftmax", "Hardmax"), across(-1)),
-    **dict.fromkeys(("LayerNormalization", "RMSNormalization"), across(-1, trailing=True)),
-    **dict.fromkeys(("LpNormalization",), across(-1)),
     **dict.fromkeys(("ArgMax", "ArgMin"), _one(arg)),
     **dict.fromkeys(("BatchNormalization", "InstanceNormalization"), per_channel),
     **dict.fromkeys(("QuantizeLinear", "DequantizeLinear"), _one(quantize_linear)),
-    "Attention": _one(products.attention),
     "Concat": _one(concat),
     "Conv": _one(products.conv),
     "ConvTranspose": _one(products.conv_transpose),
@@ -378,7 +377,9 @@ RULES: dict[str, Rule] = {
     "Gather": _one(products.gather),
     "Gemm": _one(products.gemm),
     "GroupNormalization": _one(group_norm),
+    "LayerNormalization": across(-1, trailing=True),
     "LRN": _one(local_response),
+    "LpNormalization": across(-1),
     "MatMul": _one(products.matmul),
     "MeanVarianceNormalization": _one(mean_variance),
     "Pad": _one(pad),

@@ -17,6 +17,8 @@ def mean_magnitudes(graph: Graph, samples: Samples, wanted: Iterable[tuple[str, 
     Values may be graph inputs. Raises ModelError where ONNX Runtime cannot run the graph.
     """
     pairs = list(dict.fromkeys(wanted))
+    if not pairs:
+        return {}
     observed = observing(graph, (value for value, _ in pairs))
     session = Session(observed) if observed.outputs else None
     sums: dict[tuple[str, int], np.ndarray] = {}

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -22,6 +21,7 @@ from scipy.sparse.csgraph import connected_components
 
 from hwopt.analysis._coupling_rules import RULES
 from hwopt.analysis._coupling_slots import Axes, Choice, Ids, Slots, Unclear, Use
+from hwopt.analysis.memo import remembered
 from hwopt.ir import Graph, Node
 
 ROUNDS = 4  # walks over the graph until every reshape has tried its factors
@@ -123,22 +123,14 @@ class Coupling:
         return ~gone[self.labels]
 
 
-_analysed: WeakKeyDictionary[Graph, Coupling] = WeakKeyDictionary()  # graphs never change; entries die with them
-
-
 def coupling(graph: Graph) -> tuple[Group, ...]:
     """The groups of a graph in the order of their first producers; computed once per Graph object."""
     return analyse(graph).groups
 
 
+@remembered
 def analyse(graph: Graph) -> Coupling:
     """The groups and the elements behind them; computed once per Graph object."""
-    if graph not in _analysed:
-        _analysed[graph] = _analyse(graph)
-    return _analysed[graph]
-
-
-def _analyse(graph: Graph) -> Coupling:
     choices: dict[tuple[str, int], int] = {}
     for _ in range(ROUNDS):
         slots = _walk(graph, choices)

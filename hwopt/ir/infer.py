@@ -13,6 +13,7 @@ from hwopt.ir.types import Dim, OpaqueType, TensorType, ValueType, dtype_name, o
 
 # Shapes, axes, pads and scales travel as values, since inference reads them; real weights only as types.
 SMALL_ELEMENTS = 256
+LIKE_THEIR_INPUT = ("GroupNormalization", "MeanVarianceNormalization")  # ONNX 1.23 has no inference for them
 
 
 def infer_types(graph: Graph) -> Graph:
@@ -22,7 +23,7 @@ def infer_types(graph: Graph) -> Graph:
     """
     bare = skeleton(graph)
     for node in bare.graph.node:
-        if node.op_type == "GroupNormalization" and not node.domain:  # ONNX forgot its inference in opset 21
+        if node.op_type in LIKE_THEIR_INPUT and not node.domain:
             node.op_type, node.input[:] = "Identity", node.input[:1]
             del node.attribute[:]
     inferred = onnx.shape_inference.infer_shapes(bare, strict_mode=False, data_prop=True)
