@@ -314,6 +314,11 @@ def test_matmuls_with_a_computed_right_side_equal_numpy(sizes, shared, transpose
     close(run(spec, data, given, cores=cores), data.astype(float) @ right.astype(float), 0 if integer else 2e-5)
 
 
+def _window(spec, axis, position):
+    first = position * spec.strides[axis]
+    return slice(first, first + (spec.kernel[axis] - 1) * spec.dilations[axis] + 1, spec.dilations[axis])
+
+
 def pooled(spec, values):
     """The pool of float64 values; padded places are left out."""
     top, left, bottom, right = spec.pads
@@ -321,12 +326,7 @@ def pooled(spec, values):
     out = np.zeros((spec.batch, spec.out_height, spec.out_width, spec.channels))
     for y in range(spec.out_height):
         for x in range(spec.out_width):
-            rows = slice(
-                y * spec.strides[0], y * spec.strides[0] + (spec.kernel[0] - 1) * spec.dilations[0] + 1, spec.dilations[0]
-            )
-            columns = slice(
-                x * spec.strides[1], x * spec.strides[1] + (spec.kernel[1] - 1) * spec.dilations[1] + 1, spec.dilations[1]
-            )
+            rows, columns = (_window(spec, axis, position) for axis, position in enumerate((y, x)))
             window = padded[:, rows, columns]
             if spec.function == "max":
                 out[:, y, x] = np.nanmax(window, (1, 2))

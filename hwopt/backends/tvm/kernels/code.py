@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tvm import tirx
+from tvm.tirx.op import masked_load
 
 Value = Any  # a tirx expression or a Python number
 
@@ -25,6 +26,14 @@ def span(index: Value, lanes: int) -> Value:
 
 def load(buffer: Value, index: Value, lanes: int = 1) -> Value:
     return tirx.BufferLoad(buffer, [span(index, lanes)])
+
+
+def load_part(buffer: Value, index: Value, lanes: int, valid: int) -> Value:
+    """A vector of which only the first `valid` lanes are read; the others are undefined."""
+    if valid == lanes:
+        return load(buffer, index, lanes)
+    mask = tirx.LT(tirx.Ramp(0, 1, lanes), tirx.Broadcast(valid, lanes))
+    return masked_load(vector(buffer.dtype, lanes), buffer, span(index, lanes), mask)
 
 
 def splat(value: Value, lanes: int, dtype: str = "float32") -> Value:

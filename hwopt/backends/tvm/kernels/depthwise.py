@@ -14,12 +14,14 @@ from typing import Any, TypeGuard
 import numpy as np
 from tvm import tirx
 
-from hwopt.backends.tvm.kernels.code import Code, Value, function, interleaved, load, pieces, splat
+from hwopt.backends.tvm.kernels.code import Code, Value, function, interleaved, load, load_part, pieces, splat
 from hwopt.backends.tvm.kernels.epilogue import Epilogue, Place
 from hwopt.backends.tvm.kernels.micro import accumulate, fused_multiply_add, widened
 from hwopt.backends.tvm.kernels.schedule import SERIAL_MACS, Schedule
 from hwopt.backends.tvm.kernels.spec import ConvSpec
 from hwopt.target import MicroKernel
+
+CODE = 128  # products in one tile, unrolled: more compile slowly and overflow the decoded-instruction cache
 
 
 def is_depthwise(spec: object) -> TypeGuard[ConvSpec]:
@@ -39,7 +41,7 @@ def pack(spec: ConvSpec, weights: np.ndarray, micro: MicroKernel) -> np.ndarray:
 
 def default_schedule(spec: ConvSpec, micro: MicroKernel, cores: int = 1) -> Schedule:
     """The tile whose loads, products and waste are least per row, and rows enough for every core."""
-    most = 8 if micro.registers > 16 else 4
+    most = max(2, min(8 if micro.registers > 16 else 4, CODE // (spec.kernel[0] * spec.kernel[1])))
     columns = min(range(1, min(most, spec.out_width) + 1), key=lambda width: _row_cost(spec, width))
     parallel = cores > 1 and spec.macs >= SERIAL_MACS // 4
     rows = spec.out_height
@@ -55,13 +57,20 @@ def _row_cost(spec: ConvSpec, width: int) -> float:
 
 
 @dataclass(frozen=True)
+class Line:
+    """The input row under one tap: where it starts in the data, and whether it is one (None: it always is)."""
+
+    start: Value
+    inside: Value
+
+
+@dataclass(frozen=True)
 class Row:
-    """One output row of one image for `lanes` channels from `channel` on; `top` is the input row under the first tap."""
+    """One output row of one image for `lanes` channels from `channel` on."""
 
     image: Value
     y: Value
-    top: Value
-    checked: bool  # some of the input rows may lie outside
+    lines: list[Line]
     channel: Value
     vector: Value
     lanes: int
@@ -104,7 +113,7 @@ class Depthwise:
         if not spec.pads[0] and not spec.pads[2]:
             self._vectors(code, image, y, top, False)
             return
-        inside = tirx.And(tirx.GE(top, 0), tirx.LT(top + reach, spec.height)) if not isinstance(top, int) else False
+        inside = tirx.And(tirx.GE(top, 0), tirx.LT(top + reach, spec.height))
         code.when(
             inside,
             lambda inner: self._vectors(inner, image, y, top, False),
@@ -114,13 +123,20 @@ class Depthwise:
     def _vectors(self, code: Code, image: Value, y: Value, top: Value, checked: bool) -> None:
         lanes = self.micro.lanes
         whole, rest = divmod(self.channels, lanes)
+        lines = [self._line(code, image, top + tap * self.spec.dilations[0], checked) for tap in range(self.spec.kernel[0])]
 
         def vector(inner: Code, index: Value, valid: int = lanes) -> None:
-            self._columns(inner, Row(image, y, top, checked, index * lanes, index, valid))
+            self._columns(inner, Row(image, y, lines, index * lanes, index, valid))
 
         code.loop("vector", whole, vector)
         if rest:
             vector(code, whole, rest)
+
+    def _line(self, code: Code, image: Value, y: Value, checked: bool) -> Line:
+        height = self.spec.height
+        inside = code.bind("inside", tirx.And(tirx.GE(y, 0), tirx.LT(y, height))) if checked else None
+        row = tirx.Max(0, tirx.Min(y, height - 1)) if checked else y
+        return Line(code.bind("line", (image * height + row) * (self.spec.width * self.channels)), inside)
 
     def _columns(self, code: Code, row: Row) -> None:
         """Tiles along a row: those at the border each by themselves, those between them in a loop."""
@@ -187,33 +203,18 @@ class Depthwise:
         """`depth` input rows of one input column, interleaved channel by channel."""
         micro, spec = self.micro, self.spec
         taps = range(word * micro.depth, (word + 1) * micro.depth)
-        padding = splat(float(spec.pad_value) if spec.data_dtype == "float32" else spec.pad_value, micro.lanes, spec.data_dtype)
-        rows = [self._element(code, row, column, tap) if tap < spec.kernel[0] and not outside else padding for tap in taps]
+        rows = [self._element(row, column, tap) if tap < spec.kernel[0] and not outside else self._padding() for tap in taps]
         return code.bind("word", widened(micro, interleaved(rows, micro.lanes)))
 
-    def _element(self, code: Code, row: Row, column: Value, tap: int) -> Value:
+    def _element(self, row: Row, column: Value, tap: int) -> Value:
         """The channels of one input position, or the padding value where its row is outside."""
-        spec, lanes = self.spec, self.micro.lanes
-        y = row.top + tap * spec.dilations[0]
-        clamped = tirx.Max(0, tirx.Min(y, spec.height - 1)) if row.checked else y
-        index = ((row.image * spec.height + clamped) * spec.width + column) * self.channels + row.channel
-        value = load(self.data, index, row.lanes) if row.lanes == lanes else self._partial(code, index, row.lanes)
-        if not row.checked:
-            return value
-        padding = splat(float(spec.pad_value) if spec.data_dtype == "float32" else spec.pad_value, lanes, spec.data_dtype)
-        inside = tirx.And(tirx.GE(y, 0), tirx.LT(y, spec.height)) if not isinstance(y, int) else 0 <= y < spec.height
-        if isinstance(inside, bool):
-            return value if inside else padding
-        return tirx.Select(splat(inside, lanes), value, padding)
+        line = row.lines[tap]
+        value = load_part(self.data, line.start + column * self.channels + row.channel, self.micro.lanes, row.lanes)
+        return value if line.inside is None else tirx.Select(splat(line.inside, self.micro.lanes), value, self._padding())
 
-    def _partial(self, code: Code, index: Value, valid: int) -> Value:
-        """A vector of which only `valid` lanes are read."""
-        lanes = self.micro.lanes
-        whole = code.alloc("partial", lanes, self.spec.data_dtype)
-        code.store(whole, 0, splat(0.0 if self.spec.data_dtype == "float32" else 0, lanes, self.spec.data_dtype), lanes)
-        for offset, count in pieces(valid, lanes):
-            code.store(whole, offset, load(self.data, index + offset, count), count)
-        return code.bind("element", load(whole, 0, lanes))
+    def _padding(self) -> Value:
+        value = float(self.spec.pad_value) if self.spec.data_dtype == "float32" else self.spec.pad_value
+        return splat(value, self.micro.lanes, self.spec.data_dtype)
 
     def _finish(self, code: Code, row: Row, x: Value, total: Value, shared: list[Value]) -> None:
         """The epilogue on a whole vector, or on the pieces of a partial one, and the stores."""
