@@ -18,14 +18,13 @@ import psutil
 
 from hwopt.analysis.size import weight_bytes
 from hwopt.analysis.workload import workloads
-from hwopt.artifact import Artifact, check_destination, write_artifact
+from hwopt.artifact import Artifact, check_destination
 from hwopt.backends.ort import Session
 from hwopt.backends.tvm.support import refuse_unsupported
-from hwopt.emit.build import Library, build_library
+from hwopt.build import Built, build
 from hwopt.errors import UnsupportedError, UsageError
 from hwopt.evaluate import Scorer, compare, make_scorer, user_scorer
-from hwopt.io.proto import to_model
-from hwopt.ir import Graph, to_text
+from hwopt.ir import Graph
 from hwopt.measure import Timing, interleaved, onnxruntime_runner
 from hwopt.pipeline import Context, Pass, PassManager, Phase, Refusal, parse_list
 from hwopt.plan.budget import Budget
@@ -88,13 +87,13 @@ def compile_model(
     _refuse_foreign(job.target)
     refuse_unsupported(job.graph)
     with tempfile.TemporaryDirectory(prefix="hwopt-") as scratch:
-        baseline = build(job.graph, job, Path(scratch) / "baseline")
+        baseline = _build(job.graph, job, Path(scratch) / "baseline")
         found = _decide(job, replay, _scale(job, baseline))
-        result = baseline if found.graph is job.graph else build(found.graph, job, Path(scratch) / "result")
+        result = baseline if found.graph is job.graph else _build(found.graph, job, Path(scratch) / "result")
         if result is not baseline and searched(job, replay) and not job.budget.limited:
             found, result = _worth_it(job, found, baseline, result)
         report = measured_report(job, found, baseline, result)
-        return result.write(out, job, found, report)
+        return result.write(out, found.plan, report)
 
 
 def plan_model(model: Any, **options: Any) -> Found:
@@ -206,39 +205,9 @@ def _refuse_foreign(target: Target) -> None:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Built:
-    """A compiled graph: the library's files, and the same library loaded, for scoring and timing."""
-
-    library: Library
-    graph: Graph
-    kind: str
-    reason: str
-    artifact: Artifact
-
-    def write(self, out: Path | str, job: Job, found: Found, report: Mapping[str, Any]) -> Artifact:
-        """The artifact that ships."""
-        return write_artifact(
-            out, self.library, target=job.target.name, model=to_model(self.graph).SerializeToString(deterministic=True),
-            plan=found.plan.to_data(), report=report, graph=to_text(self.graph, history=True), kind=self.kind, reason=self.reason,
-        )  # fmt: skip
-
-
-def build(graph: Graph, job: Job, folder: Path) -> Built:
-    """Compile one graph: plain C where that can be, else the Relax VM, which the artifact then says."""
-    from hwopt.backends.tvm.build import compile_program
-
+def _build(graph: Graph, job: Job, folder: Path) -> Built:
     job.progress(f"compiling {folder.name}", 0, 1)
-    program = compile_program(graph, job.target, job.threads, identifier(graph.name))
-    library = build_library(program, folder / "library", features=job.target.features, threads=job.threads)
-    artifact = write_artifact(folder / "artifact", library, target=job.target.name, model=b"", plan={}, report={}, graph="")
-    return Built(library, graph, "c", "", artifact)
-
-
-def identifier(name: str) -> str:
-    """A model's name as the beginning of a C function's."""
-    word = re.sub(r"\W", "_", name, flags=re.ASCII).strip("_") or "model"
-    return word if word[0].isalpha() else f"model_{word}"
+    return build(graph, job.target, job.threads, folder)
 
 
 def _scale(job: Job, baseline: Built) -> float:

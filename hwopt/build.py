@@ -1,0 +1,86 @@
+"""One graph into one library that can be run, timed and shipped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hwopt.analysis.liveness import peak_activation_bytes
+from hwopt.analysis.size import weight_bytes
+from hwopt.artifact import Artifact, write_artifact
+from hwopt.emit.build import Library, Tensor, build_library
+from hwopt.emit.cpu import host_machine
+from hwopt.io.proto import to_model
+from hwopt.ir import Graph, to_text
+from hwopt.plan.plan import Plan
+from hwopt.target import Target
+
+
+@dataclass(frozen=True, eq=False)
+class Built:
+    """A compiled graph: the library's files, and the same library loaded, for scoring and timing.
+
+    `kind` is "c" (the generated driver) or "vm" (TVM's virtual machine, for `reason`).
+    """
+
+    library: Library
+    graph: Graph
+    target: Target
+    kind: str
+    reason: str
+    artifact: Artifact
+
+    def write(self, out: Path | str, plan: Plan, report: Mapping[str, Any]) -> Artifact:
+        """The artifact that ships."""
+        model = to_model(self.graph).SerializeToString(deterministic=True)
+        text = to_text(self.graph, history=True)
+        return write_artifact(
+            out, self.library, target=self.target.name, model=model, plan=plan.to_data(), report=report, graph=text,
+            kind=self.kind, reason=self.reason,
+        )  # fmt: skip
+
+
+def build(graph: Graph, target: Target, threads: int, folder: Path) -> Built:
+    """Compile one graph into `folder`: plain C where that can be, else for TVM's virtual machine."""
+    from hwopt.backends.tvm.build import compile_program
+    from hwopt.backends.tvm.vm import reasons
+
+    reason = "; ".join(reasons(graph))
+    if reason:
+        library = _machine_library(graph, target, threads, folder / "library")
+    else:
+        program = compile_program(graph, target, threads, identifier(graph.name))
+        library = build_library(program, folder / "library", features=target.features, threads=threads)
+    kind = "vm" if reason else "c"
+    artifact = write_artifact(
+        folder / "artifact", library, target=target.name, model=b"", plan={}, report={}, graph="", kind=kind, reason=reason
+    )
+    return Built(library, graph, target, kind, reason, artifact)
+
+
+def _machine_library(graph: Graph, target: Target, threads: int, folder: Path) -> Library:
+    """The library of `compile_vm`; its activations are an estimate, the machine allocates as it runs."""
+    from hwopt.backends.tvm.vm import compile_vm
+
+    name = identifier(graph.name)
+    folder.mkdir(parents=True)
+    (folder / f"{name}.so").write_bytes(compile_vm(graph, target))
+    peak, size = peak_activation_bytes(graph), weight_bytes(graph)
+    return Library(
+        name=name, folder=folder, files=(f"{name}.so",), shared=f"{name}.so", machine=host_machine(),
+        features=tuple(sorted(target.features)), threads=threads, inputs=_tensors(graph, graph.inputs),
+        outputs=_tensors(graph, graph.outputs), arena_bytes=peak, workspace_bytes=0, weight_bytes=size,
+    )  # fmt: skip
+
+
+def _tensors(graph: Graph, values: tuple[str, ...]) -> tuple[Tensor, ...]:
+    return tuple(Tensor(value, graph.tensor(value)) for value in values)
+
+
+def identifier(name: str) -> str:
+    """A model's name as the beginning of a C function's."""
+    word = re.sub(r"\W", "_", name, flags=re.ASCII).strip("_") or "model"
+    return word if word[0].isalpha() else f"model_{word}"
