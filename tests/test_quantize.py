@@ -359,6 +359,8 @@ def test_the_codebook_of_shared_weights_becomes_int8(options: dict) -> None:
     after = run_pass(Quantize(("conv0",)), shared, ctx)
     assert not [name for name, array in after.params.items() if array.dtype == np.float32 and array.size > 32]
     assert after.producer[after.node["conv0"].inputs[1]].op == "DequantizeLinear"
+    assert [region.integer for region in regions(after) if region.kind == "conv"] == [True]
+    assert run_pass(Quantize(("conv0",)), after, ctx) is after
     assert error(shared, after) < 0.01
 
 

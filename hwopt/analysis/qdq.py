@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
+from hwopt.analysis.memo import remembered
+from hwopt.backends.ort import run
 from hwopt.ir import Graph, Node
 
 INTEGERS = ("uint8", "int8")
@@ -69,9 +73,34 @@ def quantized_weight(graph: Graph, value: str, channel_axis: int) -> tuple[np.nd
     """The int8 array behind a dequantized constant and its scales [channels] (or []), if symmetric; else None."""
     node = graph.producer.get(value)
     found = quantization(graph, node) if node is not None and node.op == "DequantizeLinear" else None
-    array = graph.constant(node.inputs[0]) if node is not None else None
+    array = _decoded(graph, node.inputs[0]) if node is not None and found is not None else None
     if found is None or array is None or array.dtype != np.int8 or np.any(found.zero_point):
         return None
     if not found.whole and found.axis != channel_axis % array.ndim:
         return None
     return array, found.scale
+
+
+_DECODING = ("Gather", "GatherElements", "Reshape", "Transpose", "Cast", "Slice", "BitShift", "BitwiseAnd", "BitwiseOr")
+
+
+@remembered
+def _decoded(graph: Graph, value: str) -> np.ndarray | None:
+    """A parameter, or what is looked up in an integer codebook and nothing else; None for computed values."""
+    if value in graph.params:
+        return graph.params[value]
+    nodes: dict[str, Node] = {}
+    waiting = [value]
+    while waiting:
+        name = waiting.pop()
+        node = graph.producer.get(name)
+        if name in graph.params or (node is not None and node.name in nodes):
+            continue
+        if node is None or node.op not in _DECODING:
+            return None
+        nodes[node.name] = node
+        waiting.extend(node.reads)
+    read = {name for node in nodes.values() for name in node.reads}
+    params = MappingProxyType({name: array for name, array in graph.params.items() if name in read})
+    ordered = tuple(node for node in graph.nodes if node.name in nodes)
+    return run(dataclasses.replace(graph, inputs=(), outputs=(value,), nodes=ordered, params=params), {})[value]
