@@ -184,8 +184,18 @@ class Depthwise:
                 for word, value in enumerate(words):
                     product = accumulate(micro, totals[position], value, weights[tap][word])
                     totals[position] = code.bind("total", product)
+        if not self.epilogue.heavy:
+            for position, total in enumerate(totals):
+                self._finish(code, row, start + position, total, shared)
+            return
+        space = code.alloc("totals", width * micro.lanes, spec.accumulator)
         for position, total in enumerate(totals):
-            self._finish(code, row, start + position, total, shared)
+            code.store(space, position * micro.lanes, total, micro.lanes)
+
+        def finish(inner: Code, index: Value) -> None:
+            self._finish(inner, row, start + index, load(space, index * micro.lanes, micro.lanes), shared)
+
+        code.loop("position", width, finish)
 
     def _weights(self, code: Code, row: Row) -> list[list[Value]]:
         """[tap across][word] vectors of weights."""

@@ -19,6 +19,8 @@ from hwopt.backends.tvm.kernels.spec import Activation, Add, Bias, Multiply, Qua
 LIMITS = {"uint8": (0, 255), "int8": (-128, 127)}
 HOMOGENEOUS = ("relu", "clip", "leaky_relu")  # gain * f(x) = f'(gain * x) with the bounds of clip scaled
 
+TRANSCENDENTAL = ("sigmoid", "silu", "tanh", "gelu", "gelu_tanh")
+
 
 @dataclass(frozen=True)
 class Place:
@@ -39,6 +41,11 @@ class Epilogue:
         self.channels, self.images, self.size, self.fused = channels, images, size, fused
         self.tensors = [self._tensor(step) for step in self.steps]
         self.gains = _gains(self.steps)
+
+    @property
+    def heavy(self) -> bool:
+        """Whether a step takes tens of instructions, so that unrolling it over a tile would be too much code."""
+        return any(isinstance(step, Activation) and step.function in TRANSCENDENTAL for step in self.steps)
 
     @property
     def parameters(self) -> list[Value]:

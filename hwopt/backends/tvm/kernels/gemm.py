@@ -25,7 +25,7 @@ from hwopt.backends.tvm.kernels.epilogue import Epilogue, Place
 from hwopt.backends.tvm.kernels.geometry import Geometry
 from hwopt.backends.tvm.kernels.micro import accumulate, data_operand, fused_multiply_add, weight_operand
 from hwopt.backends.tvm.kernels.repack import Repack
-from hwopt.backends.tvm.kernels.schedule import Schedule
+from hwopt.backends.tvm.kernels.schedule import Schedule, split
 from hwopt.backends.tvm.kernels.spec import MatmulSpec
 from hwopt.target import MicroKernel
 
@@ -317,15 +317,38 @@ class Tile:
     def _finish(self, code: Code, totals: list[list[Value]], row: Value, column: Value) -> None:
         """The epilogue on whole vectors, or on pieces of a partial one, and the stores."""
         gemm, lanes = self.work.gemm, self.work.gemm.micro.lanes
-        shape = gemm.shape
         for vector in range(self.vectors):
-            for offset, count in pieces(self._lanes(vector), lanes):
-                channel = self._channel(vector) + offset
-                shared = gemm.epilogue.per_channel(code, channel, count)
-                for (y, x), accumulators in zip(self.positions, totals, strict=True):
-                    position = (self.work.image * shape.rows + row + y) * shape.columns + column + x
-                    place = Place(position * shape.out_channels + channel, channel, self.work.image)
-                    biased = self._lanes(vector) == lanes
-                    value = load(accumulators[vector], offset, count)
-                    value = gemm.epilogue.apply(code, value, place, shared, count, biased)
-                    code.store(gemm.out, place.flat, value, count)
+            column_of = [accumulators[vector] for accumulators in totals]
+            if not gemm.epilogue.heavy:
+                for (y, x), total in zip(self.positions, column_of, strict=True):
+                    self._result(code, vector, total, 0, row + y, column + x)
+                continue
+            some = 1000 // (4 * lanes)  # as many vectors as TVM puts on the stack
+            for first in range(0, len(column_of), some):
+                self._looped(code, vector, column_of[first : first + some], first, row, column)
+
+    def _looped(self, code: Code, vector: int, totals: list[Value], first: int, row: Value, column: Value) -> None:
+        """A long epilogue is written once, in a loop over the accumulators: unrolled, it would take seconds to compile."""
+        lanes = self.work.gemm.micro.lanes
+        space = code.alloc("totals", len(totals) * lanes, self.work.gemm.shape.accumulator)
+        for index, total in enumerate(totals):
+            code.store(space, index * lanes, load(total, 0, lanes), lanes)
+
+        def position(inner: Code, index: Value) -> None:
+            x, y = split(index + first, self.width) if self.height > 1 else (index + first, 0)
+            self._result(inner, vector, space, index * lanes, row + y, column + x)
+
+        code.loop("position", len(totals), position)
+
+    def _result(self, code: Code, vector: int, total: Value, at: Value, row: Value, column: Value) -> None:
+        """One vector of results, from element `at` of `total`."""
+        gemm, lanes = self.work.gemm, self.work.gemm.micro.lanes
+        shape = gemm.shape
+        position = (self.work.image * shape.rows + row) * shape.columns + column
+        for offset, count in pieces(self._lanes(vector), lanes):
+            channel = self._channel(vector) + offset
+            shared = gemm.epilogue.per_channel(code, channel, count)
+            place = Place(position * shape.out_channels + channel, channel, self.work.image)
+            value = load(total, at + offset, count)
+            value = gemm.epilogue.apply(code, value, place, shared, count, self._lanes(vector) == lanes)
+            code.store(gemm.out, place.flat, value, count)
