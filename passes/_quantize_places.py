@@ -67,8 +67,9 @@ class Places:
 
     def group(self, key: Key) -> Key:
         """The representative of the keys that share a grid with this one."""
-        while self._parent.get(key, key) != key:
-            key = self._parent[key]
+        while (parent := self._parent.get(key, key)) != key:
+            self._parent[key] = self._parent.get(parent, parent)
+            key = parent
         return key
 
     def tie(self, one: Key, other: Key) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
+from hwopt.analysis.qdq import Quantization
 from hwopt.analysis.ranges import Grid
 from hwopt.ir import Edit, Graph, Node, part, scalar
 from passes._quantize_layers import Integers, Layer, integers_of
@@ -56,24 +58,33 @@ class _Form:
     def graph(self) -> Graph:
         return self.places.graph
 
+    @cached_property
+    def known(self) -> Mapping[Key, tuple[Node, Quantization]]:
+        """Group -> a node that fixes its grid already."""
+        return {self.places.group(key): found for key, found in self.places.known.items()}
+
     def scale_of(self, key: Key) -> float:
         """The scale of a quantized value."""
         group = self.places.group(key)
-        known = next((found for other, (_, found) in self.places.known.items() if self.places.group(other) == group), None)
-        return float(known.scale) if known is not None else self.grids[group].scale
+        return float(self.known[group][1].scale) if group in self.known else self.grids[group].scale
 
     def grid(self, key: Key) -> tuple[str, str]:
         """Names of scale and zero point, added where the graph has none for this group yet."""
         group = self.places.group(key)
         if group not in self.grid_names:
-            known = [node for other, (node, _) in self.places.known.items() if self.places.group(other) == group]
-            if known and len(known[0].inputs) > 2:
-                self.grid_names[group] = known[0].inputs[1], known[0].inputs[2]
-            else:
-                grid = self.grids[group]
-                scale = self.edit.param(f"{key[0]}_scale", np.array(grid.scale, np.float32))
-                self.grid_names[group] = scale, self.edit.param(f"{key[0]}_zero_point", np.array(grid.zero_point, grid.dtype))
+            self.grid_names[group] = self._grid_names(key[0], group)
         return self.grid_names[group]
+
+    def _grid_names(self, hint: str, group: Key) -> tuple[str, str]:
+        if group in self.known:
+            node, found = self.known[group]
+            if len(node.inputs) > 2 and node.inputs[2]:
+                return node.inputs[1], node.inputs[2]
+            grid = Grid(float(found.scale), int(found.zero_point), found.dtype)
+        else:
+            grid = self.grids[group]
+        scale = self.edit.param(f"{hint}_scale", np.array(grid.scale, np.float32))
+        return scale, self.edit.param(f"{hint}_zero_point", np.array(grid.zero_point, grid.dtype))
 
     def quantize(self, key: Key) -> None:
         """Q behind the kernel; a Relu or Clip that the grid's own limits repeat is left out: Q(relu(x)) = Q(x)."""

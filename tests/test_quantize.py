@@ -17,7 +17,7 @@ from hwopt.analysis.regions import integer_operands, regions
 from hwopt.backends.ort import Session
 from hwopt.backends.tvm.build import compile_program
 from hwopt.backends.tvm.run import run_program
-from hwopt.errors import DataError, PassError, UsageError
+from hwopt.errors import DataError, ModelError, PassError, UsageError
 from hwopt.io.proto import from_model
 from hwopt.ir import Graph, Node, frozen, of_op
 from hwopt.pipeline import Context, Refusal, merged, run_pass
@@ -332,6 +332,18 @@ def test_the_compiled_chain_stays_in_integers_channels_last_and_gives_onnx_runti
     assert len([call for call in program.calls if "transpose" in call.label]) <= 1  # of the network's input
 
 
+def test_a_quantization_that_the_model_has_already_is_used_again() -> None:
+    build = Builder()
+    x = relu(build, build.input((1, 3, 6, 6)))
+    scale = build.floats(0.02)
+    eight = build.same("QuantizeLinear", x, scale)
+    build.outputs += [conv(build, x, 4, 1), build.same("DequantizeLinear", eight, scale)]
+    after = quantized(build.graph())
+    assert len(list(of_op(after, "QuantizeLinear"))) == 1
+    operands = integer_operands(after, next(of_op(after, "Conv")))
+    assert operands is not None and operands.data == eight and float(operands.data_quantization.scale) == np.float32(0.02)
+
+
 # --- composition ---
 
 
@@ -453,6 +465,18 @@ def test_missing_or_broken_calibration_is_a_clear_error() -> None:
         quantized(graph, Context(calibration=Samples(data)))
     with pytest.raises(UsageError, match="did you mean mse"):
         quantized(graph, calibrator="mes")
+
+
+@pytest.mark.parametrize("position", [1, 2])
+def test_broken_weights_name_the_value(position: int) -> None:
+    graph = residual()
+    node = next(node for node in of_op(graph, "Conv", "Gemm") if len(node.inputs) > 2)
+    name = node.inputs[position]
+    broken = graph.params[name].copy()
+    broken.flat[0] = np.nan
+    graph = dataclasses.replace(graph, params=MappingProxyType({**graph.params, name: frozen(broken)}))
+    with pytest.raises(ModelError, match=f"value {name}: .* NaN"):
+        Quantize((node.name,)).run(graph, Context(calibration=random_samples(graph)))
 
 
 def test_infinite_activations_name_the_value() -> None:

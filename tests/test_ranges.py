@@ -152,7 +152,7 @@ def brute_force_entropy(values: np.ndarray, width: float, levels: int) -> float:
     return threshold
 
 
-@pytest.mark.parametrize(("values", "levels"), [(TAILED[:4000], 128), (np.abs(TAILED[:4000]), 256), (NORMAL[:4000], 128)])
+@pytest.mark.parametrize(("values", "levels"), [(TAILED[:4000], 128), (np.abs(TAILED[:4000]), 256)])
 def test_entropy_is_the_brute_force_minimum(values: np.ndarray, levels: int) -> None:
     histogram = seen(values)
     threshold = brute_force_entropy(values, histogram.width, levels)
