@@ -230,6 +230,18 @@ def test_demo_model() -> None:
     assert all("transpose" not in call.label for call in program.calls), "channels last from end to end"
 
 
+@pytest.mark.parametrize("body", [QUANTIZED_BODIES[2], "h = Conv <pads = [1,1,1,1], group = 8> (rf, df, bf) y = Relu(h)"])
+def test_kernels_are_built_for_other_machines(body: str) -> None:
+    output = "float[1,8,6,5] y" if "y = Relu" in body else "uint8[1,8,6,5] y"
+    program = compile_program(quantized(body, output), find_target("cortex-a72"), 1, "arm")
+    assert all(data[:4] == b"\x7fELF" and data[18] == 183 for data in program.objects), "EM_AARCH64 is 183"
+
+
+def test_a_machine_without_kernels_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="no kernels yet"):
+        compile_program(quantized(QUANTIZED_BODIES[0]), find_target("nvidia-t4"))
+
+
 def test_threads_change_nothing_in_the_results() -> None:
     graph = graph_of(f"""agraph (float[1,3,40,40] x) => (float[1,8,40,40] y) <{CONV}> {{
     h = Conv <pads=[1,1,1,1]> (x, w, b) y = Exp(h) }}""")

@@ -81,7 +81,7 @@ def set_shape(value: onnx.ValueInfoProto, shape: Iterable[int]) -> None:
         kind.shape.dim.add().dim_value = size
 
 
-def tests() -> Mapping[str, Any]:
+def node_tests() -> Mapping[str, Any]:
     from onnx.backend.test.case.node import collect_testcases
 
     with warnings.catch_warnings():
@@ -138,7 +138,7 @@ def disagreement(case: Case, outputs: Mapping[str, np.ndarray]) -> str:
 def test_pinned_node_tests_compile_and_agree() -> None:
     pinned = LIST.read_text().split()
     assert len(pinned) >= 900
-    known = tests()
+    known = node_tests()
     missing = [name for name in pinned if name not in known]
     assert len(missing) < 50, "this onnx lacks many of the pinned cases"
     lost = dict(failures(known[name] for name in pinned if name in known))
@@ -146,7 +146,7 @@ def test_pinned_node_tests_compile_and_agree() -> None:
 
 
 if __name__ == "__main__":
-    everything = tests()
+    everything = node_tests()
     bad = dict(failures(everything.values()))
     good = sorted(set(everything) - set(bad))
     LIST.write_text("\n".join(good) + "\n")

@@ -29,6 +29,8 @@ class Converter:
         """The node's outputs; raises UnsupportedError that names the node."""
         from tvm import relax
 
+        if node.op == "Sigmoid" and inputs[0] is not None and str(inputs[0].ty.dtype) == "float32":
+            return [self.builder.emit(_sigmoid(inputs[0]))]
         attrs = self._importer._parse_attr(node.proto.attribute)
         attrs["tvm_custom"] = {"name": node.name, "num_outputs": len(node.outputs)}
         arguments = self._frontend.onnx_input(inputs)
@@ -54,6 +56,14 @@ class Converter:
         if isinstance(expr, np.ndarray):
             return constant(expr)
         return self.builder.emit(expr)
+
+
+def _sigmoid(data: Expr) -> Expr:
+    """1 / (1 + exp(-x)), with an exp that TVM can replace by a polynomial."""
+    from tvm import relax
+
+    one = relax.const(1.0, "float32")
+    return relax.op.divide(one, relax.op.add(one, relax.op.exp(relax.op.negative(data))))
 
 
 def node_inputs(values: Values, node: Node, last: bool = False, rank: int = 0) -> list[Expr | None]:

@@ -56,13 +56,15 @@ class Lowering:
                 results = [self.values.get(name) for name in self.graph.outputs]
                 output = self.builder.emit_output(relax.Tuple(results))
             self.builder.emit_func_output(output)
-        return self.builder.get()
+        module = self.builder.get()
+        module.update_func(module.get_global_var("main"), module["main"].with_attr("hwopt.labels", self.templates.labels))
+        return module
 
     def region(self, region: Region) -> None:
         """Emit one region, as one kernel where there is one for it, else node by node."""
         if region.anchor.op in WEIGHTED and region.anchor.domain == "" and region.anchor.name not in self.constant:
             kernel = weighted_kernel(self.graph, region, self.values)
-            result = self.templates.call(kernel) if kernel else None
+            result = self.templates.call(kernel, region.name) if kernel else None
             if kernel and result is not None:
                 self.values.put(region.output, result, kernel.last)
                 return

@@ -41,6 +41,8 @@ class _Reader:
     def __init__(self, module: Any, graph: Graph) -> None:
         self.module, self.graph, self.result = module, graph, Reading()
         self.names: dict[Any, Any] = {}  # Relax variable -> buffer name, or a list of them
+        attributes = module["main"].attrs
+        self.labels = {str(k): str(v) for k, v in attributes["hwopt.labels"].items()} if "hwopt.labels" in attributes else {}
         self.constants: dict[str, str] = {}  # digest of contents -> buffer name
 
     def reading(self) -> Reading:
@@ -79,13 +81,13 @@ class _Reader:
             return self._value(None, value.tuple_value)[value.index]
         name = getattr(getattr(value, "op", None), "name", "")
         if name == "relax.call_tir":
-            return self._call(value)
+            return self._call(value, variable.name if variable is not None else "")
         if name in VIEWS:
             source = self._value(None, value.args[0])
             return self._buffer("v", str(variable.ty.dtype), _dims(variable.ty.shape), "temporary", alias=self._root(source))
         raise UnsupportedError(f"TVM leaves {name or type(value).__name__} to its runtime", place=self.graph.name)
 
-    def _call(self, call: Any) -> Any:
+    def _call(self, call: Any, label: str) -> Any:
         """A kernel call; its results get buffers of their own."""
         from tvm import relax
 
@@ -96,7 +98,7 @@ class _Reader:
         results = [self._buffer("t", str(kind.dtype), _dims(kind.shape), "temporary") for kind in kinds]
         primitive = self.module[function]
         self.result.functions.setdefault(function, primitive)
-        label = str(primitive.attrs["hwopt.label"]) if "hwopt.label" in primitive.attrs else function
+        label = self.labels.get(label, function)  # a fused function's name says which operators are in it
         self.result.calls.append(Call(function, (*names, *results), len(results), label))
         return results if many else results[0]
 

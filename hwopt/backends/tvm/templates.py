@@ -24,10 +24,11 @@ class Templates:
 
     def __init__(self, builder: Any, target: Target, threads: int) -> None:
         self.builder, self.target, self.threads = builder, target, threads
+        self.labels: dict[str, str] = {}  # variable -> region
         self._functions: dict[Spec, Any] = {}
 
-    def call(self, kernel: Kernel) -> Expr | None:
-        """The result of the kernel; None where no template takes its dtypes."""
+    def call(self, kernel: Kernel, label: str) -> Expr | None:
+        """The result of the kernel, a variable called `label`; None where no template takes its dtypes."""
         from tvm import relax
 
         micro = self.micro(kernel.spec)
@@ -37,7 +38,9 @@ class Templates:
         weights = constant(kernels.pack(kernel.spec, kernel.weights, micro)) if fixed else kernel.weights
         arguments = relax.Tuple([kernel.data, weights, *kernel.tensors])
         result = relax.TensorType(list(kernel.shape), kernel.dtype)
-        return self.builder.emit(relax.call_tir(self._function(kernel.spec, micro), arguments, result))
+        found = self.builder.emit(relax.call_tir(self._function(kernel.spec, micro), arguments, result), label)
+        self.labels[found.name] = label  # Relax makes an identifier of it
+        return found
 
     def micro(self, spec: Spec) -> MicroKernel:
         """The target's micro-kernel for the kernel's dtypes, or plain multiplications where it has none for them."""
