@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ class Cut:
     def __init__(self, graph: Graph, coupling: Coupling, kept: np.ndarray) -> None:
         self.graph, self.coupling, self.kept = graph, coupling, kept
         self.edit: Edit = graph.edit()
+        self._now: dict[str, Node] = {}
 
     def stays(self, value: str, axis: int) -> np.ndarray | None:
         """bool[dimension], or None where the dimension is not static."""
@@ -37,14 +39,22 @@ class Cut:
         """The axes of a value that lose something; none for a value that no rule has reached."""
         return [axis for axis in range(len(self.coupling.values.get(value, ()))) if self.is_cut(value, axis)]
 
-    def number(self, node: Node, index: int, numbers: list[int] | np.ndarray) -> Node:
+    def number(self, node: Node, index: int, numbers: list[int] | np.ndarray) -> None:
         """Give a node another integer operand, of its own: sizes and bounds may be shared with nodes that are not cut."""
         name = self.edit.param(f"{node.name}_{node.op.lower()}", np.asarray(numbers, np.int64))
-        padded = (*node.inputs, *[""] * (index + 1 - len(node.inputs)))
-        return self.edit.replace(node, inputs=(*padded[:index], name, *padded[index + 1 :]))
+        inputs = self._now.get(node.name, node).inputs
+        padded = (*inputs, *[""] * (index + 1 - len(inputs)))
+        self.change(node, inputs=(*padded[:index], name, *padded[index + 1 :]))
 
     def attributes(self, node: Node, **attrs: object) -> None:
-        self.edit.replace(node, attrs=MappingProxyType({**node.attrs, **attrs}))
+        self.change(node, attrs=MappingProxyType({**node.attrs, **attrs}))
+
+    def reads_instead(self, node: Node, old: str, new: str) -> None:
+        inputs = self._now.get(node.name, node).inputs
+        self.change(node, inputs=tuple(new if value == old else value for value in inputs))
+
+    def change(self, node: Node, **changes: Any) -> None:
+        self._now[node.name] = self.edit.replace(node, **changes)
 
 
 def cut(graph: Graph, coupling: Coupling, kept: np.ndarray, by: str) -> Graph:
@@ -53,9 +63,10 @@ def cut(graph: Graph, coupling: Coupling, kept: np.ndarray, by: str) -> Graph:
     if kept.all():
         return graph
     touched = _cut_params(work)
+    _cut_copies(work, touched)
     for node in graph.nodes:
         if any(value in touched for value in node.reads):
-            work.edit.replace(node)
+            work.change(node)
         fix = FIXES.get(node.op)
         if fix and any(work.cut_axes(value) for value in (*node.outputs, *node.inputs[:1]) if value):
             fix(work, node)
@@ -77,6 +88,15 @@ def _cut_params(work: Cut) -> set[str]:
     return set(cuts)
 
 
+def _cut_copies(work: Cut, touched: set[str]) -> None:
+    """Vectors that nodes share by chance: one for each reader that loses something, or that the vector is cut for another."""
+    for (param, reader, axis), ids in work.coupling.copies.items():
+        stays = work.kept[ids]
+        if len(stays) > 1 and (param in touched or not stays.all()):
+            own = work.edit.param(param, np.compress(stays, work.graph.params[param], axis))
+            work.reads_instead(work.graph.node[reader], param, own)
+
+
 def _shape(work: Cut, node: Node) -> None:
     """Reshape and Expand: the sizes they state, where those change (Expand's are aligned at the right)."""
     stated = work.graph.params[node.inputs[1]].tolist()
@@ -96,7 +116,7 @@ def _split(work: Cut, node: Node) -> None:
         work.attributes(node, split=tuple(sizes))
         return
     attrs = {key: value for key, value in node.attrs.items() if key != "num_outputs"}
-    node = work.edit.replace(node, attrs=MappingProxyType(attrs))
+    work.change(node, attrs=MappingProxyType(attrs))
     work.number(node, 1, sizes)
 
 
@@ -110,7 +130,7 @@ def _slice(work: Cut, node: Node) -> None:
         start = int(stays[:first].sum())
         bounds[axis] = (start, start + int(stays[first:last].sum()))
     for index in (0, 1):
-        node = work.number(node, index + 1, [bounds[axis][index] for axis, *_ in ranges])
+        work.number(node, index + 1, [bounds[axis][index] for axis, *_ in ranges])
 
 
 def _pad(work: Cut, node: Node) -> None:

@@ -363,6 +363,38 @@ def test_groups(build: Build, expected: Found) -> None:
     assert bool(removed) == (sum(a.size for a in pruned.params.values()) < sum(a.size for a in graph.params.values()))
 
 
+def test_equal_vectors_stored_once_do_not_tie_channels() -> None:
+    b = Builder()
+    zeros, ones = b.param(np.zeros(8, np.float32)), b.param(np.full((8, 1, 1), 2, np.float32))
+    x = image(b)
+    for _ in range(2):
+        weight = b.weight(8, b.shapes[x][1], 1, 1, fan_in=3)
+        x = b.same("Mul", b.op("Conv", [x, weight, zeros], (1, 8, 6, 6)), ones)
+    head(b, x)
+    graph = b.graph()
+    assert [(group.size, group.frozen) for group in coupling(graph)[:2]] == [(8, ""), (8, "")]
+    pruned = pruned_like_masked(graph, [(coupling(graph)[0], np.array([1, 4, 5]))])
+    biases = [node.inputs[2] for node in pruned.nodes if node.op == "Conv" and len(node.inputs) == 3]
+    assert [pruned.tensor(bias).dims for bias in biases[:2]] == [(5,), (8,)]
+
+
+def test_a_vector_that_is_moved_in_one_place_and_added_in_another() -> None:
+    """The convolution's bias is also the source of a slice: cutting one reader must not starve the other."""
+    b = Builder()
+    vector = b.vector(8)
+    x = b.op("Conv", [image(b), b.weight(8, 3, 1, 1, fan_in=3), vector], (1, 8, 6, 6))
+    part = b.op("Slice", [vector, b.ints(0), b.ints(6), b.ints(0)], (6,))
+    y = b.op("Reshape", [b.same("Mul", part, part), b.ints(6, 1, 1)], (6, 1, 1))
+    z = b.same("Add", b.op("Conv", [image(b), b.weight(6, 3, 1, 1, fan_in=3)], (1, 6, 6, 6)), y)
+    head(b, x)
+    head(b, z)
+    graph = b.graph()
+    first, second = (group for group in coupling(graph) if not group.frozen)
+    pruned_like_masked(graph, [(first, np.array([0, 2]))])
+    pruned_like_masked(graph, [(second, np.array([1, 3, 4]))])
+    pruned_like_masked(graph, [(first, np.array([5, 2])), (second, np.array([1, 3, 4]))])
+
+
 def test_members_map_every_index_to_its_unit() -> None:
     graph = made(flattened)
     group = coupling(graph)[0]

@@ -50,6 +50,8 @@ class Slots:
         self.graph = graph
         self.values: dict[str, Axes] = {}
         self.params: dict[tuple[str, int], Ids] = {}
+        self.copies: dict[tuple[str, str, int], Ids] = {}  # (param, reader, axis) of vectors that readers share by chance
+        self.reader: Node | None = None  # the node whose rule runs
         self.uses: list[Use] = []
         self.choices: dict[tuple[str, int], Choice] = {}
         self.reasons: dict[str, int] = {}
@@ -84,12 +86,31 @@ class Slots:
         return tuple(self.fresh(dim, frozen) if isinstance(dim, int) else None for dim in shape)
 
     def axes(self, value: str) -> Axes:
-        """The axes of a value that has been reached, or of a parameter."""
+        """The axes of a value that has been reached, or of a parameter.
+
+        A vector of zeros or ones that several nodes read (equal parameters are stored once) must not tie their channels:
+        each reader has elements of its own, and after a cut a vector of its own.
+        """
+        if self.reader is not None and self._is_chance(value, self.reader):
+            return self._copy(value, self.reader.name)
         if value not in self.values:
             self.put(value, self.like(value))
             if value in self.graph.params:
                 self.params.update(((value, axis), ids) for axis, ids in enumerate(self.values[value]) if ids is not None)
         return self.values[value]
+
+    def _is_chance(self, value: str, reader: Node) -> bool:
+        array = self.graph.params.get(value)
+        if array is None or array.size != max(array.shape, default=0) or array.size == 1 or value in self.graph.outputs:
+            return False
+        moved = value in reader.inputs[:1] and reader.op not in ("Add", "Div", "Mul", "Sub")
+        return value in reader.inputs and not moved and len(self.graph.users[value]) > 1
+
+    def _copy(self, value: str, reader: str) -> Axes:
+        if (value, reader, 0) not in self.copies:
+            axes = self.like(value)
+            self.copies.update(((value, reader, axis), ids) for axis, ids in enumerate(axes) if ids is not None)
+        return tuple(self.copies[value, reader, axis] for axis in range(self.graph.params[value].ndim))
 
     def axis(self, value: str, axis: int) -> Ids:
         """One axis that must be static."""

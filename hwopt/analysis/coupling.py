@@ -53,7 +53,7 @@ class Weight:
 class Elements:
     """What one analysis found about all elements; groups look their parts up in it when asked."""
 
-    params: Mapping[tuple[str, int], Ids]
+    params: tuple[tuple[str, int, Ids], ...]  # name, axis, elements
     uses: tuple[Use, ...]
     labels: np.ndarray  # element -> class: what goes together
     unit: np.ndarray  # class -> unit of its group
@@ -92,8 +92,8 @@ class Group:
     @cached_property
     def members(self) -> tuple[Member, ...]:
         """Every axis of a parameter that is cut when units go."""
-        found = ((key, self.elements.units(ids, self.number)) for key, ids in self.elements.params.items())
-        return tuple(Member(param, axis, unit) for (param, axis), unit in found if unit is not None)
+        found = ((param, axis, self.elements.units(ids, self.number)) for param, axis, ids in self.elements.params)
+        return tuple(Member(param, axis, unit) for param, axis, unit in found if unit is not None)
 
     @cached_property
     def weights(self) -> tuple[Weight, ...]:
@@ -113,6 +113,7 @@ class Coupling:
     groups: tuple[Group, ...]
     values: Mapping[str, Axes]
     params: Mapping[tuple[str, int], Ids]
+    copies: Mapping[tuple[str, str, int], Ids]  # (param, reader, axis): vectors that each reader has for itself after a cut
     labels: np.ndarray  # element -> class
 
     def kept(self, removed: Iterable[tuple[Group, np.ndarray]]) -> np.ndarray:
@@ -140,7 +141,8 @@ def analyse(graph: Graph) -> Coupling:
             break
         choices.update({key: choices.get(key, 0) + 1 for key in stuck})
     values = MappingProxyType(slots.values)
-    return Coupling(_groups(slots, labels, reason), values, MappingProxyType(slots.params), labels)
+    params, copies = MappingProxyType(slots.params), MappingProxyType(slots.copies)
+    return Coupling(_groups(slots, labels, reason), values, params, copies, labels)
 
 
 def _is_stuck(choice: Choice, labels: np.ndarray, reason: np.ndarray, tried: int) -> bool:
@@ -154,6 +156,7 @@ def _walk(graph: Graph, choices: Mapping[tuple[str, int], int]) -> Slots:
     for node in graph.nodes:
         _visit(slots, node)
         slots.note_constant(node)
+    slots.reader = None
     for value in graph.outputs:
         for ids in slots.axes(value) if value in slots.values or value in graph.params else ():
             slots.freeze(ids, f"is the graph's output {value}")
@@ -161,6 +164,7 @@ def _walk(graph: Graph, choices: Mapping[tuple[str, int], int]) -> Slots:
 
 
 def _visit(slots: Slots, node: Node) -> None:
+    slots.reader = node
     rule = RULES.get(node.op) if node.domain in ("", "ai.onnx") else None
     if rule is None:
         slots.barrier(node, f"{node} has no rule")
@@ -220,7 +224,9 @@ def _groups(slots: Slots, labels: np.ndarray, reason: np.ndarray) -> tuple[Group
     for found, uses in makers.items():
         ordered = _in_order(labels[np.concatenate([use.ids for use in uses])], family, found)
         number[found], unit[ordered], owner[ordered] = ordered, np.arange(len(ordered)), found
-    elements = Elements(MappingProxyType(slots.params), tuple(slots.uses), labels, unit, owner)
+    params = [(param, axis, ids) for (param, axis), ids in slots.params.items()]
+    params += [(param, axis, ids) for (param, _, axis), ids in slots.copies.items()]
+    elements = Elements(tuple(params), tuple(slots.uses), labels, unit, owner)
     return tuple(_named(slots, elements, reason, makers, number))
 
 
