@@ -15,6 +15,8 @@ from passes._quantize_layers import OPS, QUANTIZED, Layer, layer_of
 from passes._quantize_places import LEFT, RIGHT, Key, Places, places_of
 from passes._quantize_rewrite import rewrite
 
+OPSET = 13  # brought one scale per channel
+
 
 @dataclass(frozen=True)
 class Quantize(Pass):
@@ -44,6 +46,8 @@ class Quantize(Pass):
     def run(self, graph: Graph, ctx: Context) -> Graph:
         self.check_site(graph)
         check_calibrator(self.calibrator)
+        if graph.opsets.get("", 0) < OPSET:
+            raise PassError(f"one scale per channel needs opset {OPSET}, the model has {graph.opsets.get('')}", place=str(self))
         layers = self._layers(graph, ctx)
         if not layers:
             return graph

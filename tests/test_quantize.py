@@ -344,6 +344,39 @@ def test_a_quantization_that_the_model_has_already_is_used_again() -> None:
     assert operands is not None and operands.data == eight and float(operands.data_quantization.scale) == np.float32(0.02)
 
 
+MOVES: dict[str, Callable[[Builder, str], str]] = {
+    "DepthToSpace": lambda build, x: build.op("DepthToSpace", [x], (1, 2, 12, 12), blocksize=2),
+    "SpaceToDepth": lambda build, x: build.op("SpaceToDepth", [x], (1, 32, 3, 3), blocksize=2),
+    "Tile": lambda build, x: build.op("Tile", [x, build.ints(1, 1, 2, 1)], (1, 8, 12, 6)),
+    "Expand": lambda build, x: build.op("Expand", [x, build.ints(2, 8, 6, 6)], (2, 8, 6, 6)),
+    "Gather": lambda build, x: build.op("Gather", [x, build.ints(3, 1, 2)], (1, 3, 6, 6), axis=1),
+    "Slice": lambda build, x: build.op("Slice", [x, build.ints(0), build.ints(4), build.ints(1)], (1, 4, 6, 6)),
+    "Transpose": lambda build, x: build.op("Transpose", [x], (1, 6, 8, 6), perm=(0, 2, 1, 3)),
+    "Reshape": lambda build, x: build.op("Reshape", [x, build.ints(1, 4, 6, 12)], (1, 4, 6, 12)),
+    "MaxPool": lambda build, x: build.op("MaxPool", [x], (1, 8, 6, 6), kernel_shape=(3, 3), pads=(1, 1, 1, 1)),
+    "Pad": lambda build, x: build.op("Pad", [x, build.ints(1, 1, 1, 1), "", build.ints(2, 3)], (1, 8, 8, 8)),
+    "Pad reflect": lambda build, x: build.op("Pad", [x, build.ints(0, 0, 1, 1, 0, 0, 1, 1)], (1, 8, 8, 8), mode="reflect"),
+    "Resize": lambda build, x: build.op(
+        "Resize", [x, "", build.param(np.array([1, 1, 2, 2], np.float32))], (1, 8, 12, 12), mode="nearest"
+    ),
+}
+
+
+@pytest.mark.parametrize("activation", ["uint8", "int8"])
+@pytest.mark.parametrize("name", MOVES)
+def test_operators_that_move_values_move_integers(name: str, activation: str) -> None:
+    build = Builder()
+    x = build.same("LeakyRelu", conv(build, build.input((1, 3, 6, 6)), 8), alpha=0.3)
+    build.outputs.append(conv(build, MOVES[name](build, x), 4, 1))
+    graph, target = build.graph(), find_target("cortex-a72")
+    kernel = dataclasses.replace(target.microkernels["int8"], activation=activation)
+    ctx = Context(dataclasses.replace(target, microkernels={"int8": kernel}), random_samples(graph))
+    after = quantized(graph, ctx)
+    assert {after.tensor(node.output).dtype for node in of_op(after, name.split(maxsplit=1)[0])} == {activation}
+    assert needless_pairs(after) == floats_between(after) == []
+    assert error(graph, after) < 0.001
+
+
 # --- composition ---
 
 
@@ -465,6 +498,8 @@ def test_missing_or_broken_calibration_is_a_clear_error() -> None:
         quantized(graph, Context(calibration=Samples(data)))
     with pytest.raises(UsageError, match="did you mean mse"):
         quantized(graph, calibrator="mes")
+    with pytest.raises(PassError, match="needs opset 13"):
+        quantized(dataclasses.replace(graph, opsets={"": 12}))
 
 
 @pytest.mark.parametrize("position", [1, 2])
