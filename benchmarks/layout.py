@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from hwopt.plan.search import versions
 from hwopt.report import machine
+
+PEERS = ("openvino", "nncf", "torch")
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,16 @@ def higher_is_better(case: str, metric: str, unit: str, ours: float, peers: Mapp
     return Row(case, metric, unit, ours, dict(peers), ours / max(peers.values()) if peers and max(peers.values()) else None)
 
 
-def result(suite: str, rows: Sequence[Row], summary: Mapping[str, float]) -> dict[str, Any]:
-    return {
-        "suite": suite, "machine": machine(), "versions": versions(),
+def result(suite: str, rows: Sequence[Row], summary: Mapping[str, float], notes: Sequence[str] = ()) -> dict[str, Any]:
+    """`notes` say what was left out, or failed, and why; without any the key is absent."""
+    found = {
+        "suite": suite, "machine": machine(), "versions": {**versions(), **_peers()},
         "rows": [asdict(row) for row in rows], "summary": dict(summary),
     }  # fmt: skip
+    return {**found, "notes": list(notes)} if notes else found
+
+
+def _peers() -> dict[str, str]:
+    """Versions of the runtimes to compare with, where they are installed."""
+    installed = {found.metadata["Name"].lower(): found.version for found in importlib.metadata.distributions()}
+    return {name: installed[name] for name in PEERS if name in installed}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from pathlib import Path
 
@@ -10,16 +11,32 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-SUITES = ("demo",)
+from hwopt.errors import HwoptError
+
+SUITES = ("demo", "models", "kernels")
 
 
 @click.command()
 @click.argument("suite", type=click.Choice(SUITES))
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the result here.")
 @click.option("--threads", type=click.IntRange(1), default=None)
-def main(suite: str, file: Path | None, threads: int | None) -> None:
+@click.option("--models", default=None, help="Only these, joined by commas.")
+@click.option("--batches", default=None, help="Batch sizes, joined by commas.")
+@click.option("--dtypes", default=None, help="Precisions, joined by commas: f32, int8.")
+@click.option("--quick", is_flag=True, default=None, help="Few turns, and the smallest sizes only.")
+@click.option("--peers", is_flag=True, default=None, help="Also the peers that take minutes to compile: torch.compile.")
+@click.option("--plot", type=click.Path(path_type=Path), default=None, help="Draw the ratios into this PNG file.")
+def main(suite: str, file: Path | None, **options: object) -> None:
     """Measure one SUITE on this machine."""
-    found = importlib.import_module(f"benchmarks.{suite}").run(threads=threads)
+    work = importlib.import_module(f"benchmarks.{suite}").run
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if name not in inspect.signature(work).parameters:
+            raise click.UsageError(f"suite {suite} has no option --{name}")
+    try:
+        found = work(**given)
+    except HwoptError as error:
+        raise click.ClickException(str(error)) from error
     if file is not None:
         file.write_text(json.dumps(found, indent=1) + "\n")
     table = Table("case", "metric", "unit", "ours", "peers", "ratio", box=None)
@@ -28,6 +45,8 @@ def main(suite: str, file: Path | None, threads: int | None) -> None:
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
         table.add_row(row["case"], row["metric"], row["unit"], f"{row['ours']:.4g}", peers, ratio)
     Console(width=140).print(table)
+    for note in found.get("notes", ()):
+        Console(width=140).print(note, markup=False)
     Console().print_json(json.dumps(found["summary"]))
 
 

@@ -30,12 +30,21 @@ class Timing:
         return self.high - self.low
 
 
-def interleaved(runners: Mapping[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, Timing]:
-    """Time several ways to do the same thing in turns, so that whatever disturbs the machine disturbs all of them."""
+def interleaved(
+    runners: Mapping[str, Callable[[], object]], rounds: int = ROUNDS, settle: float | None = None
+) -> dict[str, Timing]:
+    """Time several ways to do the same thing in turns, so that whatever disturbs the machine disturbs all of them.
+
+    With `settle`, every turn begins after that many seconds of rest (other runtimes' threads may still spin) and one untimed run
+    (the caches hold the data of others).
+    """
     repeats = {name: _repeats(run) for name, run in runners.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(rounds):
         for name, run in runners.items():
+            if settle is not None:
+                time.sleep(settle)
+                run()
             seconds[name].append(_turn(run, repeats[name]))
     return {name: _timing(values, repeats[name]) for name, values in seconds.items()}
 

@@ -1,0 +1,282 @@
+"""Suite `models`: whole models against other runtimes at the same precision, default schedules.
+
+Every model and number of threads has a process of its own, on as many processors as it has threads; there the runtimes take
+turns. A peer or a model that is missing is a note; a result that is wrong, or a crash of ours, is a failure.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from benchmarks.layout import Row, lower_is_better, result
+from benchmarks.zoo import ZOO, Case, Missing
+from hwopt.errors import HwoptError, UsageError, did_you_mean
+
+MODELS = tuple(name for name in ZOO if name != "demo")  # what the summary's geometric means are over
+BATCHES, DTYPES = (1, 8), ("f32", "int8")
+FLOAT_ERROR = 1e-3  # of the largest output
+STEPS, COSINE = 8.0, 0.999  # of 255 over the range of the outputs: roundings that go the other way spread through the layers
+ROUNDS, QUICK_ROUNDS, SETTLE = 40, 5, 0.004
+PEAK = {"f32": "float32", "int8": "int8", "bf16": "bfloat16"}
+
+
+@dataclass
+class Findings:
+    """What one process brings home."""
+
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def add(self, other: Findings) -> None:
+        self.rows += other.rows
+        self.notes += other.notes
+        self.failures += other.failures
+
+
+@dataclass(frozen=True)
+class Options:
+    batches: tuple[int, ...] = BATCHES
+    dtypes: tuple[str, ...] = DTYPES
+    quick: bool = False
+    slow_peers: bool = False
+    peaks: Mapping[str, float] = field(default_factory=dict)
+
+
+def run(
+    threads: int | None = None,
+    models: str | None = None,
+    batches: str | None = None,
+    dtypes: str | None = None,
+    quick: bool = False,
+    peers: bool = False,
+    plot: Path | None = None,
+) -> dict[str, Any]:
+    """`models`, `batches` and `dtypes` are lists with commas; `quick` measures few turns, `peers` adds torch.compile."""
+    chosen = _chosen(models, ZOO) or tuple(ZOO)
+    sizes = tuple(int(size) for size in batches.split(",")) if batches else (BATCHES[:1] if quick else BATCHES)
+    peak = alone(_peaks, (), 1)
+    kinds = _chosen(dtypes, PEAK) or DTYPES
+    options = Options(sizes, kinds, quick, peers, peak if isinstance(peak, Mapping) else {})
+    found = Findings()
+    if isinstance(peak, str):
+        found.notes.append(f"peak: {peak}")
+    for name in chosen:
+        for count in (threads,) if threads else (1, 2):
+            if count > (psutil.cpu_count() or 1):
+                found.notes.append(f"{name} {count}t: this machine has fewer processors")
+                continue
+            one = alone(measure, (name, count, options), count)
+            found.add(Findings(failures=[f"{name} {count}t: {one}"]) if isinstance(one, str) else one)
+    if plot is not None:
+        draw(found.rows, plot)
+    return result("models", [*_peak_rows(options.peaks), *found.rows], summary(found), notes=[*found.notes, *found.failures])
+
+
+def _chosen(text: str | None, known: Iterable[str]) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",")) if text else ()
+    for name in names:
+        if name not in known:
+            raise UsageError(f"unknown name {name!r}", hint=did_you_mean(name, known))
+    return names
+
+
+def alone(work: Callable[..., Any], arguments: Sequence[Any], threads: int) -> Any:
+    """The result of `work` in a process of its own on `threads` processors; a text that says why if it died."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=_settle_down, initargs=(threads,)) as pool:
+        try:
+            return pool.submit(work, *arguments).result()
+        except BrokenProcessPool:
+            return "the process died"
+        except (HwoptError, OSError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}"
+
+
+def _settle_down(threads: int) -> None:
+    """Before any runtime is loaded: the last `threads` processors, for all threads to come."""
+    process = psutil.Process()
+    if hasattr(process, "cpu_affinity"):
+        process.cpu_affinity(process.cpu_affinity()[-threads:])
+
+
+def _peaks() -> dict[str, float]:
+    from benchmarks.peak import peaks
+    from hwopt.plugins import find_target
+
+    return peaks(find_target("host"))
+
+
+def measure(name: str, threads: int, options: Options) -> Findings:
+    """All batch sizes and precisions of one model."""
+    found = Findings()
+    for batch in options.batches:
+        try:
+            case = ZOO[name](batch)
+        except Missing as error:
+            return Findings(notes=[f"{name}: skipped: {error}"])
+        found.add(measure_case(case, threads, options))
+    return found
+
+
+def measure_case(case: Case, threads: int, options: Options) -> Findings:
+    from hwopt.compiler import prepare, quiet
+    from hwopt.io.onnx import load
+    from hwopt.io.proto import to_model
+
+    model = to_model(load(case.model, shapes=case.shapes)).SerializeToString()
+    found = Findings()
+    data = dict(case.calibrate)
+    job = prepare(case.model, "host", case.shapes, None, data, data, None, "none", threads, 0, quiet)
+    for dtype in options.dtypes:
+        label = f"{case.name} b{case.batch} {dtype} {threads}t"
+        try:
+            graph = quantized(job) if dtype == "int8" else job.graph
+            found.add(_measure_precision(case, model, graph, label, dtype, threads, options, job))
+        except HwoptError as error:
+            found.failures.append(f"{label}: {error}")
+    return found
+
+
+def quantized(job: Any) -> Any:
+    """All layers in int8, calibrated on the case's data."""
+    from hwopt.compiler import choose_families
+    from hwopt.pipeline import PassManager
+
+    _, stated = choose_families("quantize{}")
+    return PassManager(stated).run(job.graph, job.ctx).graph
+
+
+def _measure_precision(
+    case: Case, model: bytes, graph: Any, label: str, dtype: str, threads: int, options: Options, job: Any
+) -> Findings:
+    from hwopt.backends.ort import Session
+    from hwopt.build import build
+    from hwopt.measure import interleaved
+
+    if dtype == "bf16":
+        return Findings(notes=[f"{label}: hwopt has no bf16 yet"])
+    with tempfile.TemporaryDirectory(prefix="hwopt-bench-") as folder:
+        artifact = build(graph, job.target, threads, Path(folder)).artifact
+        rows, wrong = compared(label, dtype, artifact.run(case.feeds), Session(graph).run(case.feeds))
+        if wrong:
+            return Findings(rows, failures=[f"{label}: {wrong}"])
+        runners, notes = _peers(case, model, dtype, threads, label, options.slow_peers)
+        times = interleaved({"hwopt": artifact.runner(case.feeds), **runners}, _rounds(options), SETTLE)
+    return Findings([*_timed(label, times), *rows, *_share(label, dtype, graph, times["hwopt"].median, threads, options)], notes)
+
+
+def _rounds(options: Options) -> int:
+    return QUICK_ROUNDS if options.quick else ROUNDS
+
+
+def _peers(case: Case, model: bytes, dtype: str, threads: int, label: str, slow: bool) -> tuple[dict[str, Callable], list[str]]:
+    """Those that can run here, having run once, and why the others cannot."""
+    from benchmarks.peers import peers_of
+    from hwopt.emit.cpu import host_features
+
+    runners: dict[str, Callable[[], object]] = {}
+    notes: list[str] = []
+    for name, make in peers_of(dtype, frozenset(host_features()), slow).items():
+        try:
+            runners[name] = make(case, model, threads)
+            runners[name]()
+        except Exception as error:  # every runtime raises kinds of its own
+            runners.pop(name, None)
+            notes.append(f"{label}: {name}: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}")
+    return runners, notes
+
+
+def compared(label: str, dtype: str, ours: Mapping[str, np.ndarray], oracle: Mapping[str, np.ndarray]) -> tuple[list[Row], str]:
+    """Rows about the difference from ONNX Runtime on the same graph, and what is wrong with it, or nothing."""
+    left, right = (np.concatenate([value.astype(np.float64).ravel() for value in one.values()]) for one in (ours, oracle))
+    if left.shape != right.shape or not np.isfinite(left).all():
+        return [], "outputs of another shape, or not finite"
+    worst = float(np.abs(left - right).max())
+    if dtype != "int8":
+        error = worst / max(float(np.abs(right).max()), 1e-30)
+        wrong = "" if error <= FLOAT_ERROR else f"differs from ONNX Runtime by {error:.2g} of the largest output"
+        return [Row(label, "error", "1", error, {}, None)], wrong
+    steps = worst / max(float(right.max() - right.min()) / 255, 1e-30)
+    cosine = float(left @ right / max(float(np.linalg.norm(left) * np.linalg.norm(right)), 1e-30))
+    rows = [Row(label, "error", "steps", steps, {}, None), Row(label, "cosine", "1", cosine, {}, None)]
+    fine = steps <= STEPS and cosine >= COSINE
+    return rows, "" if fine else f"differs from ONNX Runtime by {steps:.2g} steps of 255, cosine {cosine:.6f}"
+
+
+def _timed(label: str, times: Mapping[str, Any]) -> list[Row]:
+    """Medians; first quartiles, which say more on a busy machine; interquartile ranges."""
+    ours, peers = times["hwopt"], {name: timing for name, timing in times.items() if name != "hwopt"}
+    return [
+        lower_is_better(label, "latency", "s", ours.median, {name: timing.median for name, timing in peers.items()}),
+        lower_is_better(label, "latency_low", "s", ours.low, {name: timing.low for name, timing in peers.items()}),
+        Row(label, "spread", "s", ours.spread, {name: timing.spread for name, timing in peers.items()}, None),
+    ]
+
+
+def _share(label: str, dtype: str, graph: Any, seconds: float, threads: int, options: Options) -> list[Row]:
+    """Of what the processors could do at most in that time."""
+    from hwopt.analysis.workload import workloads
+
+    peak = options.peaks.get(PEAK[dtype])
+    macs = sum(work.macs for work in workloads(graph))
+    return [Row(label, "peak_share", "1", 2 * macs / seconds / (peak * threads), {}, None)] if peak else []
+
+
+def _peak_rows(peaks: Mapping[str, float]) -> list[Row]:
+    return [
+        Row("machine", f"peak {name}", "B/s" if name == "bytes_per_second" else "op/s", value, {}, None)
+        for name, value in peaks.items()
+    ]
+
+
+def summary(found: Findings) -> dict[str, float]:
+    """Geometric means and least of the ratios to the best peer over the models, and how much failed."""
+    ratios = {row.case: row.ratio for row in found.rows if row.metric == "latency" and row.ratio is not None}
+    groups: dict[str, list[float]] = {}
+    for case, ratio in ratios.items():
+        name, batch, dtype, threads = case.split(" ")
+        if name in MODELS:
+            groups.setdefault(f"{dtype}_default_{threads}" + ("" if batch == "b1" else f"_{batch}"), []).append(ratio)
+    made: dict[str, float] = {"failures": len(found.failures)}
+    for group, values in groups.items():
+        made |= {group: geometric_mean(values), f"{group}_worst": min(values), f"{group}_models": len(values)}
+    for row in found.rows:
+        if row.metric == "latency" and row.case == "resnet18 b1 int8 1t" and "openvino int8" in row.peers:
+            made["resnet18_int8_vs_openvino"] = row.peers["openvino int8"] / row.ours
+    return made
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(math.log(value) for value in values) / len(values))
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Bars of the ratio to the best peer, one thread and batch 1, as a PNG."""
+    from matplotlib.figure import Figure
+
+    shown = [row for row in rows if row.metric == "latency" and row.ratio and " b1 " in row.case and row.case.endswith(" 1t")]
+    names = list(dict.fromkeys(row.case.split()[0] for row in shown))
+    kinds = list(dict.fromkeys(row.case.split()[2] for row in shown))
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    for index, kind in enumerate(kinds):
+        bars = {row.case.split()[0]: row.ratio or 0.0 for row in shown if row.case.split()[2] == kind}
+        places = [names.index(name) + (index - (len(kinds) - 1) / 2) * 0.8 / len(kinds) for name in bars]
+        axes.bar(places, list(bars.values()), 0.8 / len(kinds), label=kind)
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(names)), names, rotation=20)
+    axes.set_ylabel("speed / best peer's")
+    axes.legend(frameon=False)
+    figure.savefig(path, format="png", dpi=150)
