@@ -274,6 +274,13 @@ ACTIVATIONS = {
 }
 
 
+def test_a_pointwise_convolution_knows_its_image():
+    spec = conv(3, 5, 8, 20, (1, 1), batch=2, epilogue=(Multiply("image"),))
+    data, weights = random(spec)
+    factor = np.random.default_rng(6).standard_normal((2, 1, 1, 20), np.float32)
+    close(run(spec, data, weights, [factor]), accumulators(spec, data, weights) * factor)
+
+
 def test_ties_round_to_even_and_both_ends_saturate():
     spec = conv(1, 8, 1, 1, (1, 1), True, epilogue=(Scale(), Quantize(1.0, 2, "uint8")))
     spec = dataclasses.replace(spec, out_dtype="uint8")
