@@ -64,14 +64,14 @@ def split(number: Value, count: int) -> tuple[Value, Value]:
 
 def default_schedule(shape: Geometry, micro: MicroKernel, cores: int = 1) -> Schedule:
     """The tile with the fewest estimated cycles, then blocks that fit the cache and keep the cores busy."""
-    rows, columns, vectors = min(_tiles(shape, micro), key=lambda tile: _cycles(shape, micro, *tile))
+    rows, columns, vectors = min(tiles_of(shape, micro), key=lambda tile: cycles(shape, micro, *tile))
     words = shape.words(micro.depth)
     # more than about 16 multiply-adds hide the loop; unrolling large tiles further makes LLVM spill (measured: 15 % slower)
     unroll = next(count for count in (4, 2, 1) if rows * columns * vectors * count <= 32 or count == 1)
     return _blocked(shape, micro, cores, Schedule(rows, columns, vectors, min(unroll, words), 1, 1, 1))
 
 
-def _tiles(shape: Geometry, micro: MicroKernel) -> Iterator[tuple[int, int, int]]:
+def tiles_of(shape: Geometry, micro: MicroKernel) -> Iterator[tuple[int, int, int]]:
     """(rows, columns, vectors) whose accumulators and operands fit the registers."""
     most = shape.vectors(micro.lanes)
     for vectors, columns in itertools.product(range(1, min(most, 12) + 1), range(1, min(shape.columns, 30) + 1)):
@@ -81,7 +81,7 @@ def _tiles(shape: Geometry, micro: MicroKernel) -> Iterator[tuple[int, int, int]
             yield rows, columns, vectors
 
 
-def _cycles(shape: Geometry, micro: MicroKernel, rows: int, columns: int, vectors: int) -> float:
+def cycles(shape: Geometry, micro: MicroKernel, rows: int, columns: int, vectors: int) -> float:
     """Cycles of all tiles of an image and group: two multiply-adds and two loads a cycle, and the epilogues."""
     steps = shape.taps[0] * shape.taps[1] * shape.words(micro.depth)
     total = 0.0
