@@ -9,26 +9,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.fold import folded
 from hwopt.backends.tvm.generic import scheduled
 from hwopt.backends.tvm.lower import lower
 from hwopt.backends.tvm.read import Reading, read
 from hwopt.backends.tvm.support import needs_runtime, refuse, refuse_unsupported
+from hwopt.backends.tvm.templates import Choose
 from hwopt.emit.program import Program
 from hwopt.errors import HwoptError, ToolchainError, UnsupportedError
 from hwopt.ir import Graph
 from hwopt.target import Target
 
 
-def compile_program(graph: Graph, target: Target, threads: int = 1, name: str = "model") -> Program:
+def compile_program(
+    graph: Graph, target: Target, threads: int = 1, name: str = "model", choose: Choose = kernels.default_schedule
+) -> Program:
     """The graph as kernels in machine code for `target` and the calls that run them, in order.
 
+    `choose` gives the schedules of template kernels: the analytical default, or a tuning database's (tune.database.Tuned).
     Raises UnsupportedError that lists every node TVM cannot run, or that only its runtime can (see compile_vm).
     """
-    return assemble(reading(graph, target, threads), target, name)
+    return assemble(reading(graph, target, threads, choose), target, name)
 
 
-def reading(graph: Graph, target: Target, threads: int = 1) -> Reading:
+def reading(graph: Graph, target: Target, threads: int = 1, choose: Choose = kernels.default_schedule) -> Reading:
     """The graph as kernels still in TIR, and their calls."""
     if target.tvm.get("kind") != "llvm":
         raise UnsupportedError(f"{target.name} is no CPU: there are cost models for it but no kernels yet", place=graph.name)
@@ -36,7 +41,7 @@ def reading(graph: Graph, target: Target, threads: int = 1) -> Reading:
     graph = folded(graph)
     refuse(graph, needs_runtime(graph), "compile it for the Relax VM")
     try:
-        return read(fused(lower(graph, target, threads), target, threads), graph)
+        return read(fused(lower(graph, target, threads, choose), target, threads), graph)
     except HwoptError:
         raise
     except Exception as error:  # TVM's passes raise kinds of their own, without the node
@@ -100,10 +105,11 @@ def build_objects(functions: Mapping[str, Any], target: Target) -> tuple[bytes, 
     wrapping = {symbol: function for symbol, function in functions.items() if symbol in scalar}
     options = {"cl-opt": [*target.tvm.get("cl-opt", ()), *AS_WRITTEN]}
     parts: list[tuple[dict[str, Any], dict[str, Any]]] = [(plain, {}), (wrapping, options)]
-    return tuple(_object(part, {**target.tvm, **more}, target.name) for part, more in parts if part)
+    return tuple(object_code(part, {**target.tvm, **more}, target.name) for part, more in parts if part)
 
 
-def _object(functions: Mapping[str, Any], description: Mapping[str, Any], place: str) -> bytes:
+def object_code(functions: Mapping[str, Any], description: Mapping[str, Any], place: str) -> bytes:
+    """Compile PrimFuncs for a TVM target into one object; raises ToolchainError with LLVM's message."""
     import tvm
 
     named = {symbol: function.with_attr("global_symbol", symbol) for symbol, function in sorted(functions.items())}

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from hwopt.analysis.regions import ELEMENTWISE, Region, constant_nodes, regions
-from hwopt.backends.tvm import convert, integer, pooling
+from hwopt.backends.tvm import convert, integer, kernels, pooling
 from hwopt.backends.tvm.fold import constant_values, folded
 from hwopt.backends.tvm.layout import Values, dims_of, reordered, to_first, to_last
-from hwopt.backends.tvm.templates import Templates
+from hwopt.backends.tvm.templates import Choose, Templates
 from hwopt.backends.tvm.weighted import weighted_kernel
 from hwopt.errors import UnsupportedError
 from hwopt.ir import Graph, Node
@@ -22,15 +22,15 @@ REORDERED = ("Concat", "Split", "Slice", "Pad", "Resize", "Upsample", "DepthToSp
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 
 
-def lower(graph: Graph, target: Target, threads: int) -> Any:
+def lower(graph: Graph, target: Target, threads: int, choose: Choose = kernels.default_schedule) -> Any:
     """A Relax IRModule whose `main` computes the graph; kernels of templates are in it, the rest are Relax operators."""
-    return Lowering(folded(graph), target, threads).module()
+    return Lowering(folded(graph), target, threads, choose).module()
 
 
 class Lowering:
     """One graph on its way to Relax."""
 
-    def __init__(self, graph: Graph, target: Target, threads: int) -> None:
+    def __init__(self, graph: Graph, target: Target, threads: int, choose: Choose = kernels.default_schedule) -> None:
         from tvm import relax
 
         self.graph = graph
@@ -38,7 +38,7 @@ class Lowering:
         self.values = Values(graph, self.builder)
         self.values.arrays.update(constant_values(graph))
         self.converter = convert.Converter(graph, self.builder)
-        self.templates = Templates(self.builder, target, threads)
+        self.templates = Templates(self.builder, target, threads, choose)
         self.constant = constant_nodes(graph)
 
     def module(self) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from hwopt.backends.tvm.layout import Expr, constant
 from hwopt.backends.tvm.weighted import Kernel, Spec
 from hwopt.target import MicroKernel, Target
 
+Choose = Callable[[Spec, MicroKernel, int], kernels.Schedule]  # the schedule of a kernel for a number of threads
 OPAQUE = 8  # TVM's operator pattern of what it must not fuse with anything
 PLAIN = {
     "float32": MicroKernel("float32", 4, 1, 16, "float32", "float32"),
@@ -22,8 +25,9 @@ PLAIN = {
 class Templates:
     """The template kernels of one module."""
 
-    def __init__(self, builder: Any, target: Target, threads: int) -> None:
-        self.builder, self.target, self.threads = builder, target, threads
+    def __init__(self, builder: Any, target: Target, threads: int, choose: Choose = kernels.default_schedule) -> None:
+        self.builder, self.target, self.threads, self.choose = builder, target, threads, choose
+        self.calls: Counter[tuple[Spec, MicroKernel]] = Counter()  # what tuning works on
         self.labels: dict[str, str] = {}  # variable -> region
         self._functions: dict[Spec, Any] = {}
 
@@ -34,6 +38,7 @@ class Templates:
         micro = self.micro(kernel.spec)
         if kernels.supports(kernel.spec, micro):
             return None
+        self.calls[kernel.spec, micro] += 1
         fixed = isinstance(kernel.weights, np.ndarray)
         weights = constant(kernels.pack(kernel.spec, kernel.weights, micro)) if fixed else kernel.weights
         arguments = relax.Tuple([kernel.data, weights, *kernel.tensors])
@@ -55,7 +60,7 @@ class Templates:
         """The module's function for this kernel, built once."""
         if spec not in self._functions:
             symbol = f"kernel_{len(self._functions)}"
-            built = kernels.build(spec, kernels.default_schedule(spec, micro, self.threads), micro, symbol)
+            built = kernels.build(spec, self.choose(spec, micro, self.threads), micro, symbol)
             marked = built.with_attr({"hwopt.template": 1, "op_pattern": OPAQUE})
             self._functions[spec] = self.builder.add_func(marked, symbol)
         return self._functions[spec]
