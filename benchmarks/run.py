@@ -13,11 +13,11 @@ from rich.table import Table
 
 from hwopt.errors import HwoptError
 
-SUITES = ("demo", "models", "kernels")
+SUITES = {"demo": "demo", "models": "models", "kernels": "layers"}  # and the module that has it
 
 
 @click.command()
-@click.argument("suite", type=click.Choice(SUITES))
+@click.argument("suite", type=click.Choice(list(SUITES)))
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the result here.")
 @click.option("--threads", type=click.IntRange(1), default=None)
 @click.option("--models", default=None, help="Only these, joined by commas.")
@@ -28,7 +28,7 @@ SUITES = ("demo", "models", "kernels")
 @click.option("--plot", type=click.Path(path_type=Path), default=None, help="Draw the ratios into this PNG file.")
 def main(suite: str, file: Path | None, **options: object) -> None:
     """Measure one SUITE on this machine."""
-    work = importlib.import_module(f"benchmarks.{suite}").run
+    work = importlib.import_module(f"benchmarks.{SUITES[suite]}").run
     given = {name: value for name, value in options.items() if value is not None}
     for name in given:
         if name not in inspect.signature(work).parameters:
