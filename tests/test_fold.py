@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import MappingProxyType
 
 import numpy as np
+import onnx
+from pytest import MonkeyPatch
 
 from hwopt.analysis.fold import fold_constants
 from hwopt.backends import ort
@@ -15,6 +17,21 @@ def graph_of(nodes: list[Node], params: dict[str, np.ndarray], outputs: tuple[st
     held = MappingProxyType({name: frozen(np.asarray(array)) for name, array in params.items()})
     types = MappingProxyType({"x": TensorType("float32", (2, 6))})
     return infer_types(Graph("g", ("x",), outputs, tuple(nodes), types, held, {"": 21}))
+
+
+def linked(links: int) -> Graph:
+    """Reshapes to [2, -1] whose sizes are computed from the value before, which inference cannot follow further than one."""
+    nodes, value = [], "x"
+    for index in range(links):
+        nodes += [
+            node("Shape", value, f"s{index}"),
+            node("ReduceProd", f"s{index}", f"p{index}", keepdims=1),
+            node("Div", f"p{index} six", f"d{index}"),
+            node("Concat", f"d{index} minus", f"t{index}", axis=0),
+            node("Reshape", f"{value} t{index}", f"r{index}"),
+        ]
+        value = f"r{index}"
+    return graph_of([*nodes, node("Relu", value, "y")], {"six": np.array([6]), "minus": np.array([-1])})
 
 
 def node(op: str, inputs: str, output: str, **attrs: object) -> Node:
@@ -37,6 +54,21 @@ def test_a_shape_chain_becomes_a_parameter() -> None:
     assert ops(after) == ["Reshape"]
     assert after.constant(after.nodes[0].inputs[1]).tolist() == [2, -1]
     verify(after)
+
+
+def test_a_long_chain_of_shapes_folds_without_inferring_the_whole_graph_for_every_link(monkeypatch: MonkeyPatch) -> None:
+    graph, inferred = linked(50), []
+    infer = onnx.shape_inference.infer_shapes
+
+    def counted(model: onnx.ModelProto, **options: bool) -> onnx.ModelProto:
+        inferred.append(len(model.graph.node))
+        return infer(model, **options)
+
+    monkeypatch.setattr(onnx.shape_inference, "infer_shapes", counted)
+    after = fold_constants(graph)
+    assert ops(after) == ["Reshape"] * 50 + ["Relu"]
+    assert after.tensor("r49").dims == (2, 6)
+    assert sum(inferred) < 8 * len(graph.nodes)
 
 
 def test_shape_respects_start_and_end() -> None:

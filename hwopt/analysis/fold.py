@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -43,28 +46,29 @@ def fold_constants(graph: Graph, limit_bytes: int = LIMIT_BYTES, by: str = "fold
 
 
 def _fold_once(graph: Graph, limit_bytes: int, by: str) -> Graph:
-    known, origin = _evaluate(graph)
+    facts = _evaluate(graph)
     edit = graph.edit()
-    for value in _stored(graph, known, origin, limit_bytes):
-        edit.forward(value, edit.param(f"{value}_const", known[value]))
+    for value in _stored(facts, limit_bytes):
+        edit.forward(value, edit.param(f"{value}_const", facts.known[value]))
     return edit.finish(by)
 
 
-def _stored(graph: Graph, known: Mapping[str, np.ndarray], origin: Mapping[str, int], limit_bytes: int) -> list[str]:
+def _stored(facts: _Facts, limit_bytes: int) -> list[str]:
     """The computed constants that nodes (or the caller) read, each as late in its chain as its size allows."""
+    graph, known = facts.graph, facts.known
     constant = {value for value in known if value in graph.producer}
     done = {node.name for node in graph.nodes if node.outputs and all(v in known for v in node.outputs if v)}
-    queue = [value for value in graph.outputs if value in constant and not _carries_parameter(graph, value)]
+    queue = deque(value for value in graph.outputs if value in constant and not _carries_parameter(graph, value))
     queue += [value for node in graph.nodes if node.name not in done for value in node.reads if value in constant]
     weights = {value for node in of_op(graph, *_WEIGHTED) for value in node.inputs[1:]}
     stored: dict[str, None] = {}
     seen: set[str] = set()
     while queue:
-        value = queue.pop(0)
+        value = queue.popleft()
         if value in seen:
             continue
         seen.add(value)
-        if value in weights or _bytes(known[value]) <= max(limit_bytes, origin[value]):
+        if value in weights or _bytes(known[value]) <= max(limit_bytes, facts.origin[value]):
             stored[value] = None
         else:
             queue.extend(read for read in graph.producer[value].reads if read in constant)
@@ -77,41 +81,88 @@ def _carries_parameter(graph: Graph, output: str) -> bool:
     return node.op == "Identity" and node.inputs[0] in graph.params
 
 
-def _evaluate(graph: Graph) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """All constants, parameters included, and for each the bytes of the parameters it comes from."""
-    known: dict[str, np.ndarray] = dict(graph.params)
-    origin = {name: _bytes(array) for name, array in known.items()}
-    for wave in _waves(graph, known):
-        computed = dict(_shapes(graph, wave, known))
-        computed.update(_computed(graph, [node for node in wave if node.output not in computed], known))
-        for node in wave:
-            total = sum(origin.get(value, 0) for value in node.reads)
-            for value in node.outputs:
-                if value in computed:
-                    known[value] = frozen(computed[value])
-                    origin[value] = _bytes(known[value]) if node.op == "Constant" else total
-    return known, origin
+@dataclass(frozen=True, eq=False)
+class _Facts:
+    """What is known of a graph's values by now; grows while constants are computed. `origin`: the bytes of the parameters
+    that a constant comes from."""
+
+    graph: Graph
+    types: dict[str, ValueType]
+    known: dict[str, np.ndarray]
+    origin: dict[str, int]
+
+    def static(self, value: str) -> bool:
+        return _is_static(self.types.get(value))
+
+    def ready(self, node: Node) -> bool:
+        """Everything it needs is known. Shape and Size need the type of their input only."""
+        if node.op in ("Shape", "Size"):
+            return self.static(node.inputs[0])
+        return all(value in self.known for value in node.reads)
 
 
-def _waves(graph: Graph, known: Mapping[str, np.ndarray]) -> Iterator[list[Node]]:
-    """Nodes whose inputs are known by now, each node once; the caller adds what it computed before asking on."""
-    waiting = [node for node in graph.nodes if _foldable(graph, node)]
+def _evaluate(graph: Graph) -> _Facts:
+    """All constants, parameters included. Only what reads something new is looked at again: linear in the graph's size."""
+    params = dict(graph.params)
+    facts = _Facts(graph, dict(graph.types), params, {name: _bytes(array) for name, array in params.items()})
+    place = {node.name: index for index, node in enumerate(graph.nodes)}
+    tried: set[str] = set()
+    wave: Iterable[Node] = graph.nodes
     while True:
-        ready = [node for node in waiting if _is_shape(graph, node) or all(v in known for v in node.reads)]
-        if not ready:
-            return
-        yield ready
-        names = {node.name for node in ready}
-        fresh = {value for node in ready for value in node.outputs if value in known}
-        waiting = [node for node in waiting if node.name not in names]
+        ready = [node for node in wave if node.name not in tried and facts.ready(node) and _foldable(facts, node)]
+        tried.update(node.name for node in ready)
+        fresh = _learn(facts, ready)
         if not fresh:
-            return
+            return facts
+        fresh += _spread(facts, fresh, place)
+        readers = {place[node.name] for value in fresh for node in graph.users[value]}
+        wave = [graph.nodes[index] for index in sorted(readers)]
 
 
-def _foldable(graph: Graph, node: Node) -> bool:
-    if node.domain or node.op in _NEVER or not node.outputs or _stores_fewer_bits(graph, node):
+def _learn(facts: _Facts, wave: Sequence[Node]) -> list[str]:
+    """Compute these nodes; returns the values that are known now."""
+    computed = dict(_shapes(facts, wave))
+    computed.update(_computed(facts.graph, [node for node in wave if node.output not in computed], facts.known))
+    fresh = [(node, value) for node in wave for value in node.outputs if value in computed]
+    for node, value in fresh:
+        total = sum(facts.origin.get(read, 0) for read in node.reads)
+        facts.known[value] = frozen(computed[value])
+        facts.types[value] = type_of(facts.known[value])
+        facts.origin[value] = _bytes(facts.known[value]) if node.op == "Constant" else total
+    return [value for _, value in fresh]
+
+
+def _spread(facts: _Facts, fresh: Sequence[str], place: Mapping[str, int]) -> list[str]:
+    """Types that follow from new constants (a Reshape to [2, -1]), and from those types in turn, node by node in graph order;
+    inferring the whole graph for every link of a long chain would take quadratic time."""
+    graph, found = facts.graph, []
+    waiting = [place[node.name] for value in fresh for node in graph.users[value]]
+    heapq.heapify(waiting)
+    last = -1
+    while waiting:
+        index = heapq.heappop(waiting)
+        node = graph.nodes[index]
+        if index == last or all(facts.static(value) for value in node.outputs if value):
+            continue
+        last = index
+        kinds = _isolated(graph, [node], facts.known, facts.types).types
+        better = [v for v in node.outputs if v and not facts.static(v) and _is_static(kinds.get(v))]
+        facts.types.update({value: kinds[value] for value in better})
+        found += better
+        for value in better:
+            for reader in graph.users[value]:
+                heapq.heappush(waiting, place[reader.name])
+    return found
+
+
+def _foldable(facts: _Facts, node: Node) -> bool:
+    if node.domain or node.op in _NEVER or not node.outputs or _stores_fewer_bits(facts.graph, node):
         return False
-    return all(_fetchable(graph.types.get(value)) for value in node.outputs if value)
+    return all(_fetchable(facts.types.get(value)) for value in node.outputs if value)
+
+
+def _is_static(kind: ValueType | None) -> bool:
+    return isinstance(kind, TensorType) and kind.static
 
 
 def _fetchable(kind: ValueType | None) -> bool:
@@ -130,20 +181,16 @@ def _stores_fewer_bits(graph: Graph, node: Node) -> bool:
     return False
 
 
-def _is_shape(graph: Graph, node: Node) -> bool:
-    return node.op in ("Shape", "Size") and graph.tensor(node.inputs[0]).static
-
-
-def _shapes(graph: Graph, wave: Iterable[Node], known: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+def _shapes(facts: _Facts, wave: Iterable[Node]) -> Iterator[tuple[str, np.ndarray]]:
     """Shape and Size need the type of their input, not its value."""
     for node in wave:
-        if _is_shape(graph, node):
-            array = known.get(node.inputs[0])
-            dims = graph.tensor(node.inputs[0]).dims if array is None else array.shape
-            if node.op == "Size":
-                yield node.output, np.array(math.prod(dims), np.int64)
-            else:
-                yield node.output, np.array(dims[node.attr("start", 0) : node.attr("end")], np.int64).reshape(-1)
+        kind = facts.types.get(node.inputs[0]) if node.op in ("Shape", "Size") else None
+        if not isinstance(kind, TensorType):
+            continue
+        if node.op == "Size":
+            yield node.output, np.array(math.prod(kind.dims), np.int64)
+        else:
+            yield node.output, np.array(kind.dims[node.attr("start", 0) : node.attr("end")], np.int64).reshape(-1)
 
 
 def _computed(graph: Graph, nodes: Sequence[Node], known: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -166,7 +213,7 @@ def _affordable(graph: Graph, nodes: Sequence[Node], known: Mapping[str, np.ndar
     nodes = [node for node in nodes if node.op != "Slice" or known[node.inputs[0]].size]  # inference aborts on empty ones
     if not nodes:
         return []
-    types = _isolated(graph, nodes, known).types
+    types = _isolated(graph, nodes, known, graph.types).types
 
     def fits(node: Node) -> bool:
         if node.op in _BOUNDED:
@@ -177,12 +224,14 @@ def _affordable(graph: Graph, nodes: Sequence[Node], known: Mapping[str, np.ndar
     return [node for node in nodes if fits(node)]
 
 
-def _isolated(graph: Graph, nodes: Sequence[Node], known: Mapping[str, np.ndarray]) -> Graph:
-    """A graph of these nodes alone, with what they read as parameters."""
+def _isolated(graph: Graph, nodes: Sequence[Node], known: Mapping[str, np.ndarray], types: Mapping[str, ValueType]) -> Graph:
+    """A graph of these nodes alone with the types of its values; what they read stands as parameters where it is known."""
     read = dict.fromkeys(value for node in nodes for value in node.reads)
-    params = {value: known[value] for value in read}
+    params = {value: known[value] for value in read if value in known}
+    inputs = tuple(value for value in read if value not in known)
+    stated = {value: types[value] for value in read if value in types}
     outputs = tuple(value for node in nodes for value in node.outputs if value)
-    bare = Graph("constants", (), outputs, tuple(nodes), {}, params, graph.opsets)
+    bare = Graph("constants", inputs, outputs, tuple(nodes), stated, params, graph.opsets)
     try:
         return infer_types(bare)
     except onnx.shape_inference.InferenceError:
