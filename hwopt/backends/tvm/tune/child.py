@@ -1,0 +1,167 @@
+"""The measuring process: loads candidates, checks and times them. It may crash or hang; runner.py looks after it.
+
+Commands and answers are JSON, one a line, on standard input and output. A command:
+
+    {"library", "symbols", "signature": [[name, dtype, size, low, high], ...], "threads", "rounds", "turn", "seed"}
+
+Symbol 0 is the reference. Answers: {"at": i} before anything runs candidate i; {"checked": i, "status"} after its first run; at last
+{"times": {i: [seconds of each round]}}.
+"""
+
+from __future__ import annotations
+
+import _ctypes
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+TENSOR = 7  # kTVMFFIDLTensorPtr
+CODES = {"i": 0, "u": 1, "f": 2}  # DLPack's type codes by numpy's kind
+COLD = 4 << 20  # bytes of weights to go through before the first ones come again: beyond second level caches
+COPIES = 64
+KEEP = 1.25  # candidates slower than the best by more than that after SIFT rounds are not timed further
+SIFT = 3
+
+
+class DLTensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32), ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16), ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.c_void_p), ("byte_offset", ctypes.c_uint64),
+    ]  # fmt: skip
+
+
+class FFIAny(ctypes.Structure):
+    _fields_ = [("type_index", ctypes.c_int32), ("padding", ctypes.c_uint32), ("value", ctypes.c_void_p)]
+
+
+class Arguments:
+    """Random inputs of a kernel, the same for every candidate; weights in several copies, as a model's are cold."""
+
+    def __init__(self, signature: Sequence[Sequence[Any]], seed: int) -> None:
+        generator = np.random.default_rng(seed)
+        arrays = [_random(generator, dtype, size, low, high) for _, dtype, size, low, high in signature]
+        self.out = arrays[-1]
+        weights = next((array.nbytes for array, (name, *_) in zip(arrays, signature, strict=True) if name == "weights"), 0)
+        self.sets = min(COPIES, max(1, COLD // weights)) if weights else 1
+        self._kept: list[Any] = [arrays]
+        slots = []
+        for copy in range(self.sets):
+            for array, (name, *_) in zip(arrays, signature, strict=True):
+                own = _aligned(array) if name == "weights" and copy else array
+                tensor = _tensor(own)
+                self._kept.append((own, tensor))
+                slots.append(FFIAny(TENSOR, 0, ctypes.addressof(tensor)))
+        self.count = len(arrays)
+        self.slots = (FFIAny * len(slots))(*slots)
+
+
+def _random(generator: np.random.Generator, dtype: str, size: int, low: float, high: float) -> np.ndarray:
+    kind = np.dtype(dtype)
+    made = generator.random(size, np.float32) * np.float32(high - low) + np.float32(low)
+    return _aligned(made.astype(kind) if kind.kind == "f" else np.floor(made).astype(kind))
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """A copy on a 64-byte boundary, with room behind it."""
+    space = np.empty(array.nbytes + 128, np.uint8)
+    start = -space.ctypes.data % 64
+    copy = space[start : start + array.nbytes].view(array.dtype)
+    copy[:] = array
+    return copy
+
+
+def _tensor(array: np.ndarray) -> DLTensor:
+    shape = (ctypes.c_int64 * 1)(array.size)
+    code = CODES[array.dtype.kind]
+    return DLTensor(array.ctypes.data, 1, 0, 1, code, array.itemsize * 8, 1, shape, None, 0)
+
+
+class Batch:
+    """The candidates of one command."""
+
+    def __init__(self, command: Mapping[str, Any], arguments: Arguments, say: Callable[[Mapping[str, Any]], None]) -> None:
+        self.command, self.arguments, self.say = command, arguments, say
+        self.library = ctypes.CDLL(command["library"])
+        self.library.hwopt_time.restype = ctypes.c_double
+        self.kernels = [getattr(self.library, f"__tvm_ffi_{symbol}") for symbol in command["symbols"]]
+
+    def close(self) -> None:
+        _ctypes.dlclose(self.library._handle)
+
+    def run(self) -> None:
+        once = self._check()
+        times: dict[int, list[float]] = {index: [] for index in once}
+        turns = {index: max(1, int(self.command["turn"] / max(seconds, 1e-7))) for index, seconds in once.items()}
+        for number in range(self.command["rounds"]):
+            for index in self._kept(times) if number >= SIFT else list(times):
+                self.say({"at": index})
+                times[index].append(self._time(index, turns[index]))
+        self.say({"times": times})
+
+    def _check(self) -> dict[int, float]:
+        """Run every candidate twice: seconds of the second run of those whose output is the reference's."""
+        expected, once = np.empty(0), {}
+        for index in range(len(self.kernels)):
+            self.say({"at": index})
+            self.arguments.out.view(np.uint8)[:] = 0xA5  # whoever writes nothing is wrong
+            first = self._time(index, 1)
+            found = self.arguments.out.copy()
+            expected = found if index == 0 else expected
+            status = "failed" if first < 0 else "ok" if self._same(found, expected) else "wrong"
+            if status == "ok":
+                once[index] = self._time(index, 1)
+            self.say({"checked": index, "status": status})
+        return once
+
+    def _same(self, found: np.ndarray, expected: np.ndarray) -> bool:
+        if found.dtype.kind != "f":
+            return bool(np.array_equal(found, expected))
+        largest = float(np.abs(expected).max(initial=0.0))
+        return bool(np.isfinite(found).all() and np.abs(found - expected).max(initial=0.0) <= 1e-4 * max(largest, 1e-6))
+
+    def _kept(self, times: Mapping[int, list[float]]) -> list[int]:
+        """The reference, and whatever may still be the fastest."""
+        medians = {index: float(np.median(seconds)) for index, seconds in times.items()}
+        bound = KEEP * min(medians.values())
+        return [index for index, seconds in medians.items() if seconds <= bound or index == 0]
+
+    def _time(self, index: int, times: int) -> float:
+        arguments = self.arguments
+        return float(
+            self.library.hwopt_time(
+                self.kernels[index], arguments.slots, arguments.count, arguments.sets, self.command["threads"], times
+            )
+        )
+
+
+def main() -> None:
+    """Answer commands until the input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a kernel prints is no answer
+
+    def say(answer: Mapping[str, Any]) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    known, arguments = "", None
+    for line in sys.stdin:
+        command = json.loads(line)
+        if "cores" in command:
+            os.sched_setaffinity(0, command["cores"])
+            continue
+        wanted = json.dumps([command["signature"], command["seed"]])
+        if arguments is None or wanted != known:
+            arguments, known = Arguments(command["signature"], command["seed"]), wanted
+        batch = Batch(command, arguments, say)
+        batch.run()
+        batch.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Measuring candidates in a child process: crashes and hangs of a candidate are its result, not ours."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hwopt.emit.toolchain import find_compiler, run_compiler
+from hwopt.errors import ToolchainError
+
+RUNTIME = Path(__file__).parents[3] / "emit"
+HANG_SECONDS = 5.0  # one turn of a candidate takes milliseconds
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Object code to measure: symbol -> object; the first symbol is the reference."""
+
+    objects: Mapping[str, bytes]
+    signature: tuple[tuple[str, str, int, float, float], ...]  # name, dtype, elements, and the range of random values
+
+
+@dataclass
+class Outcome:
+    """What became of one candidate; `times` are seconds by round."""
+
+    status: str
+    reason: str = ""
+    times: list[float] = field(default_factory=list)
+
+
+class Runner:
+    """The child process with its cores; a context manager. `hang` is how many seconds without an answer mean a hang."""
+
+    def __init__(self, threads: int = 1, cores: Sequence[int] = (), hang: float = HANG_SECONDS, seed: int = 0) -> None:
+        self.threads, self.cores, self.hang, self.seed = threads, tuple(cores), hang, seed
+        self._process: subprocess.Popen[str] | None = None
+        self._answers: queue.Queue[str | None] = queue.Queue()
+        self._folder = tempfile.TemporaryDirectory(prefix="hwopt-tune-")
+        self._libraries = 0
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._stop()
+        self._folder.cleanup()
+
+    def measure(self, kernels: Kernels, rounds: int = 9, turn: float = 1.5e-3) -> dict[str, Outcome]:
+        """An outcome for every symbol; rounds are interleaved, so that times of the same round compare.
+
+        Raises ToolchainError if the reference itself does not run.
+        """
+        outcomes: dict[str, Outcome] = {}
+        symbols = list(kernels.objects)
+        library = self._link(kernels.objects)
+        try:
+            while len(left := [one for one in symbols if one not in outcomes]) > 1 or not outcomes:
+                found = self._try(left, library, kernels, rounds, turn)
+                outcomes.update(found)
+                if symbols[0] in found and found[symbols[0]].status != "ok":
+                    raise ToolchainError(f"the default schedule {found[symbols[0]].status}: {found[symbols[0]].reason}")
+        finally:
+            library.unlink(missing_ok=True)
+        return outcomes
+
+    def _try(self, symbols: list[str], library: Path, kernels: Kernels, rounds: int, turn: float) -> dict[str, Outcome]:
+        """One command: outcomes of all symbols, or, if one kills the child, of that one only."""
+        self._send(
+            {
+                "library": str(library), "symbols": symbols, "signature": kernels.signature, "threads": self.threads,
+                "rounds": rounds, "turn": turn, "seed": self.seed,
+            }
+        )  # fmt: skip
+        at, found = 0, {}
+        while True:
+            answer = self._answer()
+            if isinstance(answer, Outcome):
+                return {symbols[at]: answer}
+            at = int(answer.get("at", at))
+            if "checked" in answer:
+                found[symbols[answer["checked"]]] = Outcome(answer["status"])
+            if "times" in answer:
+                for index, times in answer["times"].items():
+                    found[symbols[int(index)]].times = times
+                return found
+
+    def _answer(self) -> dict[str, Any] | Outcome:
+        """The child's next answer, or how it ended."""
+        try:
+            line = self._answers.get(timeout=self.hang)
+        except queue.Empty:
+            self._stop()
+            return Outcome("hung", f"no answer within {self.hang:g} s")
+        if line is not None:
+            return json.loads(line)
+        code = self._process.wait() if self._process else 0
+        self._stop()
+        return Outcome("crashed", f"signal {-code}" if code < 0 else f"exit code {code}")
+
+    def _send(self, command: Mapping[str, Any]) -> None:
+        stdin = (self._process or self._start()).stdin
+        with contextlib.suppress(BrokenPipeError):  # a dead child is found by its missing answer
+            if stdin is not None:
+                stdin.write(json.dumps(command) + "\n")
+                stdin.flush()
+
+    def _start(self) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "hwopt.backends.tvm.tune.child"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
+            start_new_session=True,  # an interrupt at the terminal is ours to handle
+        )  # fmt: skip
+        self._answers = queue.Queue()
+        threading.Thread(target=_forward, args=(self._process.stdout, self._answers), daemon=True).start()
+        if self.cores:
+            self._send({"cores": self.cores})
+        return self._process
+
+    def _stop(self) -> None:
+        if self._process is None:
+            return
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):
+                if stream is not None:
+                    stream.close()
+        self._process = None
+
+    def _link(self, objects: Mapping[str, bytes]) -> Path:
+        """One shared library with all candidates and the runtime."""
+        folder = Path(self._folder.name)
+        compiler = find_compiler()
+        if not (folder / "timing.o").exists():
+            flags = ["-std=c11", "-O2", "-fPIC", "-pthread", "-DHWOPT_PTHREAD", f"-I{RUNTIME}"]
+            run_compiler([*compiler, *flags, "-c", str(Path(__file__).with_name("timing.c")), "-o", "timing.o"], folder)
+        names = []
+        for index, data in enumerate(objects.values()):
+            names.append(f"k{index}.o")
+            (folder / names[-1]).write_bytes(data)
+        self._libraries += 1
+        name = f"batch{self._libraries}.so"
+        run_compiler([*compiler, "-shared", "-pthread", "-o", name, "timing.o", *names, "-lm"], folder)
+        return folder / name
+
+
+def _forward(stream: Any, answers: queue.Queue[str | None]) -> None:
+    with contextlib.suppress(ValueError, OSError):  # closed under us: the child is gone
+        for line in stream:
+            answers.put(line)
+    answers.put(None)
+
+
+def ratio(candidate: Sequence[float], reference: Sequence[float]) -> float:
+    """The median over rounds of candidate / reference."""
+    return float(np.median([one / base for one, base in zip(candidate, reference, strict=False)]))

@@ -1,0 +1,320 @@
+"""A tuning session: which kernel next, which candidates, until the trials or the time are spent or nothing is left to try."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hwopt.backends.tvm.kernels import Schedule
+from hwopt.backends.tvm.kernels.spec import MatmulSpec, PoolSpec, Quantize
+from hwopt.backends.tvm.tune.builder import Build, Builder, Built, build_candidate
+from hwopt.backends.tvm.tune.database import Database, Trial
+from hwopt.backends.tvm.tune.runner import HANG_SECONDS, Kernels, Outcome, Runner, ratio
+from hwopt.backends.tvm.tune.space import Proposer, space_of
+from hwopt.backends.tvm.tune.task import Task
+from hwopt.errors import ToolchainError, UsageError
+from hwopt.target import Target
+
+BATCH, ROUNDS = 16, 9  # candidates that are built, linked and measured together, and how often in turns
+ALPHA, WINDOW = 0.5, 3  # of the scheduler's gain: weight of the recent slope, and over how many batches it is taken
+CONFIRM, FINALISTS = 31, 3  # rounds of the last comparison of a kernel's best candidates, and how many take part
+
+
+@dataclass
+class Progress:
+    """One kernel on its way: seconds of the default and of the best schedule, after each batch."""
+
+    task: Task
+    calls: int
+    proposer: Proposer | None
+    limit: float  # seconds that the hardware needs at least
+    default: float = 0.0
+    trials: int = 0
+    best: list[float] = field(default_factory=list)  # ratio to the default after each batch
+    exhausted: bool = False
+    reason: str = ""  # why it cannot be tuned
+    confirmed: int = 0  # trials at the time of the last confirmation
+
+    @property
+    def ratio(self) -> float:
+        return self.best[-1] if self.best else 1.0
+
+    @property
+    def seconds(self) -> float:
+        return self.default * self.ratio
+
+    def gain(self) -> float:
+        """What one more batch may save, in seconds of the model's run: slope of the last batches, and 1 / n of the rest.
+
+        g = alpha * drop over the window / window + (1 - alpha) * best / n, TVM's and Ansor's task scheduler.
+        """
+        if self.exhausted or self.proposer is None:
+            return 0.0
+        if not self.best:
+            return math.inf
+        window = self.best[-WINDOW - 1 :]
+        slope = (window[0] - window[-1]) / max(1, len(window) - 1)
+        room = max(0.0, self.seconds - self.limit) / len(self.best)
+        return self.calls * (ALPHA * slope * self.default + (1 - ALPHA) * room)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """When to stop: after so many candidates, or seconds; None: no such bound."""
+
+    trials: int | None = None
+    seconds: float | None = None
+
+
+@dataclass
+class State:
+    """What a caller sees after every batch."""
+
+    tasks: list[Progress]
+    effort: Effort
+    trials: int = 0
+    started: float = field(default_factory=time.monotonic)
+    failures: dict[str, int] = field(default_factory=dict)  # by status
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.started
+
+    @property
+    def before(self) -> float:
+        """Seconds of all calls with default schedules."""
+        return sum(one.calls * one.default for one in self.tasks)
+
+    @property
+    def after(self) -> float:
+        return sum(one.calls * one.seconds for one in self.tasks)
+
+    @property
+    def limit(self) -> float:
+        return sum(one.calls * one.limit for one in self.tasks if one.default)
+
+    @property
+    def share(self) -> float:
+        """The share of the time that is spent."""
+        shares = [0.0]
+        if self.effort.trials:
+            shares.append(self.trials / self.effort.trials)
+        if self.effort.seconds:
+            shares.append(self.elapsed / self.effort.seconds)
+        return min(1.0, max(shares))
+
+    @property
+    def done(self) -> bool:
+        return self.share >= 1 or all(one.exhausted or one.proposer is None for one in self.tasks)
+
+
+Watch = Callable[[State], None]
+
+
+def tune(
+    tasks: Mapping[Task, int],
+    target: Target,
+    database: Database,
+    effort: Effort,
+    *,
+    watch: Watch = lambda _: None,
+    seed: int = 0,
+    executor: Executor | None = None,
+    build: Build = build_candidate,
+    hang: float = HANG_SECONDS,
+    batch: int = BATCH,
+) -> State:
+    """Search schedules for tasks (with the number of calls of each) and add what is measured to the database, batch by batch.
+
+    Interrupting it (KeyboardInterrupt) loses the batch at work only; running it again goes on from the database.
+    """
+    if effort.trials is None and effort.seconds is None:
+        raise UsageError("tuning without an end", hint="state a number of trials or a time")
+    state = State([_progress(task, calls, target, database, seed) for task, calls in tasks.items()], effort)
+    threads = max((task.threads for task in tasks), default=1)
+    workers, cores, ahead = _machine(threads)
+    if not state.tasks or state.done:
+        return state
+    with Builder(workers, executor, build) as builder, Runner(threads, cores, hang, seed) as runner:
+        session = Session(state, database, builder, runner, batch)
+        session.run(ahead or executor is not None, watch)
+        session.confirm(watch)
+    return state
+
+
+def _machine(threads: int) -> tuple[int, tuple[int, ...], bool]:
+    """Workers that build, cores that measure, and whether both can go on at the same time."""
+    if not hasattr(os, "sched_getaffinity"):
+        return 1, (), False
+    cores = sorted(os.sched_getaffinity(0))
+    spare = len(cores) - threads
+    return (spare, tuple(cores[-threads:]), True) if spare > 0 else (len(cores), (), False)
+
+
+def _progress(task: Task, calls: int, target: Target, database: Database, seed: int) -> Progress:
+    """What the database knows of a task is where it starts."""
+    space = space_of(task)
+    found = Progress(task, calls, Proposer(space, seed) if space else None, task.limit(target))
+    known = [trial for trial in database.trials(task) if trial.ok]
+    if known:
+        found.default = sorted(trial.reference for trial in known)[len(known) // 2]
+        found.trials = len(known)
+        found.best = [min(1.0, *(trial.doubted for trial in known))]
+        found.confirmed = found.trials
+    return found
+
+
+@dataclass
+class Batch:
+    """Candidates on their way through building and measuring."""
+
+    progress: Progress
+    schedules: list[Schedule]
+    futures: list[Future]
+
+
+class Session:
+    """The loop over batches."""
+
+    def __init__(self, state: State, database: Database, builder: Builder, runner: Runner, size: int) -> None:
+        self.state, self.database, self.builder, self.runner, self.size = state, database, builder, runner, size
+        self._references: dict[Task, Built] = {}
+        self._pending: dict[Task, list[Schedule]] = {}
+
+    def run(self, ahead: bool, watch: Watch) -> None:
+        """Measure one batch while the next one is built, if the machine has the cores for both."""
+        following: Batch | None = None
+        while following is not None or not self.state.done:
+            current = following or self._next()
+            if current is None:
+                return
+            following = self._next() if ahead and not self.state.done and self._room() > 0 else None
+            self._measure(current, ROUNDS)
+            watch(self.state)
+
+    def confirm(self, watch: Watch) -> None:
+        """Compare each kernel's best candidates once more with many rounds: the luckiest is not always the fastest."""
+        for progress in self.state.tasks:
+            trials = sorted((one for one in self.database.trials(progress.task) if one.ok), key=lambda one: one.doubted)
+            finalists = [one.schedule for one in trials[:FINALISTS] if one.doubted < 1]
+            if finalists and progress.trials > progress.confirmed:
+                self._measure(self._start(progress, finalists), CONFIRM)
+                progress.confirmed = progress.trials
+                watch(self.state)
+
+    def _next(self) -> Batch | None:
+        """The batch with the largest expected gain."""
+        for progress in sorted(self.state.tasks, key=lambda one: -one.gain()):
+            if progress.exhausted or progress.proposer is None:
+                continue
+            pending = self._pending.get(progress.task, [])
+            schedules = progress.proposer.propose(self.database.trials(progress.task), self._room(), pending)
+            if schedules:
+                return self._start(progress, schedules)
+            progress.exhausted = not pending
+        return None
+
+    def _room(self) -> int:
+        """Candidates that the next batch may have."""
+        bound = self.state.effort.trials
+        waiting = sum(map(len, self._pending.values()))
+        return self.size if bound is None else max(0, min(self.size, bound - self.state.trials - waiting))
+
+    def _start(self, progress: Progress, schedules: list[Schedule]) -> Batch:
+        task = progress.task
+        self._pending.setdefault(task, []).extend(schedules)
+        wanted = schedules if task in self._references else [task.default, *schedules]
+        return Batch(progress, wanted, self.builder.start(task, wanted, [_symbol(one) for one in wanted]))
+
+    def _measure(self, batch: Batch, rounds: int) -> None:
+        """Wait for the builds, measure them, record what came out."""
+        progress, task = batch.progress, batch.progress.task
+        symbols = [_symbol(one) for one in batch.schedules]
+        built = dict(zip(batch.schedules, self.builder.finish(task, batch.schedules, symbols, batch.futures), strict=True))
+        if task.default in built:
+            self._references.setdefault(task, built.pop(task.default))
+        pending = self._pending[task]
+        self._pending[task] = [one for one in pending if one not in built]
+        self.state.trials += len(built) if rounds == ROUNDS else 0
+        try:
+            trials = self._trials(task, built, rounds)
+        except ToolchainError as error:
+            progress.exhausted, progress.reason = True, str(error)
+            return
+        self.database.add(task, trials)
+        self._account(progress, trials, rounds == ROUNDS)
+
+    def _trials(self, task: Task, built: Mapping[Schedule, Built], rounds: int) -> list[Trial]:
+        """A trial for every candidate; raises ToolchainError if the default schedule cannot be measured."""
+        reference = self._references[task]
+        if reference.reason:
+            raise ToolchainError(f"the default schedule cannot be built: {reference.reason}", place=task.name)
+        first = _symbol(task.default)
+        objects = {first: reference.data, **{_symbol(one): found.data for one, found in built.items() if not found.reason}}
+        found = self.runner.measure(Kernels(objects, signature(task, reference.parameters)), rounds) if len(objects) > 1 else {}
+        trials = []
+        for schedule, one in built.items():
+            if one.reason:
+                trials.append(Trial(schedule, "failed", reason=one.reason))
+            else:
+                trials.append(_trial(schedule, found[_symbol(schedule)], found[first]))
+        return trials
+
+    def _account(self, progress: Progress, trials: Sequence[Trial], search: bool) -> None:
+        for trial in trials:
+            if not trial.ok:
+                self.state.failures[trial.status] = self.state.failures.get(trial.status, 0) + 1
+        good = [trial for trial in trials if trial.ok]
+        if good and not progress.default:
+            progress.default = good[0].reference
+        best = min((trial.doubted for trial in self.database.trials(progress.task)), default=1.0)
+        if search:
+            progress.trials += len(trials)
+            progress.best.append(min(1.0, best))
+        elif progress.best:
+            progress.best[-1] = min(1.0, best)
+
+
+def _symbol(schedule: Schedule) -> str:
+    return "s_" + hashlib.sha256(repr(schedule).encode()).hexdigest()[:16]
+
+
+def _trial(schedule: Schedule, found: Outcome, reference: Outcome) -> Trial:
+    if found.status != "ok" or not found.times or not reference.times:
+        return Trial(schedule, found.status, reason=found.reason)
+    rounds = min(len(found.times), len(reference.times))
+    seconds, base = float(np.median(found.times)), float(np.median(reference.times))
+    return Trial(schedule, "ok", seconds, base, ratio(found.times, reference.times), rounds)
+
+
+def signature(task: Task, parameters: Sequence[tuple[str, str, int]]) -> tuple[tuple[str, str, int, float, float], ...]:
+    """The kernel's parameters with ranges of random values that keep results in range, so that wrong ones show."""
+    return tuple((name, dtype, size, *_range(task, name, dtype)) for name, dtype, size in parameters)
+
+
+def _range(task: Task, name: str, dtype: str) -> tuple[float, float]:
+    if dtype in ("uint8", "int8"):
+        return (0.0, 256.0) if dtype == "uint8" else (-128.0, 128.0)
+    if dtype == "int32":
+        return -1000.0, 1000.0
+    if name != "scale":
+        return (0.5, 1.5) if name == "factor" else (-1.0, 1.0)
+    step = next((one.scale for one in task.spec.epilogue if isinstance(one, Quantize)), 1.0)
+    spread = step * 40 / (math.sqrt(_depth(task)) * 147 * 74)  # of products of random bytes: 147 x 74, the roots of mean squares
+    return 0.5 * spread, 1.5 * spread
+
+
+def _depth(task: Task) -> int:
+    """Products in one accumulator."""
+    spec = task.spec
+    if isinstance(spec, MatmulSpec):
+        return spec.k
+    taps = spec.kernel[0] * spec.kernel[1]
+    return taps if isinstance(spec, PoolSpec) else taps * spec.in_channels // spec.groups

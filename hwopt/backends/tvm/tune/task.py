@@ -1,0 +1,127 @@
+"""The unit of tuning: one kernel of the templates, for one target and number of threads."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hwopt.backends.tvm import kernels
+from hwopt.backends.tvm.kernels import Schedule
+from hwopt.backends.tvm.kernels.spec import ConvSpec, MatmulSpec, PoolSpec
+from hwopt.ir import Graph
+from hwopt.target import MicroKernel, Target
+
+Spec = ConvSpec | MatmulSpec | PoolSpec
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kernel to tune; `tvm` is the TVM target as canonical JSON."""
+
+    spec: Spec
+    micro: MicroKernel
+    tvm: str
+    threads: int
+
+    @functools.cached_property
+    def workload(self) -> dict[str, Any]:
+        """Everything that decides about the fastest schedule, as JSON data: the key of the database."""
+        return {
+            "spec": plain(self.spec), "micro": plain(self.micro), "target": json.loads(self.tvm), "threads": self.threads,
+            "tvm": tvm_version(), "templates": templates_digest(),
+        }  # fmt: skip
+
+    @functools.cached_property
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(self.workload, sort_keys=True).encode()).hexdigest()[:24]
+
+    @property
+    def default(self) -> Schedule:
+        return kernels.default_schedule(self.spec, self.micro, self.threads)
+
+    @property
+    def name(self) -> str:
+        """conv 3x3/2 64>128 56x56, matmul 128x768x768 ..."""
+        spec = self.spec
+        if isinstance(spec, MatmulSpec):
+            return f"matmul {spec.batch}x{spec.m}x{spec.k}x{spec.n} {spec.data_dtype}"
+        kernel = "x".join(map(str, spec.kernel)) + (f"/{spec.strides[0]}" if spec.strides != (1, 1) else "")
+        if isinstance(spec, PoolSpec):
+            return f"{spec.function} pool {kernel} {spec.channels} {spec.height}x{spec.width} {spec.data_dtype}"
+        what = "conv" if spec.groups == 1 else "depthwise" if spec.groups == spec.in_channels else f"conv/{spec.groups}"
+        return f"{what} {kernel} {spec.in_channels}>{spec.out_channels} {spec.height}x{spec.width} {spec.data_dtype}"
+
+    def limit(self, target: Target) -> float:
+        """Seconds below which the hardware cannot go: its peak, or its memory's bandwidth."""
+        operations, size = _work(self.spec)
+        family = "int8" if self.micro.accumulator == "int32" else self.micro.dtype
+        peak = target.peak.get(family, target.peak.get("float32", 0.0)) * self.threads
+        memory = next((one for one in target.memories if size <= one.bytes), target.memories[-1])
+        return max(operations / peak if peak else 0.0, size / memory.bytes_per_second)
+
+
+def _work(spec: Spec) -> tuple[int, int]:
+    """(operations of the multiply-adds, bytes read and written at least)"""
+    item = 4 if spec.data_dtype == "float32" else 1
+    out_item = 1 if spec.out_dtype in ("uint8", "int8") else 4
+    if isinstance(spec, MatmulSpec):
+        weights = spec.k * spec.n * (1 if spec.constant or spec.shared else spec.batch)
+        return 2 * spec.macs, spec.batch * spec.m * (spec.k * item + spec.n * out_item) + weights * item
+    outputs, inputs = spec.batch * spec.out_height * spec.out_width, spec.batch * spec.height * spec.width
+    if isinstance(spec, PoolSpec):
+        return 0, spec.channels * (inputs * item + outputs * out_item)
+    weights = spec.out_channels * spec.in_channels // spec.groups * spec.kernel[0] * spec.kernel[1]
+    return 2 * spec.macs, inputs * spec.in_channels * item + outputs * spec.out_channels * out_item + weights * item
+
+
+def plain(value: Any) -> Any:
+    """A dataclass as JSON data, with the names of nested classes (an epilogue's steps)."""
+    if dataclasses.is_dataclass(value):
+        fields = {one.name: plain(getattr(value, one.name)) for one in dataclasses.fields(value)}
+        return {"kind": type(value).__name__, **fields}
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def schedule_from(data: Any) -> Schedule | None:
+    """A schedule that `plain` wrote; None if its fields are not today's."""
+    names = {one.name for one in dataclasses.fields(Schedule)}
+    if not isinstance(data, Mapping) or set(data) != {"kind", *names} or data["kind"] != Schedule.__name__:
+        return None
+    if not all(isinstance(data[name], int) for name in names):
+        return None
+    return Schedule(**{name: data[name] for name in names})
+
+
+@functools.cache
+def tvm_version() -> str:
+    return importlib.metadata.version("apache-tvm")
+
+
+@functools.cache
+def templates_digest() -> str:
+    """Changes with every edit of the templates: a schedule's time means nothing for other code."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(kernels.__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def make_task(spec: Spec, micro: MicroKernel, target: Target, threads: int) -> Task:
+    return Task(spec, micro, json.dumps(dict(target.tvm), sort_keys=True), threads)
+
+
+def tasks_of(graph: Graph, target: Target, threads: int) -> dict[Task, int]:
+    """The template kernels of a graph and how often each is called, in order of their first call."""
+    from hwopt.backends.tvm.fold import folded
+    from hwopt.backends.tvm.lower import Lowering
+
+    lowering = Lowering(folded(graph), target, threads)
+    lowering.module()
+    return {make_task(spec, micro, target, threads): count for (spec, micro), count in lowering.templates.calls.items()}
