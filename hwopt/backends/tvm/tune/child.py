@@ -4,8 +4,8 @@ Commands and answers are JSON, one a line, on standard input and output. A comma
 
     {"library", "symbols", "signature": [[name, dtype, size, low, high], ...], "threads", "rounds", "turn", "seed"}
 
-Symbol 0 is the reference. Answers: {"at": i} before anything runs candidate i; {"checked": i, "status"} after its first run; at last
-{"times": {i: [seconds of each round]}}.
+Symbol 0 is the reference. Answers: {"at": i} before anything runs candidate i; {"checked": i, "status"} after its first run;
+at last {"times": {i: [seconds of each round]}}.
 """
 
 from __future__ import annotations
