@@ -125,8 +125,8 @@ def torch_compile(case: Case, model: bytes, threads: int) -> Run:
     from benchmarks.torch_graph import TorchGraph
 
     torch.set_num_threads(threads)
-    module = torch.compile(TorchGraph(model).eval())
-    inputs = [torch.from_numpy(case.feeds[name]) for name in module.inputs]
+    graph = TorchGraph(model).eval()
+    module, inputs = torch.compile(graph), [torch.from_numpy(case.feeds[name]) for name in graph.inputs]
 
     def run() -> object:
         with torch.inference_mode():
