@@ -182,14 +182,16 @@ class Edit:
         self._outputs = graph.outputs
         self._inputs = graph.inputs
         self._taken = {*graph.types, *graph.params, *graph.producer, *graph.inputs, *self._nodes}
+        self._counts: dict[str, int] = {}  # hint -> the number of the last name made of it
         self._changed = False
 
     def fresh(self, hint: str) -> str:
         """A name that neither a value nor a node has yet."""
-        name, count = hint, 0
+        name, count = hint, self._counts.get(hint, 0)
         while name in self._taken:
             count += 1
             name = f"{hint}_{count}"
+        self._counts[hint] = count  # lower ones stay taken: the next search starts here
         self._taken.add(name)
         return name
 
