@@ -181,7 +181,7 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> list[Entry]:
 def module_with(**values: Any) -> ModuleType:
     module = ModuleType("theirs")
     for name, value in values.items():
-        if isinstance(value, type):
+        if isinstance(value, type) and value is not Pass:  # Pass was only imported there
             value.__module__ = "theirs"
         setattr(module, name, value)
     return module
