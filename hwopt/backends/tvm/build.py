@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +101,26 @@ AS_WRITTEN = ("-vectorize-loops:bool=false",)
 
 
 def build_objects(functions: Mapping[str, Any], target: Target) -> tuple[bytes, ...]:
-    """Compile PrimFuncs into relocatable objects; raises ToolchainError with LLVM's message."""
-    scalar = {symbol for symbol, function in functions.items() if function.attrs and function.attrs.get("hwopt.scalar", False)}
-    plain = {symbol: function for symbol, function in functions.items() if symbol not in scalar}
-    wrapping = {symbol: function for symbol, function in functions.items() if symbol in scalar}
-    options = {"cl-opt": [*target.tvm.get("cl-opt", ()), *AS_WRITTEN]}
-    parts: list[tuple[dict[str, Any], dict[str, Any]]] = [(plain, {}), (wrapping, options)]
-    return tuple(object_code(part, {**target.tvm, **more}, target.name) for part, more in parts if part)
+    """Compile PrimFuncs into relocatable objects, one each; raises ToolchainError with LLVM's message.
+
+    A kernel that this process has compiled before is not compiled again: planning builds many variants of one model.
+    """
+
+    def compiled(symbol: str, description: Mapping[str, Any]) -> bytes:
+        key = symbol, repr(sorted(description.items()))  # the symbol holds a hash of the kernel
+        if key not in _COMPILED:
+            _COMPILED[key] = object_code({symbol: functions[symbol]}, description, target.name)
+        return _COMPILED[key]
+
+    wrapping = [symbol for symbol in sorted(functions) if functions[symbol].attrs.get("hwopt.scalar", False)]
+    plain = [symbol for symbol in sorted(functions) if symbol not in wrapping]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # LLVM works outside of Python's lock
+        found = list(pool.map(lambda symbol: compiled(symbol, target.tvm), plain))
+    options = {**target.tvm, "cl-opt": [*target.tvm.get("cl-opt", ()), *AS_WRITTEN]}
+    return (*found, *(compiled(symbol, options) for symbol in wrapping))  # such options are the process's: one after the other
+
+
+_COMPILED: dict[tuple[str, str], bytes] = {}
 
 
 def object_code(functions: Mapping[str, Any], description: Mapping[str, Any], place: str) -> bytes:
