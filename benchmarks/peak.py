@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from hwopt.backends.tvm.build import build_objects
+from hwopt.backends.tvm.build import object_code
 from hwopt.backends.tvm.run import load_objects
 from hwopt.target import MicroKernel, Target
 
@@ -27,7 +27,7 @@ def operations_per_second(micro: MicroKernel, target: Target) -> float:
     """The best of several turns."""
     import tvm
 
-    library = load_objects(build_objects({"peak": peak_kernel(micro)}, target))
+    library = load_objects((object_code({"peak": peak_kernel(micro)}, target.tvm, target.name),))
     count, size = accumulators(micro), micro.lanes * micro.depth
     arrays = (
         np.ones(PERIOD * micro.depth, micro.activation or micro.dtype),

@@ -128,17 +128,27 @@ def test_a_peer_that_fails_is_a_note(monkeypatch):
     assert notes == ["mlp: broken: ValueError: not today"]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "error", "fine"), [("f32", 5e-4, True), ("f32", 5e-3, False), ("int8", 0.01, True), ("int8", 0.1, False)]
-)
-def test_a_wrong_result_is_found(dtype, error, fine):
-    oracle = np.linspace(0, 1, 100)
-    worse = oracle.copy()
-    worse[50] += error
-    rows, wrong = models.compared("case", dtype, {"y": worse}, {"y": oracle})
+@pytest.mark.parametrize(("error", "fine"), [(5e-4, True), (5e-3, False)])
+def test_a_wrong_float_result_is_found(error, fine):
+    rows, wrong = models.compared("case", "f32", {"y": np.array([0, 1 + error])}, {"y": np.array([0, 1.0])})
     assert (wrong == "") == fine
-    assert rows[0].ours == pytest.approx(error if dtype == "f32" else 255 * error)
-    assert models.compared("case", dtype, {"y": oracle * np.nan}, {"y": oracle})[1]
+    assert rows[0].ours == pytest.approx(error)
+    assert models.compared("case", "f32", {"y": np.full(2, np.nan)}, {"y": np.zeros(2)})[1]
+
+
+@pytest.mark.parametrize(("error", "quantization", "fine"), [(0.01, 0.0, True), (0.1, 0.2, True), (0.1, 0.05, False)])
+def test_a_wrong_quantized_result_is_found(error, quantization, fine):
+    oracle = np.linspace(0, 1, 100)
+    one = np.eye(100)[50]
+    rows, wrong = models.compared("case", "int8", {"y": oracle + error * one}, {"y": oracle}, {"y": oracle + quantization * one})
+    assert (wrong == "") == fine
+    assert rows[0].ours == pytest.approx(255 * error)
+
+
+def test_one_layer_may_be_one_step_away():
+    oracle = np.array([3, 100], np.uint8)
+    assert models.compared("case", "int8", {"y": oracle + 1}, {"y": oracle})[1] == ""
+    assert "2 steps" in models.compared("case", "int8", {"y": oracle + 2}, {"y": oracle})[1]
 
 
 def test_summary_is_the_geometric_mean_over_the_models_of_the_issue():
@@ -234,7 +244,7 @@ def test_the_peak_kernel_does_the_work_it_is_timed_for():
     import tvm
 
     from benchmarks import peak
-    from hwopt.backends.tvm.build import build_objects
+    from hwopt.backends.tvm.build import object_code
     from hwopt.backends.tvm.run import load_objects
     from hwopt.plugins import find_target
 
@@ -244,6 +254,6 @@ def test_the_peak_kernel_does_the_work_it_is_timed_for():
         out = tvm.runtime.tensor(np.zeros(count * micro.lanes, micro.accumulator))
         data = np.ones(peak.PERIOD * micro.depth, micro.activation or micro.dtype)
         weights = np.ones(count * size, micro.dtype)
-        library = load_objects(build_objects({"peak": peak.peak_kernel(micro)}, target))
+        library = load_objects((object_code({"peak": peak.peak_kernel(micro)}, target.tvm, target.name),))
         library["peak"](tvm.runtime.tensor(data), tvm.runtime.tensor(weights), out)
         assert (out.numpy() == peak.STEPS * micro.depth).all()
