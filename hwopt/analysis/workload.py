@@ -10,9 +10,14 @@ from hwopt.ir import Graph, Node, TensorType
 from hwopt.target import Workload
 
 
+def kernels(graph: Graph) -> tuple[tuple[Region, Workload], ...]:
+    """Each region that becomes a kernel with its work, in running order; views of memory (Reshape ...) cost nothing."""
+    return tuple((region, workload(graph, region)) for region in regions(graph) if not is_view(graph, region))
+
+
 def workloads(graph: Graph) -> tuple[Workload, ...]:
-    """One Workload per region that becomes a kernel, in running order; views of memory (Reshape ...) cost nothing."""
-    return tuple(workload(graph, region) for region in regions(graph) if not _is_view(graph, region))
+    """The work of each kernel, in running order."""
+    return tuple(found for _, found in kernels(graph))
 
 
 def workload(graph: Graph, region: Region) -> Workload:
@@ -27,7 +32,8 @@ def workload(graph: Graph, region: Region) -> Workload:
     )  # fmt: skip
 
 
-def _is_view(graph: Graph, region: Region) -> bool:
+def is_view(graph: Graph, region: Region) -> bool:
+    """True for a reshape that only gives memory another shape."""
     visible = region.output in graph.outputs or region.inputs[:1] == () or region.inputs[0] in graph.inputs
     return region.anchor.op in VIEWS and not visible and len(region.epilogue) == 0
 
