@@ -13,7 +13,7 @@ from rich.table import Table
 
 from hwopt.errors import HwoptError
 
-SUITES = {"demo": "demo", "models": "models", "kernels": "layers"}  # and the module that has it
+SUITES = {"demo": "demo", "models": "models", "kernels": "layers", "accuracy": "accuracy"}  # and the module that has it
 
 
 @click.command()
@@ -26,6 +26,7 @@ SUITES = {"demo": "demo", "models": "models", "kernels": "layers"}  # and the mo
 @click.option("--quick", is_flag=True, default=None, help="Few turns, and the smallest sizes only.")
 @click.option("--peers", is_flag=True, default=None, help="Also the peers that take minutes to compile: torch.compile.")
 @click.option("--plot", type=click.Path(path_type=Path), default=None, help="Draw the ratios into this PNG file.")
+@click.option("--data", type=click.Path(path_type=Path), default=None, help="Folder of ImageNet pictures named by their class.")
 def main(suite: str, file: Path | None, **options: object) -> None:
     """Measure one SUITE on this machine."""
     work = importlib.import_module(f"benchmarks.{SUITES[suite]}").run

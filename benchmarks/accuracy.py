@@ -1,0 +1,175 @@
+"""Suite `accuracy`: what compression costs on real tasks, on the libraries that ship (never in another runtime).
+
+EfficientNet-Lite0 names ImageNet pictures, MiniLM judges the likeness of texts as people do, the demo model names clothes.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from benchmarks import texts
+from benchmarks.fashion import dataset
+from benchmarks.layout import Row, higher_is_better, result
+from benchmarks.zoo import ZOO, Case, Missing
+from hwopt.artifact import Artifact
+from hwopt.compiler import compile_model
+from hwopt.demo import SHAPES, demo_data, run_demo
+from hwopt.errors import UsageError, did_you_mean
+from hwopt.evaluate import compare
+
+PICTURES = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet_sample"
+FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian: dataset-fashion-mnist
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where the data lie, where artifacts may be written, and with how many threads they run."""
+
+    pictures: Path
+    scratch: Path
+    threads: int | None
+
+
+@dataclass
+class Findings:
+    rows: list[Row] = field(default_factory=list)
+    summary: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def top_one(self, name: str, right: Mapping[str, np.ndarray]) -> None:
+        """Rows and paired comparisons with `float` of every variant, given 1 or 0 for each sample."""
+        base = right["float"]
+        for variant, found in right.items():
+            if variant == "float":
+                continue
+            pair = compare("top-1 accuracy", base, found)
+            self.rows.append(higher_is_better(f"{name} {variant}", pair.metric, "1", pair.score, {"hwopt float": pair.baseline}))
+            figures = {
+                "drop": pair.drop, "drop_low": pair.interval[0], "drop_high": pair.interval[1], "samples": pair.samples,
+                "right_to_wrong": pair.right_to_wrong, "wrong_to_right": pair.wrong_to_right, "mcnemar_p": pair.mcnemar_p,
+            }  # fmt: skip
+            self.summary |= {f"{name}_{variant}_{key}": value for key, value in figures.items() if value is not None}
+
+
+def run(threads: int | None = None, models: str | None = None, data: Path | None = None) -> dict[str, Any]:
+    """`models`: only these, joined by commas; `data`: the folder of ImageNet pictures named by their class."""
+    chosen = models.split(",") if models else list(TASKS)
+    for name in chosen:
+        if name not in TASKS:
+            raise UsageError(f"unknown model {name!r}", place="--models", hint=did_you_mean(name, TASKS))
+    findings = Findings()
+    for name in chosen:
+        with tempfile.TemporaryDirectory(prefix="hwopt-accuracy-") as scratch:
+            try:
+                TASKS[name](findings, Setting(data or PICTURES, Path(scratch), threads))
+            except Missing as error:
+                findings.notes.append(f"{name} is left out: {error}")
+    return result("accuracy", findings.rows, findings.summary, findings.notes)
+
+
+def artifacts(case: Case, calibrate: Arrays, evaluate: Arrays, setting: Setting) -> dict[str, Artifact]:
+    """The model compiled twice: as it is, and with everything quantized that quantize does not refuse."""
+    return {
+        name: compile_model(
+            case.model, out=setting.scratch / name, shapes=case.shapes, calibrate=calibrate, evaluate=evaluate, passes=passes,
+            threads=setting.threads,
+        )
+        for name, passes in (("float", "none"), ("int8", "quantize{}"))
+    }  # fmt: skip
+
+
+def outputs(artifact: Artifact, arrays: Arrays, batch: int = 1) -> np.ndarray:
+    """The first output for every sample, computed by the artifact's library."""
+    count = len(next(iter(arrays.values())))
+    if count % batch:
+        raise ValueError(f"{count} samples do not fill batches of {batch}")
+    feeds = ({name: array[start : start + batch] for name, array in arrays.items()} for start in range(0, count, batch))
+    return np.concatenate([next(iter(artifact.run(one).values())) for one in feeds])
+
+
+def top_one(artifact: Artifact, arrays: Arrays, labels: np.ndarray) -> np.ndarray:
+    """1 for every sample whose largest output is its label."""
+    return (outputs(artifact, arrays).argmax(1) == labels).astype(np.float64)
+
+
+def efficientnet(findings: Findings, setting: Setting) -> None:
+    """Pictures of every fourth class calibrate, those of the other classes count."""
+    files = sorted(setting.pictures.glob("*.jpg"))
+    if not files:
+        raise Missing("there are no pictures", place=str(setting.pictures), hint="give --data FOLDER with NNNN.jpg by class")
+    labels = np.array([int(path.stem) for path in files])
+    pictures = _pictures(files)
+    judged = labels % 4 != 0
+    case = ZOO["efficientnet_lite0"](1)
+    few = {"inputs": pictures[judged][:8]}
+    built = artifacts(case, {"inputs": pictures[~judged]}, few, setting)
+    right = {name: top_one(one, {"inputs": pictures[judged]}, labels[judged]) for name, one in built.items()}
+    findings.top_one("efficientnet_lite0", right)
+    layers = [layer for layer in built["int8"].report["layers"] if layer["op"] == "Conv"]
+    integer = [layer for layer in layers if layer["dtype"] == "int8"]
+    findings.summary |= {"efficientnet_lite0_convs": len(layers), "efficientnet_lite0_integer_convs": len(integer)}
+    findings.rows.append(
+        higher_is_better("efficientnet_lite0 int8", "integer convs", "kernels", len(integer), {"convs": len(layers)})
+    )
+
+
+def _pictures(files: list[Path]) -> np.ndarray:
+    """[n, 3, 224, 224] float32, RGB, (x - 127) / 128 as the network was trained."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise Missing("pictures need the package pillow", place="efficientnet_lite0") from error
+    arrays = [np.asarray(Image.open(path).convert("RGB"), np.float32) for path in files]
+    return np.ascontiguousarray(((np.stack(arrays) - 127) / 128).transpose(0, 3, 1, 2))
+
+
+def minilm(findings: Findings, setting: Setting) -> None:
+    """Correlation of the embeddings' cosines with what people said, calibrated on other texts."""
+    encode, (lee, background), words = texts.encoder(), texts.lee50(), texts.wordsim353()
+    case = ZOO["minilm"](1)
+    built = artifacts(case, encode(texts.calibration(background)), encode(lee.texts[:8]), setting)
+    for name, judgements, measures in (
+        ("lee50", lee, {"pearson": stats.pearsonr, "spearman": stats.spearmanr}),
+        ("wordsim353", words, {"spearman": stats.spearmanr}),
+    ):
+        cosines = {key: judgements.cosines(outputs(one, encode(judgements.texts))) for key, one in built.items()}
+        for measure, correlation in measures.items():
+            value = {key: float(correlation(found, judgements.likeness).statistic) for key, found in cosines.items()}
+            peers = {"hwopt float": value["float"]}
+            findings.rows.append(higher_is_better("minilm int8", f"{name} {measure}", "1", value["int8"], peers))
+            findings.summary |= {f"minilm_{key}_{name}_{measure}": one for key, one in value.items()}
+            findings.summary[f"minilm_int8_{name}_{measure}_drop"] = value["float"] - value["int8"]
+    layers = [layer for layer in built["int8"].report["layers"] if layer["op"] in ("MatMul", "Gemm")]
+    findings.summary["minilm_products"] = len(layers)
+    findings.summary["minilm_integer_products"] = sum(layer["dtype"] == "int8" for layer in layers)
+
+
+def demo(findings: Findings, setting: Setting) -> None:
+    """The embedded model: quantized only, and as the whole plan makes it, on embedded images and on all of the test set."""
+    calibrate, evaluate = demo_data()
+    labels = evaluate["labels"]
+    case = Case("demo", ZOO["demo"](1).model, SHAPES, calibrate)
+    built = artifacts(case, calibrate, evaluate, setting)
+    run_demo(setting.scratch / "plan", threads=setting.threads)
+    built["plan"] = Artifact(setting.scratch / "plan")
+    images = {"image": evaluate["image"]}
+    findings.top_one("demo_4000", {name: top_one(one, images, labels) for name, one in built.items()})
+    if not FASHION.is_dir():
+        findings.notes.append(f"demo on 10,000 images is left out: there is no {FASHION}")
+        return
+    pixels, labels = dataset(FASHION, "t10k")
+    images = {"image": pixels[:, None].astype(np.float32) / 255}
+    findings.top_one("demo_10000", {name: top_one(one, images, labels) for name, one in built.items()})
+
+
+TASKS: Mapping[str, Callable[[Findings, Setting], None]] = {
+    "efficientnet_lite0": efficientnet, "minilm": minilm, "demo": demo,
+}  # fmt: skip
