@@ -61,6 +61,7 @@ class Pass:
     summary: ClassVar[str] = ""
     phase: ClassVar[Phase] = Phase.CLEAN
     exact: ClassVar[bool] = False  # True if outputs stay equal to float rounding
+    saves: ClassVar[frozenset[str]] = frozenset({"seconds", "bytes"})  # what a family can make less of
     order: ClassVar[int] = 50  # among the passes of one phase that run together: low numbers first, then by name
 
     site: tuple[str, ...] = ()

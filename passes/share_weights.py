@@ -42,6 +42,7 @@ class ShareWeights(Pass):
 
     name: ClassVar[str] = "share-weights"
     summary: ClassVar[str] = "store weights as 2 to 8 bit indices into k-means codebooks"
+    saves: ClassVar[frozenset[str]] = frozenset({"bytes"})  # kernels read the weights looked up
     phase: ClassVar[Phase] = Phase.SHARE
 
     bits: int = 4

@@ -122,3 +122,15 @@ def test_workload_of_a_batched_matmul_and_a_free_reshape() -> None:
     assert [one.kind for one in work] == ["matmul", "elementwise"]
     assert (work[0].m, work[0].n, work[0].k, work[0].groups) == (8, 8, 16, 8)
     assert work[0].macs == int(np.prod([2, 4, 8, 8, 16]))
+
+
+def test_codebook_weights_count_as_the_kernel_reads_them() -> None:
+    from hwopt.pipeline import Context, parse
+    from hwopt.plugins import find_passes
+    from tests.test_compiler import small_net
+
+    graph = small_net()
+    shared = parse("share-weights{site=third,bits=4,sensitivity=uniform}", find_passes()).run(graph, Context())
+    assert shared is not graph
+    before, after = ({work.name: work.weight_bytes for work in workloads(g)} for g in (graph, shared))
+    assert 0 <= after["third"] - before["third"] <= 64 * 4  # a bias that corrects the mean may have been added

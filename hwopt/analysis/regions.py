@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hwopt.analysis.memo import remembered
 from hwopt.analysis.qdq import Quantization, dequantized, quantization, quantized_weight
 from hwopt.ir import Graph, Node
 
@@ -74,6 +75,7 @@ class Region:
         return self.anchor.name
 
 
+@remembered
 def regions(graph: Graph) -> tuple[Region, ...]:
     """The graph's nodes in disjoint regions, in an order in which they can run."""
     constant = constant_nodes(graph)
@@ -92,6 +94,7 @@ def regions(graph: Graph) -> tuple[Region, ...]:
     return tuple(sorted(found, key=lambda region: max(order[region.anchor.name], *(order[n.name] for n in region.nodes))))
 
 
+@remembered
 def constant_nodes(graph: Graph) -> frozenset[str]:
     """Names of the nodes that depend on parameters only: they are computed at compile time."""
     values = set(graph.params)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from hwopt.analysis.regions import VIEWS, Region, regions
+from hwopt.analysis.regions import VIEWS, Region, constant_nodes, regions
 from hwopt.ir import Graph, Node, TensorType
 from hwopt.target import Workload
 
@@ -45,15 +45,20 @@ def _dtype(graph: Graph, region: Region) -> str:
 
 
 def _read_bytes(graph: Graph, region: Region) -> tuple[int, int]:
-    """Bytes of activations and of parameters that the region reads."""
-    read = weights = 0
-    for value in region.inputs:
-        size = _bytes(graph.tensor(value))
-        if value in graph.params:
-            weights += size
-        else:
-            read += size
-    return read, weights
+    """Bytes of activations and of weights that the region reads; weights as the kernel has them, looked up and unpacked."""
+    folded = constant_nodes(graph)
+    decoding = [node for node in region.nodes if node.name in folded and node.op != "DequantizeLinear"]
+    inside = {value for node in decoding for value in (*node.reads, *node.outputs)}
+    results = {value for node in decoding for value in node.outputs if _leaves(graph, value, decoding)}
+    weights = sum(_bytes(graph.tensor(value)) for value in results)
+    weights += sum(_bytes(graph.tensor(value)) for value in region.inputs if value in graph.params and value not in inside)
+    return sum(_bytes(graph.tensor(value)) for value in region.inputs if value not in graph.params), weights
+
+
+def _leaves(graph: Graph, value: str, decoding: list[Node]) -> bool:
+    """True if anything but the decoding itself reads the value."""
+    names = {node.name for node in decoding}
+    return any(user.name not in names for user in graph.users.get(value, ()))
 
 
 def _product(graph: Graph, node: Node) -> tuple[int, int, int, int, int]:

@@ -69,6 +69,9 @@ def collect(
     refused: list[Refusal] = []
     instances: list[Pass] = []
     for kind in passes:
+        if budget.weight_bytes is None and kind.saves == {"bytes"}:
+            refused.append(Refusal(kind.name, graph.name, "makes weights smaller, not faster, and no size budget asks for that"))
+            continue
         for found in kind.candidates(graph, target):
             (refused if isinstance(found, Refusal) else instances).append(found)  # type: ignore[arg-type]
     cheap = dataclasses.replace(ctx, calibration=ctx.calibration.head(1) if ctx.calibration else None, refused=refused)
