@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hwopt.analysis.liveness import peak_activation_bytes
 from hwopt.analysis.size import weight_bytes
@@ -17,6 +17,9 @@ from hwopt.io.proto import to_model
 from hwopt.ir import Graph, to_text
 from hwopt.plan.plan import Plan
 from hwopt.target import Target
+
+if TYPE_CHECKING:
+    from hwopt.backends.tvm.tune.database import Database
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +35,7 @@ class Built:
     kind: str
     reason: str
     artifact: Artifact
+    tuning: str = ""  # how many of its kernels were tuned
 
     def write(self, out: Path | str, plan: Plan, report: Mapping[str, Any]) -> Artifact:
         """The artifact that ships."""
@@ -43,22 +47,28 @@ class Built:
         )  # fmt: skip
 
 
-def build(graph: Graph, target: Target, threads: int, folder: Path) -> Built:
-    """Compile one graph into `folder`: plain C where that can be, else for TVM's virtual machine."""
+def build(graph: Graph, target: Target, threads: int, folder: Path, database: Database | None = None) -> Built:
+    """Compile one graph into `folder`: plain C where that can be, else for TVM's virtual machine.
+
+    Schedules come from the tuning database where it knows better ones than the default.
+    """
     from hwopt.backends.tvm.build import compile_program
+    from hwopt.backends.tvm.kernels import default_schedule
+    from hwopt.backends.tvm.tune.database import Tuned
     from hwopt.backends.tvm.vm import reasons
 
     reason = "; ".join(reasons(graph))
+    tuned = Tuned(database, target) if database is not None else None
     if reason:
         library = _machine_library(graph, target, threads, folder / "library")
     else:
-        program = compile_program(graph, target, threads, identifier(graph.name))
+        program = compile_program(graph, target, threads, identifier(graph.name), tuned or default_schedule)
         library = build_library(program, folder / "library", features=target.features, threads=threads)
     kind = "vm" if reason else "c"
     artifact = write_artifact(
         folder / "artifact", library, target=target.name, model=b"", plan={}, report={}, graph="", kind=kind, reason=reason
     )
-    return Built(library, graph, target, kind, reason, artifact)
+    return Built(library, graph, target, kind, reason, artifact, tuned.note() if tuned else "")
 
 
 def _machine_library(graph: Graph, target: Target, threads: int, folder: Path) -> Library:

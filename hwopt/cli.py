@@ -25,6 +25,9 @@ CALIBRATE = click.option("--calibrate", type=click.Path(path_type=Path), help="A
 EVALUATE = click.option("--evaluate", metavar="NPZ|MODULE:FUNCTION", help="An .npz (inputs, labels) or a scoring function.")
 MAX_DROP = click.option("--max-drop", default="1%", show_default=True, help="How much the score may fall.")
 BUDGET = click.option("--budget", "limits", multiple=True, metavar="latency=2ms|size=1MB|memory=4MB", help="Further limits.")
+TUNING_DB = click.option(
+    "--tuning-db", type=click.Path(path_type=Path), help="Tuned schedules; the user's own database if not given."
+)
 PASSES = click.option(
     "--passes", "passes", default=None, help="Families to consider, by comma; name{...} is applied in any case."
 )
@@ -48,14 +51,17 @@ def cli() -> None:
 @BUDGET
 @PASSES
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Replay this plan instead of searching.")
+@TUNING_DB
+@click.option("--tune", "effort", metavar="200|90s|5m", help="Search faster schedules first: so many candidates, or so long.")
 @THREADS
 @SEED
 @JSON
-def compile_(model: Path, out: Path, as_json: bool, plan_file: Path | None, **options: Any) -> None:
+def compile_(model: Path, out: Path, as_json: bool, plan_file: Path | None, effort: str | None, **options: Any) -> None:
     """Optimize MODEL and compile it into a library that needs neither Python nor TVM."""
     from hwopt.compiler import compile_model
+    from hwopt.tuning import parse_effort
 
-    job = _job(options)
+    job = _job(options) | {"tune": parse_effort(effort) if effort else None}
     with _progress() as progress:
         artifact = compile_model(model, out=out, plan=plan_file, progress=progress, **job)
     click.echo(json.dumps(artifact.report, indent=1, sort_keys=True) if as_json else _summary(artifact.report, out))
@@ -199,6 +205,38 @@ def bench(artifact: Path, runs: int, threads: int | None, as_json: bool) -> None
 
 
 @cli.command()
+@MODEL
+@click.option("--trials", type=click.IntRange(1), help="How many candidates to measure.")
+@click.option("--time", "duration", metavar="90s|5m|1h", help="How long to search.")
+@click.option("--target", default=None, help="The target; an artifact's own, else host.")
+@click.option("--workers", metavar="ADDRESS", help="A Dask cluster that builds the candidates; local processes if not given.")
+@TUNING_DB
+@SHAPE
+@BIND
+@THREADS
+@SEED
+@JSON
+def tune(model: Path, trials: int | None, duration: str | None, workers: str | None, as_json: bool, **options: Any) -> None:
+    """Search faster schedules for the kernels of MODEL (an ONNX file or an artifact) and keep them in a database.
+
+    An interrupted search keeps what it has measured; the next one goes on from there.
+    """
+    from hwopt.tuning import parse_effort, report_data, tune_model
+
+    if (trials is None) == (duration is None):
+        raise UsageError("needs an end", place="hwopt tune", hint="give --trials 200 or --time 5m")
+    effort = parse_effort(str(trials) if trials else str(duration))
+    with _tuning(model) as watch:
+        found = tune_model(model, effort, workers=workers, watch=watch, **_job(options))
+    data = report_data(found)
+    if as_json:
+        click.echo(json.dumps(data, indent=1))
+        return
+    _table(data["kernels"], False)
+    click.echo(data["summary"])
+
+
+@cli.command()
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("build/demo"), show_default=True)
 @TARGET
 @THREADS
@@ -336,3 +374,27 @@ class _progress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+
+class _tuning(_progress):
+    """The bar of a search: the best time so far, its share of the limit, what remains; an interrupt says what is kept."""
+
+    def __init__(self, model: Path) -> None:
+        self._model = model
+
+    def _advance_search(self, state: Any) -> None:
+        from hwopt.tuning import progress_line
+
+        text = progress_line(state)
+        if self._bar.disable:
+            click.echo(f"hwopt: {text}", err=True)
+        self._bar.update(self._task, description=text, completed=int(100 * state.share), total=100)
+
+    def __enter__(self) -> Any:
+        super().__enter__()
+        return self._advance_search
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        if error and error[0] is KeyboardInterrupt:
+            click.echo("hwopt: what was measured is kept; run the same command to go on", err=True)

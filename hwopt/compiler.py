@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
@@ -35,6 +35,11 @@ from hwopt.plugins import find_passes, find_target
 from hwopt.report import Figures, layer_table, make_report
 from hwopt.samples import Samples, checked, load_samples
 from hwopt.target import Target, total
+from hwopt.tuning import open_database, tune_graph
+
+if TYPE_CHECKING:  # TVM is imported when something is compiled
+    from hwopt.backends.tvm.tune.database import Database
+    from hwopt.backends.tvm.tune.session import Effort, State
 
 CORES = psutil.cpu_count() or 1
 Data = Samples | Mapping[str, np.ndarray] | Path | str | None
@@ -58,6 +63,7 @@ class Job:
     evaluation: Samples | None
     user_score: str | None
     progress: Progress
+    database: Database | None = None  # of tuned schedules
 
 
 def compile_model(
@@ -75,21 +81,30 @@ def compile_model(
     threads: int | None = None,
     seed: int = 0,
     progress: Progress = quiet,
+    tuning_db: Path | str | None = None,
+    tune: Effort | None = None,
 ) -> Artifact:
     """Optimize a model (an ONNX file, a torch module or an ExportedProgram) for a target and write the artifact to `out`.
 
     `calibrate` and `evaluate` are an .npz file, arrays by input name (with `labels`), or for `evaluate` the text
-    `module:function`. Without data nothing lossy is done. Raises HwoptError with the reason and the next step.
+    `module:function`. Without data nothing lossy is done. `tuning_db` is the database of tuned schedules (the user's own if
+    not given), `tune` how long to search for better ones before the result is compiled. Raises HwoptError with the reason
+    and the next step.
     """
     check_destination(out)
     replay = None if plan is None else read_plan(plan)
     job = prepare(model, target, shapes, binds, calibrate, evaluate, budget, passes, threads, seed, progress)
     _refuse_foreign(job.target)
     refuse_unsupported(job.graph)
+    database = open_database(tuning_db, job.target)
+    job = dataclasses.replace(job, database=database)
     with tempfile.TemporaryDirectory(prefix="hwopt-") as scratch:
         baseline = _build(job.graph, job, Path(scratch) / "baseline")
         found = _decide(job, replay, _scale(job, baseline))
-        result = baseline if found.graph is job.graph else _build(found.graph, job, Path(scratch) / "result")
+        if tune is not None:
+            tune_graph(found.graph, job.target, job.threads, database, tune, seed=seed, watch=_watching(progress))
+        same = found.graph is job.graph and tune is None
+        result = baseline if same else _build(found.graph, job, Path(scratch) / "result")
         if result is not baseline and searched(job, replay) and not job.budget.limited:
             found, result = _worth_it(job, found, baseline, result)
         report = measured_report(job, found, baseline, result)
@@ -207,7 +222,11 @@ def _refuse_foreign(target: Target) -> None:
 
 def _build(graph: Graph, job: Job, folder: Path) -> Built:
     job.progress(f"compiling {folder.name}", 0, 1)
-    return build(graph, job.target, job.threads, folder)
+    return build(graph, job.target, job.threads, folder, job.database)
+
+
+def _watching(progress: Progress) -> Callable[[State], None]:
+    return lambda state: progress("tuning", int(100 * state.share), 100)
 
 
 def _scale(job: Job, baseline: Built) -> float:
@@ -314,6 +333,7 @@ def _figures(built: Built, timing: Timing, score: float | None) -> Figures:
 
 def _notes(result: Built) -> list[str]:
     notes = [f"runs in TVM's virtual machine: {result.reason}"] if result.kind == "vm" else []
+    notes += [result.tuning] if result.tuning else []
     if any(node.op == "Gather" and "share-weights" in "".join(node.history) for node in result.graph.nodes):
         notes.append("shared weights are small in model.onnx; the library holds them looked up")
     return notes

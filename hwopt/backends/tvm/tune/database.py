@@ -17,7 +17,8 @@ from hwopt.errors import HwoptError
 from hwopt.target import MicroKernel, Target
 
 FORMAT = 1
-DOUBT = 0.06  # relative: how far the median of one round may be off; a schedule must win by more than that / sqrt(rounds)
+ROUNDS, CONFIRM = 9, 31  # rounds of a candidate in a search, and of the best ones when they are compared once more
+DOUBT = 0.06  # relative: how far off one round may be; a schedule must win by more than that / sqrt(rounds)
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,15 @@ class Database:
 
     def best(self, task: Task) -> Schedule | None:
         """The schedule that beats the default one, or None."""
-        found = min(self.trials(task), key=lambda trial: trial.doubted, default=None)
-        return found.schedule if found and found.doubted < 1 else None
+        found = self.winner(task)
+        return found.schedule if found else None
+
+    def winner(self, task: Task) -> Trial | None:
+        """The best trial if it beats the default: of those that were confirmed, else of those with all rounds of a search."""
+        trials = self.trials(task)
+        confirmed = [trial for trial in trials if trial.rounds >= CONFIRM]
+        found = min(confirmed or [one for one in trials if one.rounds >= ROUNDS], key=lambda one: one.doubted, default=None)
+        return found if found and found.doubted < 1 else None
 
     def add(self, task: Task, trials: Iterable[Trial], **facts: Any) -> None:
         """Append records in one write under a lock; raises HwoptError if the file cannot be written."""

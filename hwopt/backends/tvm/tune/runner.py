@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hwopt.emit.toolchain import find_compiler, run_compiler
 from hwopt.errors import ToolchainError
 
@@ -169,5 +167,5 @@ def _forward(stream: Any, answers: queue.Queue[str | None]) -> None:
 
 
 def ratio(candidate: Sequence[float], reference: Sequence[float]) -> float:
-    """The median over rounds of candidate / reference."""
-    return float(np.median([one / base for one, base in zip(candidate, reference, strict=False)]))
+    """The fastest of the candidate's rounds over the reference's fastest in the same rounds: disturbances only add."""
+    return min(candidate) / min(reference[: len(candidate)])

@@ -10,21 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from hwopt.backends.tvm.kernels import Schedule
 from hwopt.backends.tvm.kernels.spec import MatmulSpec, PoolSpec, Quantize
 from hwopt.backends.tvm.tune.builder import Build, Builder, Built, build_candidate
-from hwopt.backends.tvm.tune.database import Database, Trial
+from hwopt.backends.tvm.tune.database import CONFIRM, ROUNDS, Database, Trial
 from hwopt.backends.tvm.tune.runner import HANG_SECONDS, Kernels, Outcome, Runner, ratio
 from hwopt.backends.tvm.tune.space import Proposer, space_of
 from hwopt.backends.tvm.tune.task import Task
 from hwopt.errors import ToolchainError, UsageError
 from hwopt.target import Target
 
-BATCH, ROUNDS = 16, 9  # candidates that are built, linked and measured together, and how often in turns
+BATCH = 16  # candidates that are built, linked and measured together
 ALPHA, WINDOW = 0.5, 3  # of the scheduler's gain: weight of the recent slope, and over how many batches it is taken
-CONFIRM, FINALISTS = 31, 3  # rounds of the last comparison of a kernel's best candidates, and how many take part
+FINALISTS, PASSES = 3, 3  # of the last comparison: how many take part, and how often others may take their place
 
 
 @dataclass
@@ -155,7 +153,9 @@ def _machine(threads: int) -> tuple[int, tuple[int, ...], bool]:
         return 1, (), False
     cores = sorted(os.sched_getaffinity(0))
     spare = len(cores) - threads
-    return (spare, tuple(cores[-threads:]), True) if spare > 0 else (len(cores), (), False)
+    if spare < 2:  # one core builds too slowly to keep up: better build on all, then measure
+        return len(cores), tuple(cores[-threads:]), False
+    return spare, tuple(cores[-threads:]), True
 
 
 def _progress(task: Task, calls: int, target: Target, database: Database, seed: int) -> Progress:
@@ -166,7 +166,7 @@ def _progress(task: Task, calls: int, target: Target, database: Database, seed: 
     if known:
         found.default = sorted(trial.reference for trial in known)[len(known) // 2]
         found.trials = len(known)
-        found.best = [min(1.0, *(trial.doubted for trial in known))]
+        found.best = [_best(database, task)]
         found.confirmed = found.trials
     return found
 
@@ -202,12 +202,20 @@ class Session:
     def confirm(self, watch: Watch) -> None:
         """Compare each kernel's best candidates once more with many rounds: the luckiest is not always the fastest."""
         for progress in self.state.tasks:
-            trials = sorted((one for one in self.database.trials(progress.task) if one.ok), key=lambda one: one.doubted)
-            finalists = [one.schedule for one in trials[:FINALISTS] if one.doubted < 1]
-            if finalists and progress.trials > progress.confirmed:
+            for _ in range(PASSES if progress.trials > progress.confirmed else 0):
+                finalists = self._finalists(progress.task)
+                if not finalists:
+                    break
                 self._measure(self._start(progress, finalists), CONFIRM)
-                progress.confirmed = progress.trials
                 watch(self.state)
+            progress.confirmed = progress.trials
+
+    def _finalists(self, task: Task) -> list[Schedule]:
+        """Those that promise to beat the best confirmed one."""
+        trials = [one for one in self.database.trials(task) if one.ok and one.rounds >= ROUNDS]
+        bound = min((one.doubted for one in trials if one.rounds >= CONFIRM), default=1.0)
+        better = [one for one in trials if one.rounds < CONFIRM and one.doubted < min(1.0, bound)]
+        return [one.schedule for one in sorted(better, key=lambda one: one.doubted)[:FINALISTS]]
 
     def _next(self) -> Batch | None:
         """The batch with the largest expected gain."""
@@ -274,12 +282,12 @@ class Session:
         good = [trial for trial in trials if trial.ok]
         if good and not progress.default:
             progress.default = good[0].reference
-        best = min((trial.doubted for trial in self.database.trials(progress.task)), default=1.0)
+        best = _best(self.database, progress.task)
         if search:
             progress.trials += len(trials)
-            progress.best.append(min(1.0, best))
+            progress.best.append(best)
         elif progress.best:
-            progress.best[-1] = min(1.0, best)
+            progress.best[-1] = best
 
 
 def _symbol(schedule: Schedule) -> str:
@@ -289,9 +297,12 @@ def _symbol(schedule: Schedule) -> str:
 def _trial(schedule: Schedule, found: Outcome, reference: Outcome) -> Trial:
     if found.status != "ok" or not found.times or not reference.times:
         return Trial(schedule, found.status, reason=found.reason)
-    rounds = min(len(found.times), len(reference.times))
-    seconds, base = float(np.median(found.times)), float(np.median(reference.times))
-    return Trial(schedule, "ok", seconds, base, ratio(found.times, reference.times), rounds)
+    return Trial(schedule, "ok", min(found.times), min(reference.times), ratio(found.times, reference.times), len(found.times))
+
+
+def _best(database: Database, task: Task) -> float:
+    found = database.winner(task)
+    return found.doubted if found else 1.0
 
 
 def signature(task: Task, parameters: Sequence[tuple[str, str, int]]) -> tuple[tuple[str, str, int, float, float], ...]:

@@ -1,0 +1,180 @@
+"""Tuning a model's kernels on this machine: `hwopt tune`, and `hwopt compile --tune`."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hwopt.errors import UnsupportedError, UsageError
+from hwopt.ir import Graph
+from hwopt.measure import Timing, interleaved
+from hwopt.pipeline import Context
+from hwopt.plugins import find_target
+from hwopt.report import machine
+from hwopt.target import Target
+
+if TYPE_CHECKING:  # TVM is imported when something is tuned
+    from hwopt.backends.tvm.tune.database import Database
+    from hwopt.backends.tvm.tune.session import Effort, State
+
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def parse_effort(text: str) -> Effort:
+    """How long to tune: `200` candidates, or a time, `90s`, `5m`, `1h`."""
+    from hwopt.backends.tvm.tune.session import Effort
+
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    number = float(found[1]) if found else 0.0
+    if found is None or number <= 0 or (not found[2] and number != int(number)):
+        raise UsageError(f"cannot read {text!r}", place="tuning effort", hint="write 200 (candidates), 90s, 5m or 1h")
+    return Effort(seconds=number * UNITS[found[2]]) if found[2] else Effort(trials=int(number))
+
+
+def open_database(path: Path | str | None, target: Target) -> Database:
+    """The database at `path`, or the user's own; on the target itself only what this processor measured counts."""
+    from hwopt.backends.tvm.tune.database import Database
+
+    return Database(path, cpu=machine()["cpu"] if target.runs_here else "")
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """The kernels' times as tuning saw them, and the whole model's, default and tuned schedules run in turns."""
+
+    state: State
+    before: Timing
+    after: Timing
+    path: Path  # of the database
+
+
+def tune_model(
+    model: Path | str,
+    effort: Effort,
+    *,
+    target: str | Target | None = None,
+    threads: int | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    binds: Mapping[str, Any] | None = None,
+    tuning_db: Path | str | None = None,
+    executor: Executor | None = None,
+    workers: str | None = None,
+    seed: int = 0,
+    watch: Callable[[State], None] = lambda _: None,
+) -> Result:
+    """Search schedules for the kernels of an ONNX file or of an artifact; compilations find them in the database.
+
+    Candidates are built on `executor`, on the Dask cluster whose address is `workers`, or in local processes.
+    An artifact is tuned for its own target and threads unless others are given. Raises UnsupportedError for a target that is
+    not this machine, and for models that run in TVM's virtual machine.
+    """
+    graph, hardware, count = _subject(Path(model), target, threads, shapes, binds)
+    database = open_database(tuning_db, hardware)
+    if workers:
+        from hwopt.backends.tvm.tune.builder import cluster
+
+        executor = cluster(workers)
+    state = tune_graph(graph, hardware, count, database, effort, executor=executor, seed=seed, watch=watch)
+    times = _compared(graph, hardware, count, database)
+    return Result(state, times["default"], times["tuned"], database.path)
+
+
+def tune_graph(
+    graph: Graph,
+    target: Target,
+    threads: int,
+    database: Database,
+    effort: Effort,
+    *,
+    executor: Executor | None = None,
+    seed: int = 0,
+    watch: Callable[[State], None] = lambda _: None,
+) -> State:
+    """The same for a graph that is ready to compile, without timing the whole of it."""
+    from hwopt.backends.tvm.tune.session import tune
+    from hwopt.backends.tvm.tune.task import tasks_of
+    from hwopt.backends.tvm.vm import reasons
+
+    if not target.runs_here:
+        raise UnsupportedError("tuning measures, and this machine is another", place=f"target {target.name}")
+    found = reasons(graph)
+    if found:
+        raise UnsupportedError(f"runs in TVM's virtual machine, whose kernels are not tuned: {found[0]}", place=graph.name)
+    return tune(tasks_of(graph, target, threads), target, database, effort, executor=executor, seed=seed, watch=watch)
+
+
+def _subject(
+    model: Path,
+    target: str | Target | None,
+    threads: int | None,
+    shapes: Mapping[str, tuple[int, ...]] | None,
+    binds: Mapping[str, Any] | None,
+) -> tuple[Graph, Target, int]:
+    """The graph as a compilation of it sees it, the target and the number of threads."""
+    from hwopt.artifact import Artifact
+    from hwopt.compiler import clean
+    from hwopt.io.onnx import load, read
+
+    if model.is_dir():
+        manifest = Artifact(model, foreign=True).manifest
+        hardware = find_target(target or manifest["target"]) if not isinstance(target, Target) else target
+        return read(model / "model.onnx"), hardware, threads or manifest["threads"]
+    hardware = find_target(target or "host") if not isinstance(target, Target) else target
+    graph = clean(load(model, shapes=shapes, binds=binds), Context(hardware))
+    return graph, hardware, threads or hardware.cores
+
+
+def _compared(graph: Graph, target: Target, threads: int, database: Database) -> dict[str, Timing]:
+    """The whole model with default and with tuned schedules."""
+    from hwopt.build import build
+
+    with tempfile.TemporaryDirectory(prefix="hwopt-") as folder:
+        built = {
+            name: build(graph, target, threads, Path(folder) / name, chosen).artifact
+            for name, chosen in (("default", None), ("tuned", database))
+        }
+        feeds = built["default"].random_inputs()
+        return interleaved({name: artifact.runner(feeds) for name, artifact in built.items()})
+
+
+def progress_line(state: State) -> str:
+    """One line for people: best so far, the share of the hardware's limit, what remains."""
+    text = f"{state.after * 1e3:.4g} ms of {state.before * 1e3:.4g}"
+    if state.after:
+        text += f", {state.limit / state.after:.0%} of the limit"
+    return f"{text}, {state.trials} trials, {_remaining(state)}"
+
+
+def _remaining(state: State) -> str:
+    if state.effort.seconds is not None:
+        return f"{max(0.0, state.effort.seconds - state.elapsed):.0f} s left"
+    left = max(0, (state.effort.trials or 0) - state.trials)
+    rate = state.trials / max(state.elapsed, 1e-9)
+    return f"{left} left" + (f", about {left / rate:.0f} s" if rate and left else "")
+
+
+def report_data(result: Result) -> dict[str, Any]:
+    """What `hwopt tune` prints: one row per kernel, the whole model, and a line for people."""
+    rows = [
+        {
+            "kernel": one.task.name, "calls": one.calls, "trials": one.trials, "us before": one.default * 1e6,
+            "us after": one.seconds * 1e6, "gain": 1 / one.ratio, "of limit": one.limit / one.seconds if one.seconds else 0.0,
+            "note": one.reason or ("" if one.proposer else "nothing to search"),
+        }
+        for one in result.state.tasks
+    ]  # fmt: skip
+    before, after, state = result.before.median, result.after.median, result.state
+    failures = "".join(f", {count} {status}" for status, count in sorted(state.failures.items()))
+    summary = (
+        f"whole model: {before * 1e3:.4g} ms before, {after * 1e3:.4g} ms after ({before / after:.3f} times as fast); "
+        f"{state.trials} trials in {state.elapsed:.0f} s{failures}; kept in {result.path}"
+    )
+    return {
+        "kernels": rows, "seconds_before": before, "seconds_after": after, "trials": state.trials, "seconds": state.elapsed,
+        "failures": dict(state.failures), "database": str(result.path), "summary": summary,
+    }  # fmt: skip
