@@ -32,6 +32,7 @@ from hwopt.target import Target, Workload
 KINDS = ("conv", "depthwise", "matmul")
 DTYPES = ("f32", "int8")
 BORDERS = ("Reorder", "ReorderInput", "ReorderOutput", "Transpose", "Parameter", "Input", "Result", "Output", "Constant")
+SLOWEST = 5  # kernels of each model that are no convolution and no matmul
 Timer = Callable[[], float]  # one run; seconds inside the kernels
 
 
@@ -65,7 +66,7 @@ def run(threads: int | None = None, models: str | None = None, dtypes: str | Non
 
 def measure(models: Sequence[str], dtypes: Sequence[str], threads: int, rounds: int, peaks: Mapping[str, float]) -> Findings:
     found = Findings()
-    layers, target = _collected(models, dtypes, found)
+    layers, target = _collected(models, dtypes, threads, found)
     for layer in layers:
         try:
             found.add(measure_layer(layer, target, threads, rounds, peaks))
@@ -74,8 +75,8 @@ def measure(models: Sequence[str], dtypes: Sequence[str], threads: int, rounds: 
     return found
 
 
-def _collected(models: Sequence[str], dtypes: Sequence[str], found: Findings) -> tuple[list[Layer], Target]:
-    """The layers of all models, equal ones once."""
+def _collected(models: Sequence[str], dtypes: Sequence[str], threads: int, found: Findings) -> tuple[list[Layer], Target]:
+    """The layers of all models, equal ones once; what else takes time in a model becomes rows at once."""
     from hwopt.compiler import prepare, quiet
     from hwopt.plugins import find_target
 
@@ -89,11 +90,28 @@ def _collected(models: Sequence[str], dtypes: Sequence[str], found: Findings) ->
         data = dict(case.calibrate)
         job = prepare(case.model, "host", case.shapes, None, data, data, None, "none", 1, 0, quiet)
         for dtype in dtypes:
-            for key, layer in layers_of(quantized(job) if dtype == "int8" else job.graph, name, dtype):
+            graph = quantized(job) if dtype == "int8" else job.graph
+            found.rows += rest(f"{name} {dtype}", graph, case.feeds, job.target, threads)
+            for key, layer in layers_of(graph, name, dtype):
                 known = layers.setdefault(key, layer)
                 counts = Counter(known.models) if known is not layer else Counter()
                 layers[key] = dataclasses.replace(known, models=counts + Counter({name: 1}))
     return list(layers.values()), find_target("host")
+
+
+def rest(label: str, graph: Graph, feeds: Mapping[str, np.ndarray], target: Target, threads: int) -> list[Row]:
+    """The share of a model's time outside of its convolutions and matmuls, and the slowest kernels there."""
+    from hwopt.backends.tvm.build import compile_program
+    from hwopt.backends.tvm.run import Loaded
+
+    loaded = Loaded(compile_program(graph, target, threads, "model"))
+    loaded.run(feeds)
+    calls = loaded.times(10)
+    layers = {region.name for region, work in kernels(graph) if region.kind in KINDS}
+    others = sorted(((seconds, name) for seconds, name in calls if name not in layers), reverse=True)
+    share = sum(seconds for seconds, _ in others) / sum(seconds for seconds, _ in calls)
+    slowest = [Row(f"{label} {name}", "latency", "s", seconds, {}, None) for seconds, name in others[:SLOWEST]]
+    return [Row(label, "share outside of layers", "1", share, {}, None), *slowest]
 
 
 def layers_of(graph: Graph, model: str, dtype: str) -> Iterator[tuple[tuple, Layer]]:
