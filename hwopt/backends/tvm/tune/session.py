@@ -219,7 +219,7 @@ class Session:
 
     def _next(self) -> Batch | None:
         """The batch with the largest expected gain."""
-        for progress in sorted(self.state.tasks, key=lambda one: -one.gain()):
+        for progress in sorted(self.state.tasks, key=lambda one: (-one.gain(), len(self._pending.get(one.task, [])))):
             if progress.exhausted or progress.proposer is None:
                 continue
             pending = self._pending.get(progress.task, [])
