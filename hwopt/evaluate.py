@@ -46,7 +46,10 @@ class Comparison:
 
 
 def compare(metric: str, baseline: np.ndarray, changed: np.ndarray) -> Comparison:
-    """Paired comparison; the interval is the normal approximation on paired differences, McNemar's test is exact."""
+    """Paired comparison; McNemar's test is exact. The interval is the normal approximation on paired differences; for answers
+    that are right or wrong, Bonett and Price's ("Adjusted Wald intervals for a difference of proportions based on matched
+    pairs", 2012), since few samples without a flip do not prove that there are none. The same array twice has no drop.
+    """
     differences = baseline.astype(np.float64) - changed
     count = len(differences)
     error = float(differences.std(ddof=1) / math.sqrt(count)) if count > 1 else 0.0
@@ -56,7 +59,17 @@ def compare(metric: str, baseline: np.ndarray, changed: np.ndarray) -> Compariso
         lost, gained = int((differences > 0).sum()), int((differences < 0).sum())
         p = float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
     interval = (drop - 1.96 * error, drop + 1.96 * error)
+    if lost is not None and gained is not None and changed is not baseline:
+        interval = _flip_interval(lost, gained, count)
     return Comparison(metric, float(baseline.mean()), float(changed.mean()), drop, interval, error, lost, gained, p, count)
+
+
+def _flip_interval(lost: int, gained: int, count: int) -> tuple[float, float]:
+    """95 % interval of (lost - gained) / count, from counts with one more sample lost and one more gained."""
+    losing, gaining = (lost + 1) / (count + 2), (gained + 1) / (count + 2)
+    middle = losing - gaining
+    half = 1.96 * math.sqrt((losing + gaining - middle**2) / (count + 2))
+    return middle - half, middle + half
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,6 +27,13 @@ def test_equal_models_have_no_drop() -> None:
     assert compare("accuracy", same, same).interval == (0.0, 0.0)
 
 
+def test_no_flips_among_few_samples_do_not_prove_that_there_are_none() -> None:
+    right = np.ones(250)
+    low, high = compare("accuracy", right, right.copy()).interval
+    assert high == pytest.approx(1.96 * np.sqrt(2 / 252 / 252))  # 1.1 points; the rule of three says 1.2
+    assert low == -high
+
+
 def test_divergence_of_logits_is_their_kl() -> None:
     reference = np.log(np.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1]]))
     found = np.log(np.array([[0.6, 0.3, 0.1], [0.1, 0.8, 0.1]]))
