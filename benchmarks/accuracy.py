@@ -153,8 +153,8 @@ def minilm(findings: Findings, setting: Setting) -> None:
 
 
 def demo(findings: Findings, setting: Setting) -> None:
-    """The embedded model: quantized only, and as the whole plan makes it, on embedded images on all of the test set, and on the
-    part of it that no choice was made by."""
+    """The embedded model, quantized only and as the whole plan makes it: on the embedded images, on the whole test set, and on
+    that part of it by which nothing was chosen."""
     calibrate, evaluate = demo_data()
     labels = evaluate["labels"]
     case = Case("demo", ZOO["demo"](1).model, SHAPES, calibrate)
