@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
+from threadpoolctl import threadpool_limits
 
 from hwopt.analysis.size import weight_bytes
 from hwopt.analysis.workload import workloads
@@ -42,7 +43,13 @@ if TYPE_CHECKING:  # TVM is imported when something is compiled
     from hwopt.backends.tvm.tune.session import Effort, State
 
 CORES = psutil.cpu_count() or 1
+F = TypeVar("F", bound=Callable[..., Any])
 Data = Samples | Mapping[str, np.ndarray] | Path | str | None
+
+
+def one_blas_thread(function: F) -> F:
+    """Planning runs one candidate per core itself; BLAS threads that spin beside it double the processor time."""
+    return threadpool_limits.wrap(limits=1, user_api="blas")(function)
 
 
 def quiet(stage: str, done: int, total: int) -> None:
@@ -66,6 +73,7 @@ class Job:
     database: Database | None = None  # of tuned schedules
 
 
+@one_blas_thread
 def compile_model(
     model: Any,
     *,
@@ -111,11 +119,13 @@ def compile_model(
         return result.write(out, found.plan, report)
 
 
+@one_blas_thread
 def plan_model(model: Any, **options: Any) -> Found:
     """The decisions only, with the score of the graph they make; nothing is compiled. Takes compile_model's arguments."""
     return _decide(_job(model, options), None, 1.0)
 
 
+@one_blas_thread
 def apply_model(model: Any, *, plan: Plan | Path | str | None = None, **options: Any) -> tuple[Graph, list[Refusal]]:
     """The graph that a plan, or passes given as text, make of a model, and what they declined to do."""
     job = _job(model, options)
