@@ -20,7 +20,18 @@ from typing import Any
 import numpy as np
 
 from benchmarks.layout import Row, lower_is_better, result
-from benchmarks.models import PEAK, QUICK_ROUNDS, ROUNDS, Findings, _chosen, _peaks, alone, compared, geometric_mean, quantized
+from benchmarks.models import (
+    PEAK,
+    QUICK_ROUNDS,
+    ROUNDS,
+    Findings,
+    alone,
+    chosen_names,
+    compared,
+    geometric_mean,
+    machine_peaks,
+    quantized,
+)
 from benchmarks.peers import openvino_request
 from benchmarks.zoo import ZOO, Case, Missing
 from hwopt.analysis.regions import Region, constant_nodes
@@ -56,8 +67,8 @@ class Layer:
 def run(threads: int | None = None, models: str | None = None, dtypes: str | None = None, quick: bool = False) -> dict[str, Any]:
     """All distinct layers of the models at batch 1, slowest model by model; `quick` measures few turns."""
     count, rounds = threads or 1, QUICK_ROUNDS if quick else ROUNDS
-    peak = alone(_peaks, (), 1)
-    arguments = (_chosen(models, ZOO) or tuple(ZOO), _chosen(dtypes, PEAK) or DTYPES, count, rounds, peak)
+    peak = alone(machine_peaks, (), 1)
+    arguments = (chosen_names(models, ZOO) or tuple(ZOO), chosen_names(dtypes, PEAK) or DTYPES, count, rounds, peak)
     found = alone(measure, arguments, count)
     if isinstance(found, str):
         found = Findings(failures=[found])
@@ -170,7 +181,7 @@ def measure_layer(layer: Layer, target: Target, threads: int, rounds: int, peaks
 
 def _random(graph: Graph, name: str) -> np.ndarray:
     random, kind = np.random.default_rng(0), graph.tensor(name)
-    dtype, shape = numpy_dtype(kind.dtype), tuple(kind.shape or ())
+    dtype, shape = numpy_dtype(kind.dtype), tuple(int(dim or 1) for dim in kind.shape or ())
     if np.issubdtype(dtype, np.integer):
         limits = np.iinfo(dtype)
         return random.integers(max(limits.min, -128), min(limits.max, 255) + 1, shape).astype(dtype)

@@ -64,10 +64,10 @@ def run(
     plot: Path | None = None,
 ) -> dict[str, Any]:
     """`models`, `batches` and `dtypes` are lists with commas; `quick` measures few turns, `peers` adds torch.compile."""
-    chosen = _chosen(models, ZOO) or tuple(ZOO)
+    chosen = chosen_names(models, ZOO) or tuple(ZOO)
     sizes = tuple(int(size) for size in batches.split(",")) if batches else (BATCHES[:1] if quick else BATCHES)
-    peak = alone(_peaks, (), 1)
-    kinds = _chosen(dtypes, PEAK) or DTYPES
+    peak = alone(machine_peaks, (), 1)
+    kinds = chosen_names(dtypes, PEAK) or DTYPES
     options = Options(sizes, kinds, quick, peers, peak if isinstance(peak, Mapping) else {})
     found = Findings()
     if isinstance(peak, str):
@@ -84,7 +84,7 @@ def run(
     return result("models", [*_peak_rows(options.peaks), *found.rows], summary(found), notes=[*found.notes, *found.failures])
 
 
-def _chosen(text: str | None, known: Iterable[str]) -> tuple[str, ...]:
+def chosen_names(text: str | None, known: Iterable[str]) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",")) if text else ()
     for name in names:
         if name not in known:
@@ -111,7 +111,7 @@ def _settle_down(threads: int) -> None:
         process.cpu_affinity(process.cpu_affinity()[-threads:])
 
 
-def _peaks() -> dict[str, float]:
+def machine_peaks() -> dict[str, float]:
     from benchmarks.peak import peaks
     from hwopt.plugins import find_target
 

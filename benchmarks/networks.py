@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -27,11 +28,11 @@ class Network:
         self.inputs.append(helper.make_tensor_value_info(name, dtype, shape))
         return name
 
-    def constant(self, values: np.ndarray, name: str = "constant") -> str:
+    def constant(self, values: np.ndarray | np.generic, name: str = "constant") -> str:
         self.weights.append(numpy_helper.from_array(np.ascontiguousarray(values), self._unique(name)))
         return self.weights[-1].name
 
-    def add(self, op: str, *inputs: str, label: str = "", **attributes: object) -> str:
+    def add(self, op: str, *inputs: str, label: str = "", **attributes: Any) -> str:
         name = self._unique(label or op.lower())
         self.nodes.append(helper.make_node(op, inputs, [f"{name}_out"], name=name, **attributes))
         return f"{name}_out"
@@ -40,7 +41,7 @@ class Network:
         """Padded by half of the kernel, or as TensorFlow does (`same`); weights [out, in, k, k] of one group or depthwise."""
         outputs, per_group, kernel, _ = weight.shape
         pad = kernel // 2
-        where: dict[str, object] = {"auto_pad": "SAME_UPPER"} if same else {"pads": [pad] * 4}
+        where: dict[str, Any] = {"auto_pad": "SAME_UPPER"} if same else {"pads": [pad] * 4}
         named = [self.constant(weight, f"{label}_weight"), self.constant(bias, f"{label}_bias")]
         groups = outputs if per_group == 1 and kernel > 1 else 1
         return self.add("Conv", x, *named, label=label, strides=[stride] * 2, kernel_shape=[kernel] * 2, group=groups, **where)

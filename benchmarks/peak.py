@@ -6,6 +6,7 @@ The micro-kernel of the target runs on registers only: independent accumulators 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ def operations_per_second(micro: MicroKernel, target: Target) -> float:
     """The best of several turns."""
     import tvm
 
-    library = load_objects((object_code({"peak": peak_kernel(micro)}, target.tvm, target.name),))
+    library: Any = load_objects((object_code({"peak": peak_kernel(micro)}, target.tvm, target.name),))
     count, size = accumulators(micro), micro.lanes * micro.depth
     arrays = (
         np.ones(PERIOD * micro.depth, micro.activation or micro.dtype),

@@ -59,7 +59,7 @@ def _quantized_by_onnxruntime(case: Case, model: bytes, path: Path) -> None:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         rows = iter(case.batches())
 
         def get_next(self) -> Mapping[str, np.ndarray] | None:
