@@ -13,7 +13,8 @@ from rich.table import Table
 
 from hwopt.errors import HwoptError
 
-SUITES = {"demo": "demo", "models": "models", "kernels": "layers", "accuracy": "accuracy"}  # and the module that has it
+# and the module that has it
+SUITES = {"demo": "demo", "tuning": "tuning", "models": "models", "kernels": "layers", "accuracy": "accuracy"}
 
 
 @click.command()

@@ -32,7 +32,7 @@ class Progress:
     task: Task
     calls: int
     proposer: Proposer | None
-    limit: float  # seconds that the hardware needs at least
+    limit: float = 0.0  # seconds that the hardware needs at least, by the measured peak of its micro-kernel
     default: float = 0.0
     trials: int = 0
     best: list[float] = field(default_factory=list)  # ratio to the default after each batch
@@ -135,13 +135,14 @@ def tune(
     """
     if effort.trials is None and effort.seconds is None:
         raise UsageError("tuning without an end", hint="state a number of trials or a time")
-    state = State([_progress(task, calls, target, database, seed) for task, calls in tasks.items()], effort)
+    state = State([_progress(task, calls, database, seed) for task, calls in tasks.items()], effort)
     threads = max((task.threads for task in tasks), default=1)
     workers, cores, ahead = _machine(threads)
     if not state.tasks or state.done:
         return state
     with Builder(workers, executor, build) as builder, Runner(threads, cores, hang, seed) as runner:
         session = Session(state, database, builder, runner, batch)
+        session.find_limits(target)
         session.run(ahead or executor is not None, watch)
         session.confirm(watch)
     return state
@@ -158,10 +159,10 @@ def _machine(threads: int) -> tuple[int, tuple[int, ...], bool]:
     return spare, tuple(cores[-threads:]), True
 
 
-def _progress(task: Task, calls: int, target: Target, database: Database, seed: int) -> Progress:
+def _progress(task: Task, calls: int, database: Database, seed: int) -> Progress:
     """What the database knows of a task is where it starts."""
     space = space_of(task)
-    found = Progress(task, calls, Proposer(space, seed) if space else None, task.limit(target))
+    found = Progress(task, calls, Proposer(space, seed) if space else None)
     known = [trial for trial in database.trials(task) if trial.ok]
     if known:
         found.default = sorted(trial.reference for trial in known)[len(known) // 2]
@@ -187,6 +188,24 @@ class Session:
         self.state, self.database, self.builder, self.runner, self.size = state, database, builder, runner, size
         self._references: dict[Task, Built] = {}
         self._pending: dict[Task, list[Schedule]] = {}
+
+    def find_limits(self, target: Target) -> None:
+        """Measure the peak of every micro-kernel that the tasks use: nominal clock rates are often far from the real one."""
+        peaks: dict[Task, float] = {}
+        for progress in self.state.tasks:
+            probe = progress.task.probe
+            if probe not in peaks:
+                peaks[probe] = self._peak(probe)
+            progress.limit = progress.task.limit(target, peaks[probe])
+
+    def _peak(self, probe: Task) -> float:
+        """Operations a second of one core."""
+        built = build_candidate(probe, probe.default, "probe")
+        if built.reason:
+            raise ToolchainError(built.reason, place=probe.name)
+        hot = tuple(("hot" if row[0] == "weights" else row[0], *row[1:]) for row in signature(probe, built.parameters))
+        found = self.runner.measure(Kernels({"probe": built.data}, hot), CONFIRM)
+        return 2 * probe.spec.macs / min(found["probe"].times)
 
     def run(self, ahead: bool, watch: Watch) -> None:
         """Measure one batch while the next one is built, if the machine has the cores for both."""

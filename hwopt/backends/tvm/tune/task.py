@@ -58,13 +58,21 @@ class Task:
         what = "conv" if spec.groups == 1 else "depthwise" if spec.groups == spec.in_channels else f"conv/{spec.groups}"
         return f"{what} {kernel} {spec.in_channels}>{spec.out_channels} {spec.height}x{spec.width} {spec.data_dtype}"
 
-    def limit(self, target: Target) -> float:
-        """Seconds below which the hardware cannot go: its peak, or its memory's bandwidth."""
+    def limit(self, target: Target, peak: float) -> float:
+        """Seconds that it takes at least, as far as we know: `peak` operations a second and core, the memory's bandwidth."""
         operations, size = _work(self.spec)
-        family = "int8" if self.micro.accumulator == "int32" else self.micro.dtype
-        peak = target.peak.get(family, target.peak.get("float32", 0.0)) * self.threads
         memory = next((one for one in target.memories if size <= one.bytes), target.memories[-1])
-        return max(operations / peak if peak else 0.0, size / memory.bytes_per_second)
+        return max(operations / (peak * self.threads), size / memory.bytes_per_second / self.threads)
+
+    @property
+    def probe(self) -> Task:
+        """A product in the first level cache on one core: what its micro-kernel can do at best."""
+        micro = self.micro
+        spec = MatmulSpec(
+            1, 56, 4 * micro.lanes, 64 * micro.depth, data_dtype=micro.activation, weight_dtype=micro.dtype,
+            out_dtype=micro.accumulator,
+        )  # fmt: skip
+        return dataclasses.replace(self, spec=spec, threads=1)
 
 
 def _work(spec: Spec) -> tuple[int, int]:
