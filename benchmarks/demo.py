@@ -15,7 +15,6 @@ def run(threads: int | None = None) -> dict[str, Any]:
         report = run_demo(Path(folder) / "demo", threads=threads)
     ours, base = report["result"], report["baseline"]
     peer = report["peers"]["onnxruntime"]["latency_seconds"]
-    arena = {"hwopt float": base["peak_activation_bytes"]}
     rows: list[Row] = [
         lower_is_better("demo", "latency", "s", ours["latency_seconds"], {"hwopt float": base["latency_seconds"]}),
         lower_is_better("demo", "latency", "s", ours["latency_seconds"], {"onnxruntime float": peer}),

@@ -88,7 +88,7 @@ def measure(models: Sequence[str], dtypes: Sequence[str], threads: int, rounds: 
 
 def _collected(models: Sequence[str], dtypes: Sequence[str], threads: int, found: Findings) -> tuple[list[Layer], Target]:
     """The layers of all models, equal ones once; what else takes time in a model becomes rows at once."""
-    from hwopt.compiler import prepare, quiet
+    from hwopt.job import prepare, quiet
     from hwopt.plugins import find_target
 
     layers: dict[tuple, Layer] = {}

@@ -131,9 +131,9 @@ def measure(name: str, threads: int, options: Options) -> Findings:
 
 
 def measure_case(case: Case, threads: int, options: Options) -> Findings:
-    from hwopt.compiler import prepare, quiet
     from hwopt.io.onnx import load
     from hwopt.io.proto import to_model
+    from hwopt.job import prepare, quiet
 
     model = to_model(load(case.model, shapes=case.shapes)).SerializeToString()
     found = Findings()
@@ -151,7 +151,7 @@ def measure_case(case: Case, threads: int, options: Options) -> Findings:
 
 def quantized(job: Any) -> Any:
     """All layers in int8, calibrated on the case's data."""
-    from hwopt.compiler import choose_families
+    from hwopt.job import choose_families
     from hwopt.pipeline import PassManager
 
     _, stated = choose_families("quantize{}")

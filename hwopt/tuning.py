@@ -117,8 +117,8 @@ def _subject(
 ) -> tuple[Graph, Target, int]:
     """The graph as a compilation of it sees it, the target and the number of threads."""
     from hwopt.artifact import Artifact
-    from hwopt.compiler import clean
     from hwopt.io.onnx import load, read
+    from hwopt.job import clean
 
     if model.is_dir():
         manifest = Artifact(model, foreign=True).manifest

@@ -14,10 +14,10 @@ from benchmarks import layers, models, networks, peers, run, torch_graph, zoo
 from benchmarks.layout import Row, lower_is_better
 from hwopt.analysis.workload import workloads
 from hwopt.backends.ort import Session
-from hwopt.compiler import prepare, quiet
 from hwopt.errors import HwoptError
 from hwopt.io.onnx import load
 from hwopt.io.proto import to_model
+from hwopt.job import prepare, quiet
 
 
 def macs(model):

@@ -12,11 +12,12 @@ import pytest
 
 import hwopt
 from hwopt.backends.ort import Session
-from hwopt.compiler import clean, plan_model
+from hwopt.compiler import plan_model
 from hwopt.errors import ArtifactError, BudgetError, UnsupportedError, UsageError
 from hwopt.evaluate import compare
 from hwopt.io.onnx import load, save
 from hwopt.ir import Graph, Node, TensorType, frozen, infer_types
+from hwopt.job import clean
 from hwopt.pipeline import Context
 from hwopt.plan.budget import Budget
 from hwopt.plan.plan import plan_from_json
@@ -129,6 +130,21 @@ def test_size_budget_is_kept_or_answered_with_the_nearest_plan(model: Path) -> N
     assert found.plan.decisions
     with pytest.raises(BudgetError, match=r"nearest plan|no combination"):
         plan_model(model, budget=Budget(0.0, weight_bytes=2_000), **data)
+
+
+def test_memory_budget_bounds_the_arena_that_is_allocated(model: Path, tmp_path: Path, compiled: hwopt.Artifact) -> None:
+    limit = 0.5 * compiled.report["baseline"]["peak_activation_bytes"]
+    data = {"calibrate": pictures(16, 1), "evaluate": pictures(32, 2), "threads": 1}
+    found = hwopt.compile(model, out=tmp_path / "a", budget=Budget(0.5, activation_bytes=limit), **data)
+    assert found.report["result"]["peak_activation_bytes"] <= limit
+    assert found.manifest["peak_activation_bytes"] == found.report["result"]["peak_activation_bytes"]
+
+
+def test_latency_budget_that_no_plan_meets_is_refused_with_the_numbers(model: Path, tmp_path: Path) -> None:
+    data = {"calibrate": pictures(16, 1), "evaluate": pictures(32, 2), "threads": 1}
+    with pytest.raises(BudgetError, match=r"latency|no combination"):
+        hwopt.compile(model, out=tmp_path / "a", budget=Budget(0.5, latency_seconds=1e-9), **data)
+    assert not (tmp_path / "a").exists()
 
 
 def test_plans_are_the_same_for_the_same_seed(model: Path) -> None:

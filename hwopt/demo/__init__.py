@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hwopt.compiler import compile_model, quiet
+from hwopt.compiler import compile_model
+from hwopt.job import quiet
 from hwopt.plan.budget import Budget
 from hwopt.plan.options import Progress
 from hwopt.samples import LABELS, read_npz

@@ -30,6 +30,17 @@ class Budget:
         return any(limit is not None for limit in (self.latency_seconds, self.weight_bytes, self.activation_bytes))
 
 
+def exceeded(budget: Budget, seconds: float, weights: float, activations: float) -> str:
+    """Which limit these figures break, with the numbers; empty if none."""
+    if budget.latency_seconds is not None and seconds > budget.latency_seconds:
+        return f"latency {seconds * 1e3:.4g} ms of {budget.latency_seconds * 1e3:.4g} ms"
+    if budget.weight_bytes is not None and weights > budget.weight_bytes:
+        return f"weights {weights / 1e6:.4g} MB of {budget.weight_bytes / 1e6:.4g} MB"
+    if budget.activation_bytes is not None and activations > budget.activation_bytes:
+        return f"memory {activations / 1e6:.4g} MB of {budget.activation_bytes / 1e6:.4g} MB"
+    return ""
+
+
 def parse_budget(max_drop: str | float, limits: tuple[str, ...] = ()) -> Budget:
     """`1%` (or 0.01) and `latency=2ms`, `size=1MB`, `memory=4MB`, several in one text joined by commas."""
     found: dict[str, float] = {}

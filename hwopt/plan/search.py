@@ -19,7 +19,7 @@ from hwopt.errors import BudgetError, DataError
 from hwopt.evaluate import Comparison, Scorer, compare
 from hwopt.ir import Graph
 from hwopt.pipeline import Context, Pass, PassManager, Refusal, merged
-from hwopt.plan.budget import Budget
+from hwopt.plan.budget import Budget, exceeded
 from hwopt.plan.options import Base, Option, Progress, collect, measure_errors
 from hwopt.plan.plan import Decision, Plan, Round
 from hwopt.plan.solve import Edge, Limits, Solution, solve
@@ -34,7 +34,7 @@ NARROW = 1.25  # stop when the largest feasible and the smallest infeasible allo
 
 @dataclass(frozen=True, eq=False)
 class Search:
-    """Everything one search works with. `scale` is measured over predicted time of the unchanged model, 1 if not measured."""
+    """Everything one search works with. The scales are measured over predicted time and memory, 1 where nothing was measured."""
 
     graph: Graph
     ctx: Context
@@ -46,6 +46,17 @@ class Search:
     workers: int
     progress: Progress
     scale: float = 1.0
+    memory_scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Priced:
+    """What does not depend on the limits: the options with their prices and errors, and the scores of the unchanged model."""
+
+    base: Base
+    options: tuple[Option, ...]
+    refused: tuple[Refusal, ...]
+    baseline: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,25 +77,29 @@ class _Attempt:
     round: Round
 
 
-def search(task: Search) -> Found:
-    """The fastest plan within the budget. Raises BudgetError, naming the nearest plan, if a limited budget cannot be met.
-
-    A keyboard interrupt during the rounds ends the search with the best plan found so far.
-    """
+def price(task: Search) -> Priced:
+    """Collect the options, price them on the target, measure what each does to the outputs."""
     samples = task.ctx.calibration
     if samples is None:
         raise DataError("planning needs calibration data", place="plan", hint="give --calibrate data.npz")
     base, options, refused = collect(task.graph, task.ctx, task.passes, task.threads, task.budget, task.progress)
     head = samples.head(SENSITIVITY_SAMPLES)
     options = measure_errors(task.graph, task.ctx, options, head, task.workers, task.progress)
-    options = [option for option in options if math.isfinite(option.error)]
-    baseline = task.scorer(Session(task.graph).run)
-    attempts = _rounds(task, base, options, baseline)
-    return _best(task, base, options, refused, baseline, attempts)
+    finite = tuple(option for option in options if math.isfinite(option.error))
+    return Priced(base, finite, tuple(refused), task.scorer(Session(task.graph).run))
 
 
-def _rounds(task: Search, base: Base, options: Sequence[Option], baseline: np.ndarray) -> list[_Attempt]:
+def search(task: Search, priced: Priced) -> Found:
+    """The fastest plan within the budget. Raises BudgetError, naming the nearest plan, if a limited budget cannot be met.
+
+    A keyboard interrupt during the rounds ends the search with the best plan found so far.
+    """
+    return _best(task, priced, _rounds(task, priced))
+
+
+def _rounds(task: Search, priced: Priced) -> list[_Attempt]:
     """Solve -> apply -> measure, moving the allowed error between the largest feasible and the smallest infeasible one."""
+    base, options, baseline = priced.base, priced.options, priced.baseline
     edges = graph_edges(task.graph, task.target, task.threads)
     most = sum(option.error for option in options) + 1e-9
     allowed = min(max(FIRST_ERROR * task.budget.max_drop, 1e-6), most)
@@ -124,7 +139,8 @@ def _next(low: float, high: float, most: float) -> float:
 
 def _first_limits(task: Search) -> Limits:
     seconds = None if task.budget.latency_seconds is None else task.budget.latency_seconds / task.scale
-    return Limits(0.0, seconds, task.budget.weight_bytes, task.budget.activation_bytes)
+    peak = None if task.budget.activation_bytes is None else task.budget.activation_bytes / task.memory_scale
+    return Limits(0.0, seconds, task.budget.weight_bytes, peak)
 
 
 def _aim(budget: Budget, comparison: Comparison) -> float:
@@ -137,21 +153,19 @@ def _measured(task: Search, solution: Solution, allowed: float, baseline: np.nda
     changed = PassManager(passes).run(task.graph, task.ctx).graph
     comparison = compare(task.scorer.metric, baseline, task.scorer(Session(changed).run))
     seconds = sum(task.target.cost.estimate(w, task.threads).seconds for w in workloads(changed)) * task.scale
-    feasible = comparison.drop <= task.budget.max_drop and not _exceeded(task.budget, changed, seconds)
+    feasible = comparison.drop <= task.budget.max_drop and not _exceeded(task, changed, seconds)
     size = weight_bytes(changed)
     entry = Round(allowed, len(solution.options), seconds, size, comparison.score, comparison.drop, feasible)
     return _Attempt(solution, changed, comparison, seconds, entry)
 
 
-def _exceeded(budget: Budget, graph: Graph, seconds: float) -> str:
-    """Which limit a graph breaks, with the numbers; empty if none."""
-    if budget.latency_seconds is not None and seconds > budget.latency_seconds:
-        return f"latency {seconds * 1e3:.4g} ms of {budget.latency_seconds * 1e3:.4g} ms"
-    if budget.weight_bytes is not None and weight_bytes(graph) > budget.weight_bytes:
-        return f"weights {weight_bytes(graph) / 1e6:.4g} MB of {budget.weight_bytes / 1e6:.4g} MB"
-    if budget.activation_bytes is not None and peak_activation_bytes(graph) > budget.activation_bytes:
-        return f"memory {peak_activation_bytes(graph) / 1e6:.4g} MB of {budget.activation_bytes / 1e6:.4g} MB"
-    return ""
+def _exceeded(task: Search, graph: Graph, seconds: float) -> str:
+    """Which limit a graph is predicted to break, with the numbers; empty if none."""
+    return exceeded(task.budget, seconds, weight_bytes(graph), _peak(task, graph))
+
+
+def _peak(task: Search, graph: Graph) -> float:
+    return peak_activation_bytes(graph) * task.memory_scale
 
 
 def _tightened(task: Search, limits: Limits, attempt: _Attempt) -> Limits:
@@ -162,26 +176,20 @@ def _tightened(task: Search, limits: Limits, attempt: _Attempt) -> Limits:
         changes["seconds"] = limits.seconds * budget.latency_seconds / attempt.seconds
     if budget.weight_bytes is not None and limits.bytes and weight_bytes(graph) > budget.weight_bytes:
         changes["bytes"] = limits.bytes * budget.weight_bytes / weight_bytes(graph)
-    if budget.activation_bytes is not None and limits.peak_bytes and peak_activation_bytes(graph) > budget.activation_bytes:
-        changes["peak_bytes"] = limits.peak_bytes * budget.activation_bytes / peak_activation_bytes(graph)
+    if budget.activation_bytes is not None and limits.peak_bytes and _peak(task, graph) > budget.activation_bytes:
+        changes["peak_bytes"] = limits.peak_bytes * budget.activation_bytes / _peak(task, graph)
     return dataclasses.replace(limits, **changes)
 
 
-def _best(
-    task: Search,
-    base: Base,
-    options: Sequence[Option],
-    refused: Sequence[Refusal],
-    baseline: np.ndarray,
-    attempts: Sequence[_Attempt],
-) -> Found:
+def _best(task: Search, priced: Priced, attempts: Sequence[_Attempt]) -> Found:
     """The fastest feasible attempt; the unchanged model if none is better; BudgetError if limits are set and not met."""
+    base, options, refused, baseline = priced.base, priced.options, priced.refused, priced.baseline
     start = sum(task.target.cost.estimate(w, task.threads).seconds for w in workloads(task.graph)) * task.scale
     feasible = [attempt for attempt in attempts if attempt.round.feasible]
     if not task.budget.limited:
         feasible = [attempt for attempt in feasible if attempt.seconds < start]
     best = min(feasible, key=lambda attempt: attempt.seconds, default=None)
-    if best is None and _exceeded(task.budget, task.graph, start):
+    if best is None and _exceeded(task, task.graph, start):
         raise BudgetError(_nearest(task, attempts, start), place="plan", hint="relax the budget or --max-drop")
     chosen = best.solution.options if best else ()
     not_chosen = [_not_chosen(option, chosen, base) for option in options if option not in chosen]
@@ -205,9 +213,9 @@ def _best(
 
 def _nearest(task: Search, attempts: Sequence[_Attempt], start: float) -> str:
     if not attempts:
-        return f"no combination of changes meets the budget ({_exceeded(task.budget, task.graph, start)} unchanged)"
-    near = min(attempts, key=lambda a: (bool(_exceeded(task.budget, a.graph, a.seconds)), a.comparison.drop))
-    broken = _exceeded(task.budget, near.graph, near.seconds) or "all limits kept"
+        return f"no combination of changes meets the budget ({_exceeded(task, task.graph, start)} unchanged)"
+    near = min(attempts, key=lambda a: (bool(_exceeded(task, a.graph, a.seconds)), a.comparison.drop))
+    broken = _exceeded(task, near.graph, near.seconds) or "all limits kept"
     return f"the nearest plan has {broken} at a drop of {near.comparison.drop:.2%} (allowed {task.budget.max_drop:.2%})"
 
 

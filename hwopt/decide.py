@@ -1,0 +1,140 @@
+"""Deciding and building in turns: search a plan, compile it, measure it, and search again where a limit is not kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import psutil
+
+from hwopt.analysis.liveness import peak_activation_bytes
+from hwopt.analysis.size import weight_bytes
+from hwopt.analysis.workload import workloads
+from hwopt.backends.ort import Session
+from hwopt.build import Built
+from hwopt.errors import BudgetError
+from hwopt.evaluate import Scorer, compare, make_scorer, user_scorer
+from hwopt.job import Job
+from hwopt.measure import interleaved
+from hwopt.pipeline import Refusal
+from hwopt.plan.budget import exceeded
+from hwopt.plan.plan import Decision, Plan, apply_plan
+from hwopt.plan.search import Found, Search, price, search, versions
+from hwopt.plugins import find_passes
+from hwopt.target import total
+
+CORES = psutil.cpu_count() or 1
+TURNS = 3  # searches, each corrected by what the last result measured
+Build = Callable[[Found], Built]
+
+
+def decided(job: Job, replay: Plan | None) -> Found:
+    """A replayed plan, the passes that were stated, or a search; nothing is compiled."""
+    task = None if replay else _task(job)
+    return search(task, price(task)) if task else _given(job, replay)
+
+
+def decided_and_built(job: Job, replay: Plan | None, baseline: Built, build: Build) -> tuple[Found, Built]:
+    """The same with the library, measured: limits hold for what was measured, and what gains nothing is not shipped."""
+    task = None if replay else _task(job)
+    if task is None:
+        found = _given(job, replay)
+        return found, build(found)
+    task = dataclasses.replace(task, scale=_time_scale(job, baseline), memory_scale=_memory_scale(baseline))
+    priced = price(task)
+    for _ in range(TURNS):
+        found = search(task, priced)
+        result = build(found)
+        seconds = _seconds(job, baseline, result)
+        broken = exceeded(job.budget, seconds["result"], weight_bytes(result.graph), result.library.arena_bytes)
+        if not broken:
+            return (found, result) if job.budget.limited else _worth_it(job, found, baseline, result, seconds)
+        correction = seconds["result"] / max(found.plan.seconds_after, 1e-12)
+        task = dataclasses.replace(task, scale=task.scale * correction, memory_scale=_memory_scale(result))
+    raise BudgetError(f"measured {broken} after {TURNS} plans", place="plan", hint="relax the budget or --max-drop")
+
+
+def _time_scale(job: Job, baseline: Built) -> float:
+    """Measured over predicted time of the unchanged model: budgets are in measured seconds."""
+    predicted = total(job.target.cost.estimate(work, job.threads) for work in workloads(job.graph)).seconds
+    return _seconds(job, baseline, baseline)["result"] / predicted if predicted else 1.0
+
+
+def _memory_scale(built: Built) -> float:
+    """The arena that was planned over the estimate for the same graph."""
+    return max(built.library.arena_bytes, 1) / max(peak_activation_bytes(built.graph), 1)
+
+
+def _seconds(job: Job, baseline: Built, result: Built) -> dict[str, float]:
+    feeds = sample_feeds(job, baseline)
+    runners = {"baseline": baseline.artifact.runner(feeds), "result": result.artifact.runner(feeds)}
+    return {name: timing.median for name, timing in interleaved(runners).items()}
+
+
+def sample_feeds(job: Job, baseline: Built) -> Mapping[str, np.ndarray]:
+    """One batch of real data where there is some."""
+    samples = job.evaluation or job.ctx.calibration
+    return next(iter(samples.feeds(job.graph))) if samples else baseline.artifact.random_inputs(job.ctx.seed)
+
+
+def _task(job: Job) -> Search | None:
+    """The search, or None where the user stated the passes or gave no data."""
+    if job.fixed or not job.families or job.ctx.calibration is None:
+        return None
+    scorer = make_job_scorer(job, CORES)
+    if scorer is None:
+        return None
+    return Search(
+        graph=job.graph, ctx=job.ctx, target=job.target, passes=job.families, scorer=scorer, budget=job.budget,
+        threads=job.threads, workers=CORES, progress=job.progress,
+    )  # fmt: skip
+
+
+def _given(job: Job, replay: Plan | None) -> Found:
+    """What needs no search."""
+    if replay is not None:
+        return _applied(job, replay)
+    if job.fixed:
+        return _applied(job, _plan_of(job, [(str(one), "stated by the user") for one in job.fixed], ()))
+    reason = "nothing was asked for" if not job.families else "there are no data to choose and to judge by"
+    refused = tuple(Refusal(kind.name, job.graph.name, reason) for kind in job.families)
+    return Found(_plan_of(job, (), refused), job.graph, None)
+
+
+def _worth_it(job: Job, found: Found, baseline: Built, result: Built, seconds: Mapping[str, float]) -> tuple[Found, Built]:
+    """The result, or the unchanged model if the measurement does not confirm what the cost model promised."""
+    before, after = seconds["baseline"], seconds["result"]
+    if result is baseline or after < before:
+        return found, result
+    reason = f"measured: {before * 1e3:.4g} ms before and {after * 1e3:.4g} ms after all changes together"
+    refused = tuple(Refusal(one.by.partition("{")[0], one.by, reason) for one in found.plan.decisions)
+    plan = dataclasses.replace(found.plan, decisions=(), refused=(*found.plan.refused, *refused), seconds_after=before)
+    return Found(plan, job.graph, None), baseline
+
+
+def _plan_of(job: Job, stated: Sequence[tuple[str, str]], refused: tuple[Refusal, ...]) -> Plan:
+    """A plan that was not searched for."""
+    decisions = tuple(Decision(by, 0.0, 0.0, 0, 0, 0.0, reason) for by, reason in stated)
+    return Plan(
+        target=job.target.name, threads=job.threads, graph_digest=job.graph.digest, budget=job.budget, seed=job.ctx.seed,
+        decisions=decisions, refused=refused, versions=versions(),
+    )  # fmt: skip
+
+
+def _applied(job: Job, plan: Plan) -> Found:
+    """Do what a plan says and score it; what the passes declined goes into the plan."""
+    graph = apply_plan(job.graph, plan, job.ctx, find_passes()).graph
+    scorer = make_job_scorer(job, CORES)
+    compared = None
+    if scorer is not None:
+        before, after = (scorer(Session(one).run) for one in (job.graph, graph))
+        compared = compare(scorer.metric, before, after)
+    refused = tuple(dict.fromkeys((*plan.refused, *job.ctx.refused)))
+    return Found(dataclasses.replace(plan, refused=refused), graph, compared)
+
+
+def make_job_scorer(job: Job, workers: int) -> Scorer | None:
+    if job.user_score:
+        return user_scorer(job.user_score)
+    return make_scorer(job.graph, job.evaluation, Session(job.graph).run, workers) if job.evaluation else None

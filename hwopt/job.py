@@ -1,0 +1,124 @@
+"""A model and everything that decides about it, loaded and checked before any long work starts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hwopt.backends.tvm.tune.database import Database
+from hwopt.errors import UsageError
+from hwopt.ir import Graph
+from hwopt.pipeline import Context, Pass, PassManager, Phase, parse_list
+from hwopt.plan.budget import Budget
+from hwopt.plan.options import Progress
+from hwopt.plan.plan import Plan, plan_from_json
+from hwopt.plugins import find_passes, find_target
+from hwopt.samples import Samples, checked, load_samples
+from hwopt.target import Target
+
+Data = Samples | Mapping[str, np.ndarray] | Path | str | None
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    """The progress of nobody who looks."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A loaded and cleaned model with everything that decides about it."""
+
+    graph: Graph
+    ctx: Context
+    target: Target
+    threads: int
+    budget: Budget
+    families: tuple[type[Pass], ...]
+    fixed: tuple[Pass, ...]
+    evaluation: Samples | None
+    user_score: str | None
+    progress: Progress
+    database: Database | None = None  # of tuned schedules
+
+
+def prepare(
+    model: Any,
+    target: str | Target,
+    shapes: Mapping[str, tuple[int, ...]] | None,
+    binds: Mapping[str, Any] | None,
+    calibrate: Data,
+    evaluate: Data,
+    budget: Budget | None,
+    passes: str | None,
+    threads: int | None,
+    seed: int,
+    progress: Progress,
+) -> Job:
+    """Load, clean and check everything before any long work starts."""
+    from hwopt.io.onnx import load
+
+    hardware = find_target(target) if isinstance(target, str) else target
+    families, fixed = choose_families(passes)
+    progress("loading", 0, 1)
+    graph = clean(load(model, shapes=shapes, binds=binds), Context(hardware, seed=seed))
+    scorer = evaluate if isinstance(evaluate, str) and re.fullmatch(r"[\w.]+:\w+", evaluate) else None
+    evaluation = None if scorer else _samples(evaluate, graph)
+    calibration, evaluation = _disjoint(_samples(calibrate, graph), evaluation, scorer)
+    return Job(
+        graph=graph, ctx=Context(hardware, calibration, seed), target=hardware, threads=threads or hardware.cores,
+        budget=budget or Budget(), families=families, fixed=fixed, evaluation=evaluation, user_score=scorer, progress=progress,
+    )  # fmt: skip
+
+
+def clean(graph: Graph, ctx: Context) -> Graph:
+    """All exact passes of the clean-up phase, until nothing changes (two rounds are enough for nearly everything)."""
+    exact = tuple(kind() for kind in find_passes().values() if kind.phase == Phase.CLEAN and kind.exact)
+    for _ in range(4):
+        before = graph
+        graph = PassManager(exact).run(graph, ctx).graph
+        if graph is before:
+            break
+    return graph
+
+
+def choose_families(text: str | None) -> tuple[tuple[type[Pass], ...], tuple[Pass, ...]]:
+    """The families to plan with, and passes stated with braces, which are applied as they are. None: every family."""
+    known = find_passes()
+    if text is None:
+        return tuple(kind for kind in known.values() if kind.phase != Phase.CLEAN), ()
+    stated = parse_list(text, known) if text != "none" else []
+    return tuple(type(one) for one, exactly in stated if not exactly), tuple(one for one, exactly in stated if exactly)
+
+
+def read_plan(plan: Plan | Path | str) -> Plan:
+    if isinstance(plan, Plan):
+        return plan
+    try:
+        return plan_from_json(Path(plan).read_text(), str(plan))
+    except FileNotFoundError as error:
+        raise UsageError("no such file", place=str(plan)) from error
+
+
+def _samples(data: Data, graph: Graph) -> Samples | None:
+    if data is None or isinstance(data, Samples):
+        return None if data is None else checked(data, graph)
+    if isinstance(data, Mapping):
+        arrays = dict(data)
+        labels = arrays.pop("labels", None) if "labels" not in graph.inputs else None
+        return checked(Samples(arrays, labels), graph)
+    return load_samples(data, graph)
+
+
+def _disjoint(
+    calibration: Samples | None, evaluation: Samples | None, scorer: str | None
+) -> tuple[Samples | None, Samples | None]:
+    """Where only one set is given it is halved: what chooses the numbers must not also judge them."""
+    given = calibration or evaluation
+    if given is None or (calibration and evaluation) or scorer:
+        return calibration, evaluation
+    even = np.arange(len(given)) % 2 == 0
+    return given.rows(even), given.rows(~even)
