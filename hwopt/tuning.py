@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tempfile
 from collections.abc import Callable, Mapping
@@ -73,13 +74,12 @@ def tune_model(
     An artifact is tuned for its own target and threads unless others are given. Raises UnsupportedError for a target that is
     not this machine, and for models that run in TVM's virtual machine.
     """
+    from hwopt.backends.tvm.tune.builder import cluster
+
     graph, hardware, count = _subject(Path(model), target, threads, shapes, binds)
     database = open_database(tuning_db, hardware)
-    if workers:
-        from hwopt.backends.tvm.tune.builder import cluster
-
-        executor = cluster(workers)
-    state = tune_graph(graph, hardware, count, database, effort, executor=executor, seed=seed, watch=watch)
+    with cluster(workers) if workers else contextlib.nullcontext(executor) as chosen:
+        state = tune_graph(graph, hardware, count, database, effort, executor=chosen, seed=seed, watch=watch)
     times = _compared(graph, hardware, count, database)
     return Result(state, times["default"], times["tuned"], database.path)
 

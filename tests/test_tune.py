@@ -311,13 +311,14 @@ def test_tuning_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     assert len({one.schedule for one in database.trials(task())}) == 6
 
 
-def test_trials_are_bounded_and_spread_over_all_kernels(tmp_path: Path) -> None:
+def test_trials_are_bounded_and_defaults_of_all_kernels_known(tmp_path: Path) -> None:
     database = Database(tmp_path / "t.jsonl")
     works = {task(): 1, task(INTEGER): 2}
     state = tune(works, find_target("host"), database, Effort(trials=7), executor=Here(), batch=4)
     assert state.trials == 7
-    assert sorted(one.trials for one in state.tasks) == [3, 4]
-    assert state.before > 0 and state.after <= state.before
+    assert sum(one.trials for one in state.tasks) == 7
+    assert all(one.default > one.limit / 2 > 0 for one in state.tasks)
+    assert state.after <= state.before
 
 
 def test_the_kernel_with_more_to_gain_comes_first() -> None:
@@ -329,8 +330,25 @@ def test_the_kernel_with_more_to_gain_comes_first() -> None:
         one.proposer = Proposer(space_of(task()), 0)  # type: ignore[arg-type]
     assert often.gain() > slow.gain()
     assert falling.gain() > flat.gain()
+    assert slow.gain(waiting=1) < slow.gain()
     flat.exhausted = True
     assert flat.gain() == 0
+
+
+def test_a_kernel_at_its_limit_has_less_to_gain() -> None:
+    near, far = (Progress(task(), 1, Proposer(space_of(task()), 0), limit, default=1.0) for limit in (0.95, 0.3))  # type: ignore[arg-type]
+    assert far.gain() > 5 * near.gain()
+
+
+def unbuildable(work: Task, schedule: kernels.Schedule, symbol: str) -> Built:
+    return Built(reason="out of registers")
+
+
+def test_a_kernel_whose_default_cannot_be_built_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    database = Database(tmp_path / "t.jsonl")
+    state = tune({task(): 1}, find_target("host"), database, Effort(trials=5), executor=Here(), build=unbuildable)
+    assert state.trials == 0
+    assert state.tasks[0].reason == "the default schedule cannot be built: out of registers"
 
 
 def test_an_endless_search_is_refused(tmp_path: Path) -> None:
@@ -353,7 +371,7 @@ def test_a_dying_build_worker_costs_its_candidate_only() -> None:
 def test_a_cluster_needs_dask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "distributed", None)
     with pytest.raises(ToolchainError, match="tcp://nowhere:1: Dask is not installed; pip install distributed"):
-        cluster("tcp://nowhere:1")
+        cluster("tcp://nowhere:1").__enter__()
 
 
 # Compilations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as BuildTimeoutError
 from dataclasses import dataclass
@@ -128,13 +128,16 @@ def _end(pool: ProcessPoolExecutor) -> None:
             process.kill()
 
 
-def cluster(address: str) -> Executor:
+@contextlib.contextmanager
+def cluster(address: str) -> Iterator[Executor]:
     """A Dask cluster's workers as an executor; raises ToolchainError where Dask is missing or nobody answers."""
     try:
         from distributed import Client
     except ImportError as error:
         raise ToolchainError("Dask is not installed", place=address, hint="pip install distributed") from error
     try:
-        return Client(address, timeout=10).get_executor()
-    except OSError as error:
+        client = Client(address, timeout=10)
+    except (OSError, ValueError) as error:
         raise ToolchainError(f"no Dask scheduler answers: {error}", place=address) from error
+    with client:
+        yield client.get_executor()

@@ -16,7 +16,7 @@ from hwopt.backends.tvm.tune.builder import Build, Builder, Built, build_candida
 from hwopt.backends.tvm.tune.database import CONFIRM, ROUNDS, Database, Trial
 from hwopt.backends.tvm.tune.runner import HANG_SECONDS, Kernels, Outcome, Runner, ratio
 from hwopt.backends.tvm.tune.space import Proposer, space_of
-from hwopt.backends.tvm.tune.task import Task
+from hwopt.backends.tvm.tune.task import Task, operations
 from hwopt.errors import ToolchainError, UsageError
 from hwopt.target import Target
 
@@ -48,18 +48,17 @@ class Progress:
     def seconds(self) -> float:
         return self.default * self.ratio
 
-    def gain(self) -> float:
-        """What one more batch may save, in seconds of the model's run: slope of the last batches, and 1 / n of the rest.
+    def gain(self, waiting: int = 0) -> float:
+        """What one more batch may save, in seconds of the model's run, when `waiting` others are not measured yet.
 
-        g = alpha * drop over the window / window + (1 - alpha) * best / n, TVM's and Ansor's task scheduler.
+        g = alpha * drop over the window / window + (1 - alpha) * (best - limit) / n: the task scheduler of Ansor (Zheng et al.,
+        OSDI 2020), which has no limit and therefore best / n.
         """
         if self.exhausted or self.proposer is None:
             return 0.0
-        if not self.best:
-            return math.inf
         window = self.best[-WINDOW - 1 :]
-        slope = (window[0] - window[-1]) / max(1, len(window) - 1)
-        room = max(0.0, self.seconds - self.limit) / len(self.best)
+        slope = (window[0] - window[-1]) / max(1, len(window) - 1) if window else 0.0
+        room = max(0.01 * self.seconds, self.seconds - self.limit) / (1 + len(self.best) + waiting)
         return self.calls * (ALPHA * slope * self.default + (1 - ALPHA) * room)
 
 
@@ -96,7 +95,7 @@ class State:
 
     @property
     def limit(self) -> float:
-        return sum(one.calls * one.limit for one in self.tasks if one.default)
+        return sum(one.calls * one.limit for one in self.tasks)
 
     @property
     def share(self) -> float:
@@ -143,6 +142,7 @@ def tune(
     with Builder(workers, executor, build) as builder, Runner(threads, cores, hang, seed) as runner:
         session = Session(state, database, builder, runner, batch)
         session.find_limits(target)
+        session.measure_defaults()
         session.run(ahead or executor is not None, watch)
         session.confirm(watch)
     return state
@@ -165,7 +165,6 @@ def _progress(task: Task, calls: int, database: Database, seed: int) -> Progress
     found = Progress(task, calls, Proposer(space, seed) if space else None)
     known = [trial for trial in database.trials(task) if trial.ok]
     if known:
-        found.default = sorted(trial.reference for trial in known)[len(known) // 2]
         found.trials = len(known)
         found.best = [_best(database, task)]
         found.confirmed = found.trials
@@ -205,7 +204,25 @@ class Session:
             raise ToolchainError(built.reason, place=probe.name)
         hot = tuple(("hot" if row[0] == "weights" else row[0], *row[1:]) for row in signature(probe, built.parameters))
         found = self.runner.measure(Kernels({"probe": built.data}, hot), CONFIRM)
-        return 2 * probe.spec.macs / min(found["probe"].times)
+        return operations(probe.spec) / min(found["probe"].times)
+
+    def measure_defaults(self) -> None:
+        """The times that candidates must beat, of all tasks, so that the first candidates go where most can be gained."""
+        waiting = [
+            (one, self.builder.start(one.task, [one.task.default], [_symbol(one.task.default)])) for one in self.state.tasks
+        ]
+        for progress, futures in waiting:
+            task, symbol = progress.task, _symbol(progress.task.default)
+            built = self.builder.finish(task, [task.default], [symbol], futures)[0]
+            try:
+                if built.reason:
+                    raise ToolchainError(f"the default schedule cannot be built: {built.reason}")
+                found = self.runner.measure(Kernels({symbol: built.data}, signature(task, built.parameters)), ROUNDS)
+            except ToolchainError as error:
+                progress.exhausted, progress.reason = True, str(error)
+                continue
+            self._references[task] = built
+            progress.default = min(found[symbol].times)
 
     def run(self, ahead: bool, watch: Watch) -> None:
         """Measure one batch while the next one is built, if the machine has the cores for both."""
@@ -238,7 +255,7 @@ class Session:
 
     def _next(self) -> Batch | None:
         """The batch with the largest expected gain."""
-        for progress in sorted(self.state.tasks, key=lambda one: (-one.gain(), len(self._pending.get(one.task, [])))):
+        for progress in sorted(self.state.tasks, key=lambda one: -one.gain(self._waiting(one))):
             if progress.exhausted or progress.proposer is None:
                 continue
             pending = self._pending.get(progress.task, [])
@@ -247,6 +264,10 @@ class Session:
                 return self._start(progress, schedules)
             progress.exhausted = not pending
         return None
+
+    def _waiting(self, progress: Progress) -> int:
+        """Batches of a task that are being built."""
+        return -(-len(self._pending.get(progress.task, [])) // self.size)
 
     def _room(self) -> int:
         """Candidates that the next batch may have."""
@@ -257,16 +278,13 @@ class Session:
     def _start(self, progress: Progress, schedules: list[Schedule]) -> Batch:
         task = progress.task
         self._pending.setdefault(task, []).extend(schedules)
-        wanted = schedules if task in self._references else [task.default, *schedules]
-        return Batch(progress, wanted, self.builder.start(task, wanted, [_symbol(one) for one in wanted]))
+        return Batch(progress, schedules, self.builder.start(task, schedules, [_symbol(one) for one in schedules]))
 
     def _measure(self, batch: Batch, rounds: int) -> None:
         """Wait for the builds, measure them, record what came out."""
         progress, task = batch.progress, batch.progress.task
         symbols = [_symbol(one) for one in batch.schedules]
         built = dict(zip(batch.schedules, self.builder.finish(task, batch.schedules, symbols, batch.futures), strict=True))
-        if task.default in built:
-            self._references.setdefault(task, built.pop(task.default))
         pending = self._pending[task]
         self._pending[task] = [one for one in pending if one not in built]
         self.state.trials += len(built) if rounds == ROUNDS else 0
@@ -281,8 +299,6 @@ class Session:
     def _trials(self, task: Task, built: Mapping[Schedule, Built], rounds: int) -> list[Trial]:
         """A trial for every candidate; raises ToolchainError if the default schedule cannot be measured."""
         reference = self._references[task]
-        if reference.reason:
-            raise ToolchainError(f"the default schedule cannot be built: {reference.reason}", place=task.name)
         first = _symbol(task.default)
         objects = {first: reference.data, **{_symbol(one): found.data for one, found in built.items() if not found.reason}}
         found = self.runner.measure(Kernels(objects, signature(task, reference.parameters)), rounds) if len(objects) > 1 else {}
@@ -298,9 +314,6 @@ class Session:
         for trial in trials:
             if not trial.ok:
                 self.state.failures[trial.status] = self.state.failures.get(trial.status, 0) + 1
-        good = [trial for trial in trials if trial.ok]
-        if good and not progress.default:
-            progress.default = good[0].reference
         best = _best(self.database, progress.task)
         if search:
             progress.trials += len(trials)

@@ -60,9 +60,9 @@ class Task:
 
     def limit(self, target: Target, peak: float) -> float:
         """Seconds that it takes at least, as far as we know: `peak` operations a second and core, the memory's bandwidth."""
-        operations, size = _work(self.spec)
+        size = _bytes(self.spec)
         memory = next((one for one in target.memories if size <= one.bytes), target.memories[-1])
-        return max(operations / (peak * self.threads), size / memory.bytes_per_second / self.threads)
+        return max(operations(self.spec) / (peak * self.threads), size / memory.bytes_per_second / self.threads)
 
     @property
     def probe(self) -> Task:
@@ -75,18 +75,23 @@ class Task:
         return dataclasses.replace(self, spec=spec, threads=1)
 
 
-def _work(spec: Spec) -> tuple[int, int]:
-    """(operations of the multiply-adds, bytes read and written at least)"""
+def operations(spec: Spec) -> int:
+    """Two for each multiply-add; pools have none."""
+    return 0 if isinstance(spec, PoolSpec) else 2 * spec.macs
+
+
+def _bytes(spec: Spec) -> int:
+    """Read and written at least."""
     item = 4 if spec.data_dtype == "float32" else 1
     out_item = 1 if spec.out_dtype in ("uint8", "int8") else 4
     if isinstance(spec, MatmulSpec):
         weights = spec.k * spec.n * (1 if spec.constant or spec.shared else spec.batch)
-        return 2 * spec.macs, spec.batch * spec.m * (spec.k * item + spec.n * out_item) + weights * item
+        return spec.batch * spec.m * (spec.k * item + spec.n * out_item) + weights * item
     outputs, inputs = spec.batch * spec.out_height * spec.out_width, spec.batch * spec.height * spec.width
     if isinstance(spec, PoolSpec):
-        return 0, spec.channels * (inputs * item + outputs * out_item)
+        return spec.channels * (inputs * item + outputs * out_item)
     weights = spec.out_channels * spec.in_channels // spec.groups * spec.kernel[0] * spec.kernel[1]
-    return 2 * spec.macs, inputs * spec.in_channels * item + outputs * spec.out_channels * out_item + weights * item
+    return inputs * spec.in_channels * item + outputs * spec.out_channels * out_item + weights * item
 
 
 def plain(value: Any) -> Any:
