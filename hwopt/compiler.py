@@ -15,9 +15,10 @@ from threadpoolctl import threadpool_limits
 
 from hwopt.analysis.size import weight_bytes
 from hwopt.artifact import Artifact, check_destination
+from hwopt.backends.ort import Session
 from hwopt.backends.tvm.support import refuse_unsupported
 from hwopt.build import Built, build
-from hwopt.decide import decided, decided_and_built, make_job_scorer, sample_feeds
+from hwopt.decide import decided, decided_and_built, make_job_scorer, predicted_seconds, sample_feeds
 from hwopt.errors import UnsupportedError, UsageError
 from hwopt.evaluate import compare
 from hwopt.ir import Graph
@@ -134,38 +135,57 @@ def _refuse_foreign(target: Target) -> None:
 
 
 def measured_report(job: Job, found: Found, baseline: Built, result: Built) -> dict[str, Any]:
-    """Score and time the libraries that ship, side by side with ONNX Runtime on the original."""
+    """Score and time the libraries that ship, side by side with ONNX Runtime on the original.
+
+    A library for another machine is scored by ONNX Runtime on its model and timed by the cost model, and the report says so.
+    """
     job.progress("measuring", 0, 1)
+    here = job.target.runs_here
     scorer = make_job_scorer(job, 1)  # the libraries bring their own threads
     compared = None
     if scorer is not None:
-        before = scorer(baseline.artifact.run)
-        compared = compare(scorer.metric, before, before if result is baseline else scorer(result.artifact.run))
+        runs = [built.artifact.run if here else Session(built.graph).run for built in (baseline, result)]
+        before = scorer(runs[0])
+        compared = compare(scorer.metric, before, before if result is baseline else scorer(runs[1]))
+    times = _measured_times(job, baseline, result) if here else _predicted_times(job, baseline, result)
+    scores = (compared.baseline, compared.score) if compared else (None, None)
+    peers = {"onnxruntime": times["onnxruntime"].median} if here else {}
+    return make_report(
+        name=job.graph.name, target=job.target, threads=job.threads,
+        baseline=_figures(job, baseline, times["baseline"], scores[0]),
+        result=_figures(job, result, times["result"], scores[1]),
+        comparison=compared, layers=layer_table(job.graph, found.graph, found.plan, job.target, job.threads),
+        peers=peers, notes=_notes(job, result),
+    )  # fmt: skip
+
+
+def _measured_times(job: Job, baseline: Built, result: Built) -> dict[str, Timing]:
     feeds = sample_feeds(job, baseline)
     runners = {"baseline": baseline.artifact.runner(feeds), "onnxruntime": onnxruntime_runner(job.graph, feeds, job.threads)}
     if result is not baseline:
         runners["result"] = result.artifact.runner(feeds)
     times = interleaved(runners)
-    times.setdefault("result", times["baseline"])
-    scores = (compared.baseline, compared.score) if compared else (None, None)
-    return make_report(
-        name=job.graph.name, target=job.target, threads=job.threads,
-        baseline=_figures(baseline, times["baseline"], scores[0]), result=_figures(result, times["result"], scores[1]),
-        comparison=compared, layers=layer_table(job.graph, found.graph, found.plan, job.target, job.threads),
-        peers={"onnxruntime": times["onnxruntime"].median}, notes=_notes(result),
-    )  # fmt: skip
+    return {"result": times["baseline"], **times}
 
 
-def _figures(built: Built, timing: Timing, score: float | None) -> Figures:
+def _predicted_times(job: Job, baseline: Built, result: Built) -> dict[str, Timing]:
+    seconds = {"baseline": predicted_seconds(job, baseline.graph), "result": predicted_seconds(job, result.graph)}
+    return {name: Timing(value, value, value, 0) for name, value in seconds.items()}
+
+
+def _figures(job: Job, built: Built, timing: Timing, score: float | None) -> Figures:
+    source = "measured" if job.target.runs_here else "predicted"
     return Figures(
-        score=score, latency_seconds=timing.median, latency_spread_seconds=timing.spread, latency_source="measured",
+        score=score, latency_seconds=timing.median, latency_spread_seconds=timing.spread, latency_source=source,
         weight_bytes=weight_bytes(built.graph), library_weight_bytes=built.library.weight_bytes,
         peak_activation_bytes=built.library.arena_bytes,
     )  # fmt: skip
 
 
-def _notes(result: Built) -> list[str]:
+def _notes(job: Job, result: Built) -> list[str]:
     notes = [f"runs in TVM's virtual machine: {result.reason}"] if result.kind == "vm" else []
+    if not job.target.runs_here:
+        notes.append("compiled for another machine: scored in ONNX Runtime, timed by the cost model, the library was not run")
     notes += [result.tuning] if result.tuning else []
     if any(node.op == "Gather" and "share-weights" in "".join(node.history) for node in result.graph.nodes):
         notes.append("shared weights are small in model.onnx; the library holds them looked up")

@@ -15,6 +15,7 @@ from hwopt.backends.ort import Session
 from hwopt.build import Built
 from hwopt.errors import BudgetError
 from hwopt.evaluate import Scorer, compare, make_scorer, user_scorer
+from hwopt.ir import Graph
 from hwopt.job import Job
 from hwopt.measure import interleaved
 from hwopt.pipeline import Refusal
@@ -57,8 +58,13 @@ def decided_and_built(job: Job, replay: Plan | None, baseline: Built, build: Bui
 
 def _time_scale(job: Job, baseline: Built) -> float:
     """Measured over predicted time of the unchanged model: budgets are in measured seconds."""
-    predicted = total(job.target.cost.estimate(work, job.threads) for work in workloads(job.graph)).seconds
-    return _seconds(job, baseline, baseline)["result"] / predicted if predicted else 1.0
+    before = predicted_seconds(job, job.graph)
+    return _seconds(job, baseline, baseline)["result"] / before if before else 1.0
+
+
+def predicted_seconds(job: Job, graph: Graph) -> float:
+    """One run by the target's cost model."""
+    return total(job.target.cost.estimate(work, job.threads) for work in workloads(graph)).seconds
 
 
 def _memory_scale(built: Built) -> float:
@@ -67,6 +73,9 @@ def _memory_scale(built: Built) -> float:
 
 
 def _seconds(job: Job, baseline: Built, result: Built) -> dict[str, float]:
+    """Measured side by side where the target is this machine, else predicted."""
+    if not job.target.runs_here:
+        return {"baseline": predicted_seconds(job, baseline.graph), "result": predicted_seconds(job, result.graph)}
     feeds = sample_feeds(job, baseline)
     runners = {"baseline": baseline.artifact.runner(feeds), "result": result.artifact.runner(feeds)}
     return {name: timing.median for name, timing in interleaved(runners).items()}
