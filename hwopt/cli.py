@@ -252,6 +252,8 @@ def demo(out: Path, target: str, threads: int | None, as_json: bool) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The entry point: every error ends as one line and an exit code."""
+    if "" not in sys.path:  # --evaluate module:function finds modules where the user stands, as python -m does
+        sys.path.insert(0, "")
     try:
         code = cli.main(arguments, prog_name="hwopt", standalone_mode=False)
     except HwoptError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -121,3 +123,15 @@ def test_damaged_data_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     file.write_bytes(file.read_bytes()[:200])
     code, _, err = hwopt(capsys, "compile", MODEL, "-o", tmp_path / "x", *IMAGE, "--calibrate", file)
     assert code == 1 and "not a readable .npz" in err
+
+
+def test_scoring_function_is_found_where_the_user_stands(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def score(run):\n    return 0.5\n")
+    command = "import sys; sys.path.remove(''); from hwopt.cli import main; main()"
+    data = npz(tmp_path / "data.npz", image=images(8))
+    line = [sys.executable, "-c", command, "plan", str(MODEL), "-o", "plan.json", *IMAGE, "--calibrate", str(data)]
+    done = subprocess.run(
+        [*line, "--passes", "quantize{}", "--evaluate", "mine:score"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "plan.json").exists()
