@@ -103,6 +103,15 @@ def test_another_workload_number_of_threads_or_template_version_has_records_of_i
     assert database.best(task()) == other()
 
 
+def test_layers_that_differ_in_quantization_constants_share_what_was_tuned(tmp_path: Path) -> None:
+    finer = dataclasses.replace(INTEGER, pad_value=7, epilogue=(Bias(), Scale(), Quantize(0.01, 9, "uint8")))
+    padded = dataclasses.replace(INTEGER, pad_value=1)
+    database = Database(tmp_path / "t.jsonl")
+    database.add(task(finer), [good(other())])
+    assert database.best(task(padded)) == other()
+    assert database.best(task(dataclasses.replace(INTEGER, height=9))) is None
+
+
 def test_records_of_another_processor_do_not_count(tmp_path: Path) -> None:
     Database(tmp_path / "t.jsonl", cpu="one").add(task(), [good(other())])
     assert Database(tmp_path / "t.jsonl", cpu="two").best(task()) is None

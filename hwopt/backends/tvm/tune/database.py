@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.kernels import Schedule
 from hwopt.backends.tvm.tune.task import Spec, Task, make_task, plain, schedule_from
 from hwopt.errors import HwoptError
@@ -159,7 +160,7 @@ class Tuned:
     def __call__(self, spec: Spec, micro: MicroKernel, threads: int) -> Schedule:
         task = make_task(spec, micro, self.target, threads)
         self.asked[task] = self.database.best(task)
-        return self.asked[task] or task.default
+        return self.asked[task] or kernels.default_schedule(spec, micro, threads)
 
     @property
     def tuned(self) -> int:

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +128,28 @@ def templates_digest() -> str:
 
 
 def make_task(spec: Spec, micro: MicroKernel, target: Target, threads: int) -> Task:
-    return Task(spec, micro, json.dumps(dict(target.tvm), sort_keys=True), threads)
+    return Task(canonical(spec), micro, json.dumps(dict(target.tvm), sort_keys=True), threads)
+
+
+SCALE, ZERO_POINT = 0.05, 3  # stand for any scale but 1 and any zero point but 0
+
+
+def canonical(spec: Spec) -> Spec:
+    """The same kernel with other quantization constants, which cost nothing: layers that differ in them are one task."""
+    epilogue = tuple(_canonical(step) for step in spec.epilogue)
+    if isinstance(spec, ConvSpec):
+        pad = 0 if spec.data_dtype == "float32" else ZERO_POINT
+        return dataclasses.replace(spec, epilogue=epilogue, pad_value=pad)
+    return _canonical(dataclasses.replace(spec, epilogue=epilogue))
+
+
+def _canonical(value: Any) -> Any:
+    """Any scale and zero point of a dataclass by those that stand for it."""
+    names = {one.name for one in dataclasses.fields(value)}
+    if not {"scale", "zero_point"} <= names:
+        return value
+    scale = 1.0 if value.scale == 1.0 else SCALE
+    return dataclasses.replace(value, scale=scale, zero_point=ZERO_POINT if value.zero_point else 0)
 
 
 def tasks_of(graph: Graph, target: Target, threads: int) -> dict[Task, int]:
@@ -137,4 +159,7 @@ def tasks_of(graph: Graph, target: Target, threads: int) -> dict[Task, int]:
 
     lowering = Lowering(folded(graph), target, threads)
     lowering.module()
-    return {make_task(spec, micro, target, threads): count for (spec, micro), count in lowering.templates.calls.items()}
+    calls: Counter[Task] = Counter()
+    for (spec, micro), count in lowering.templates.calls.items():
+        calls[make_task(spec, micro, target, threads)] += count
+    return dict(calls)
