@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.tuning import resnet18_tasks
 from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.kernels.spec import Bias, ConvSpec, MatmulSpec, PoolSpec, Quantize, Scale
 from hwopt.backends.tvm.tune.builder import Builder, Built, build_candidate, cluster
@@ -20,7 +21,7 @@ from hwopt.backends.tvm.tune.database import Database, Trial, Tuned, default_pat
 from hwopt.backends.tvm.tune.runner import Kernels, Runner, ratio
 from hwopt.backends.tvm.tune.session import Effort, Progress, State, tune
 from hwopt.backends.tvm.tune.space import Proposer, space_of
-from hwopt.backends.tvm.tune.task import Task, make_task, plain, schedule_from, tasks_of
+from hwopt.backends.tvm.tune.task import Task, make_task, operations, plain, schedule_from, tasks_of
 from hwopt.build import build
 from hwopt.cli import main
 from hwopt.errors import ToolchainError, UnsupportedError, UsageError
@@ -445,3 +446,9 @@ def test_a_model_file_is_tuned_and_its_times_are_told(tmp_path: Path) -> None:
     assert found.state.trials == 4 and seen[-1] == 1.0
     assert found.before.median > 0 and found.after.median > 0
     assert len(Database(tmp_path / "t.jsonl")) == 4
+
+
+def test_the_benchmark_tunes_all_of_resnet18() -> None:
+    works = resnet18_tasks(find_target("host"), 1)
+    assert sum(operations(work.spec) // 2 * calls for work, calls in works.items()) == pytest.approx(1.8136e9, rel=1e-3)
+    assert sum(works.values()) == 21  # 20 convolutions and the pool
