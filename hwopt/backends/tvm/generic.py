@@ -82,9 +82,11 @@ def _spatial(schedule: Any, loops: list[Any], threads: int) -> None:
     """All loops but the innermost become one, parallel where there is work for several threads."""
     extents = [int(schedule.get(loop).extent) for loop in loops]
     inner = extents[-1]
-    if inner % LANES == 0 and inner > LANES:
+    if inner > LANES:
         outer, lane = schedule.split(loops[-1], [None, LANES])
         schedule.vectorize(lane)
+        if inner % LANES:  # the last vector becomes code of its own, so that the others need no condition
+            schedule.annotate(outer, "pragma_loop_partition_hint", True)
         loops = [*loops[:-1], outer]
         _outer(schedule, loops[:-1] or loops, math.prod(extents), threads)
     else:
