@@ -26,7 +26,9 @@ EVALUATE = click.option("--evaluate", metavar="NPZ|MODULE:FUNCTION", help="An .n
 MAX_DROP = click.option("--max-drop", default="1%", show_default=True, help="How much the score may fall.")
 BUDGET = click.option("--budget", "limits", multiple=True, metavar="latency=2ms|size=1MB|memory=4MB", help="Further limits.")
 TUNING_DB = click.option(
-    "--tuning-db", type=click.Path(path_type=Path), help="Tuned schedules; the user's own database if not given."
+    "--tuning-db",
+    type=click.Path(path_type=Path),
+    help="Tuned schedules. tune writes to the user's own database if not given; compile reads only what is given.",
 )
 PASSES = click.option(
     "--passes", "passes", default=None, help="Families to consider, by comma; name{...} is applied in any case."

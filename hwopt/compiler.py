@@ -67,23 +67,23 @@ def compile_model(
     """Optimize a model (an ONNX file, a torch module or an ExportedProgram) for a target and write the artifact to `out`.
 
     `calibrate` and `evaluate` are an .npz file, arrays by input name (with `labels`), or for `evaluate` the text
-    `module:function`. Without data nothing lossy is done. `tuning_db` is the database of tuned schedules (the user's own if
-    not given), `tune` how long to search for better ones before the result is compiled. Raises HwoptError with the reason
-    and the next step.
+    `module:function`. Without data nothing lossy is done. `tuning_db` is a database of tuned schedules (see hwopt tune; none
+    is read unless it is named), `tune` how long to search for better ones before the result is compiled. Raises HwoptError
+    with the reason and the next step.
     """
     check_destination(out)
     replay = None if plan is None else read_plan(plan)
     job = prepare(model, target, shapes, binds, calibrate, evaluate, budget, passes, threads, seed, progress)
     _refuse_foreign(job.target)
     refuse_unsupported(job.graph)
-    database = open_database(tuning_db, job.target)
+    database = open_database(tuning_db, job.target) if tuning_db or tune else None  # the same inputs give the same bytes
     job = dataclasses.replace(job, database=database)
     with tempfile.TemporaryDirectory(prefix="hwopt-") as scratch:
         folder = Path(scratch)
         baseline = _build(job.graph, job, folder / "baseline")
 
         def built(found: Found) -> Built:
-            if tune is not None:
+            if tune is not None and database is not None:
                 tune_graph(found.graph, job.target, job.threads, database, tune, seed=seed, watch=_watching(progress))
             same = found.graph is job.graph and tune is None
             return baseline if same else _build(found.graph, job, Path(tempfile.mkdtemp(prefix="result", dir=folder)))
