@@ -44,6 +44,7 @@ def cli() -> None:
 @cli.command("compile")
 @MODEL
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The artifact's folder.")
+@click.option("--name", default=None, help="Name of the C functions and files; the model file's name if not given.")
 @TARGET
 @SHAPE
 @BIND
@@ -88,6 +89,7 @@ def plan(model: Path, out: Path, **options: Any) -> None:
     from hwopt.plan.explain import explain
 
     job = _job(options)
+    _check_parent(out)
     with _progress() as progress:
         found = plan_model(model, progress=progress, **job)
     _write(out, found.plan.to_json())
@@ -188,9 +190,13 @@ def targets(as_json: bool) -> None:
 def run(artifact: Path, inputs: Path, outputs: Path) -> None:
     """Run ARTIFACT on the arrays in INPUTS (.npz) and write OUTPUTS (.npz)."""
     from hwopt.artifact import Artifact
-    from hwopt.samples import read_npz, write_npz
+    from hwopt.samples import LABELS, read_npz, write_npz
 
-    write_npz(outputs, Artifact(artifact).run(read_npz(inputs)))
+    _check_parent(outputs)
+    model, arrays = Artifact(artifact), read_npz(inputs)
+    if LABELS not in {tensor.name for tensor in model.inputs}:
+        arrays.pop(LABELS, None)  # the file that was compiled with may also be run
+    write_npz(outputs, model.run(arrays))
 
 
 @cli.command()
@@ -203,7 +209,8 @@ def bench(artifact: Path, runs: int, threads: int | None, as_json: bool) -> None
     from hwopt.artifact import Artifact
 
     timing = Artifact(artifact).bench(runs=runs, threads=threads)
-    _table([timing], as_json)
+    shown = {key.replace("_seconds", " ms"): value * 1e3 for key, value in timing.items() if key.endswith("_seconds")}
+    _table([timing] if as_json else [{**shown, "runs": runs, "threads": timing["threads"]}], as_json)
 
 
 @cli.command()
@@ -267,6 +274,10 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(error.format_message(), 1)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted", 130)
+    except RuntimeError as error:  # an interrupt inside of an import arrives wrapped
+        if not isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
+            raise
+        _fail("interrupted", 130)
     except OSError as error:
         reason = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror or str(error)
         _fail(f"{error.filename or 'output'}: {reason}", 1)
@@ -327,6 +338,14 @@ def _read(path: Path) -> str:
         raise UsageError("no such file", place=str(path)) from error
     except UnicodeDecodeError as error:
         raise UsageError("not a text file", place=str(path)) from error
+
+
+def _check_parent(path: Path) -> None:
+    """Before long work: the folder of a result must exist and the result be a file."""
+    if not path.parent.is_dir():
+        raise UsageError("the folder does not exist", place=str(path.parent), hint="make it first")
+    if path.is_dir():
+        raise UsageError("is a folder", place=str(path), hint="name a file")
 
 
 def _write(path: Path, text: str) -> None:

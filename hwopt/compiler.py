@@ -20,7 +20,7 @@ from hwopt.backends.tvm.support import refuse_unsupported
 from hwopt.build import Built, build
 from hwopt.decide import decided, decided_and_built, make_job_scorer, predicted_seconds, sample_feeds
 from hwopt.errors import UnsupportedError, UsageError
-from hwopt.evaluate import compare
+from hwopt.evaluate import Comparison, compare
 from hwopt.ir import Graph
 from hwopt.job import Data, Job, prepare, quiet, read_plan
 from hwopt.measure import Timing, interleaved, onnxruntime_runner
@@ -60,6 +60,7 @@ def compile_model(
     plan: Plan | Path | str | None = None,
     threads: int | None = None,
     seed: int = 0,
+    name: str | None = None,
     progress: Progress = quiet,
     tuning_db: Path | str | None = None,
     tune: Effort | None = None,
@@ -67,7 +68,8 @@ def compile_model(
     """Optimize a model (an ONNX file, a torch module or an ExportedProgram) for a target and write the artifact to `out`.
 
     `calibrate` and `evaluate` are an .npz file, arrays by input name (with `labels`), or for `evaluate` the text
-    `module:function`. Without data nothing lossy is done. `tuning_db` is a database of tuned schedules (see hwopt tune; none
+    `module:function`. Without data nothing lossy is done. `name` begins the names of
+    the C functions (the model file's if not given). `tuning_db` is a database of tuned schedules (see hwopt tune; none
     is read unless it is named), `tune` how long to search for better ones before the result is compiled. Raises HwoptError
     with the reason and the next step.
     """
@@ -76,6 +78,7 @@ def compile_model(
     job = prepare(model, target, shapes, binds, calibrate, evaluate, budget, passes, threads, seed, progress)
     _refuse_foreign(job.target)
     refuse_unsupported(job.graph)
+    job = dataclasses.replace(job, graph=dataclasses.replace(job.graph, name=name or _name(model, job.graph)))
     database = open_database(tuning_db, job.target) if tuning_db or tune else None  # the same inputs give the same bytes
     job = dataclasses.replace(job, database=database)
     with tempfile.TemporaryDirectory(prefix="hwopt-") as scratch:
@@ -91,6 +94,11 @@ def compile_model(
         found, result = decided_and_built(job, replay, baseline, built)
         report = measured_report(job, found, baseline, result)
         return result.write(out, found.plan, report)
+
+
+def _name(model: Any, graph: Graph) -> str:
+    """What the artifact is called: exporters name every graph alike, files have names of their own."""
+    return Path(model).stem if isinstance(model, (str, Path)) else graph.name
 
 
 def _build(graph: Graph, job: Job, folder: Path) -> Built:
@@ -155,7 +163,7 @@ def measured_report(job: Job, found: Found, baseline: Built, result: Built) -> d
         baseline=_figures(job, baseline, times["baseline"], scores[0]),
         result=_figures(job, result, times["result"], scores[1]),
         comparison=compared, layers=layer_table(job.graph, found.graph, found.plan, job.target, job.threads),
-        peers=peers, notes=_notes(job, result),
+        peers=peers, notes=_notes(job, found, result, compared),
     )  # fmt: skip
 
 
@@ -182,11 +190,20 @@ def _figures(job: Job, built: Built, timing: Timing, score: float | None) -> Fig
     )  # fmt: skip
 
 
-def _notes(job: Job, result: Built) -> list[str]:
+def _notes(job: Job, found: Found, result: Built, compared: Comparison | None) -> list[str]:
     notes = [f"runs in TVM's virtual machine: {result.reason}"] if result.kind == "vm" else []
     if not job.target.runs_here:
         notes.append("compiled for another machine: scored in ONNX Runtime, timed by the cost model, the library was not run")
     notes += [result.tuning] if result.tuning else []
+    notes += [found.plan.note] if found.plan.note else []
+    if not found.plan.decisions:
+        notes.append(
+            "nothing was changed: " + (found.plan.refused[0].reason if found.plan.refused else "no pass had anything to do")
+        )
+    if compared is not None and compared.baseline == 0:
+        notes.append("the unchanged model scores 0 on the evaluation data: are the labels right?")
+    if compared is not None and compared.drop > job.budget.max_drop:
+        notes.append(f"the drop is above the {job.budget.max_drop:.2%} that were allowed")
     if any(node.op == "Gather" and "share-weights" in "".join(node.history) for node in result.graph.nodes):
         notes.append("shared weights are small in model.onnx; the library holds them looked up")
     return notes

@@ -41,19 +41,28 @@ def decided_and_built(job: Job, replay: Plan | None, baseline: Built, build: Bui
     task = None if replay else _task(job)
     if task is None:
         found = _given(job, replay)
-        return found, build(found)
+        result = build(found)
+        latency = 0.0 if job.budget.latency_seconds is None else _seconds(job, baseline, result)["result"]
+        if limit := _broken(job, result, latency):
+            raise BudgetError(limit, place=job.graph.name, hint="give data and no plan or passes, so that hwopt searches")
+        return found, result
     task = dataclasses.replace(task, scale=_time_scale(job, baseline), memory_scale=_memory_scale(baseline))
     priced = price(task)
     for _ in range(TURNS):
         found = search(task, priced)
         result = build(found)
         seconds = _seconds(job, baseline, result)
-        broken = exceeded(job.budget, seconds["result"], weight_bytes(result.graph), result.library.arena_bytes)
+        broken = _broken(job, result, seconds["result"])
         if not broken:
             return (found, result) if job.budget.limited else _worth_it(job, found, baseline, result, seconds)
         correction = seconds["result"] / max(found.plan.seconds_after, 1e-12)
         task = dataclasses.replace(task, scale=task.scale * correction, memory_scale=_memory_scale(result))
     raise BudgetError(f"measured {broken} after {TURNS} plans", place="plan", hint="relax the budget or --max-drop")
+
+
+def _broken(job: Job, result: Built, seconds: float) -> str:
+    """Which limit the built library breaks; empty if none."""
+    return exceeded(job.budget, seconds, weight_bytes(result.graph), result.library.arena_bytes)
 
 
 def _time_scale(job: Job, baseline: Built) -> float:
@@ -117,14 +126,15 @@ def _worth_it(job: Job, found: Found, baseline: Built, result: Built, seconds: M
     if result is baseline or after < before:
         return found, result
     reason = f"measured: {before * 1e3:.4g} ms before and {after * 1e3:.4g} ms after all changes together"
-    refused = tuple(Refusal(one.by.partition("{")[0], one.by, reason) for one in found.plan.decisions)
+    texts = [text for one in found.plan.decisions for text in one.by]
+    refused = tuple(Refusal(text.partition("{")[0], text, reason) for text in texts)
     plan = dataclasses.replace(found.plan, decisions=(), refused=(*found.plan.refused, *refused), seconds_after=before)
     return Found(plan, job.graph, None), baseline
 
 
 def _plan_of(job: Job, stated: Sequence[tuple[str, str]], refused: tuple[Refusal, ...]) -> Plan:
     """A plan that was not searched for."""
-    decisions = tuple(Decision(by, 0.0, 0.0, 0, 0, 0.0, reason) for by, reason in stated)
+    decisions = tuple(Decision((by,), 0.0, 0.0, 0, 0, 0.0, reason) for by, reason in stated)
     return Plan(
         target=job.target.name, threads=job.threads, graph_digest=job.graph.digest, budget=job.budget, seed=job.ctx.seed,
         decisions=decisions, refused=refused, versions=versions(),
@@ -140,7 +150,11 @@ def _applied(job: Job, plan: Plan) -> Found:
         before, after = (scorer(Session(one).run) for one in (job.graph, graph))
         compared = compare(scorer.metric, before, after)
     refused = tuple(dict.fromkeys((*plan.refused, *job.ctx.refused)))
-    return Found(dataclasses.replace(plan, refused=refused), graph, compared)
+    here = job.ctx.calibration.digest if job.ctx.calibration else ""
+    note = plan.note
+    if plan.calibration_digest not in ("", here):
+        note = "replayed with other calibration data than the plan was made with: ranges and weights may differ"
+    return Found(dataclasses.replace(plan, refused=refused, note=note), graph, compared)
 
 
 def make_job_scorer(job: Job, workers: int) -> Scorer | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -37,7 +37,7 @@ class Comparison:
     baseline: float
     score: float
     drop: float
-    interval: tuple[float, float]  # 95 %, of the drop
+    interval: tuple[float, float] | None  # 95 %, of the drop; unknown for a single number
     standard_error: float
     right_to_wrong: int | None  # paired flips, for metrics that are right or wrong
     wrong_to_right: int | None
@@ -58,7 +58,7 @@ def compare(metric: str, baseline: np.ndarray, changed: np.ndarray) -> Compariso
     if set(np.unique(baseline)) | set(np.unique(changed)) <= {0.0, 1.0}:
         lost, gained = int((differences > 0).sum()), int((differences < 0).sum())
         p = float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
-    interval = (drop - 1.96 * error, drop + 1.96 * error)
+    interval = (drop - 1.96 * error, drop + 1.96 * error) if count > 1 else None
     if lost is not None and gained is not None and changed is not baseline:
         interval = _flip_interval(lost, gained, count)
     return Comparison(metric, float(baseline.mean()), float(changed.mean()), drop, interval, error, lost, gained, p, count)
@@ -82,10 +82,14 @@ class TopOne:
     metric: str = "top-1 accuracy"
 
     def __call__(self, run: Run) -> np.ndarray:
+        """Raises DataError for labels that the model has no output for."""
         labels = self.samples.labels
         if labels is None:
             raise DataError("top-1 accuracy needs labels", place=self.samples.source)
         found = first_output(self.graph, self.samples, run, self.workers)
+        classes = found.reshape(len(found), -1).shape[1]
+        if labels.max(initial=0) >= classes:
+            raise DataError(f"label {labels.max()} for a model with {classes} classes", place=self.samples.source)
         return (found.reshape(len(found), -1).argmax(1) == labels[: len(found)]).astype(np.float64)
 
 
@@ -106,19 +110,28 @@ class Agreement:
 
 @dataclass(frozen=True, eq=False)
 class Cosine:
-    """Without labels, for whatever is no classifier: cosine similarity of a sample's outputs with the original's."""
+    """Without labels, for whatever is no classifier: cosine similarity of a sample's outputs with the original's.
+
+    With several outputs their mean; `references` are those of the floating-point ones.
+    """
 
     graph: Graph
     samples: Samples
-    reference: np.ndarray
+    references: tuple[np.ndarray, ...]
     workers: int = 1
     metric: str = "cosine similarity"
 
     def __call__(self, run: Run) -> np.ndarray:
-        found = first_output(self.graph, self.samples, run, self.workers).reshape(len(self.reference), -1).astype(np.float64)
-        wanted = self.reference.reshape(len(found), -1).astype(np.float64)
-        norms = np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1)
-        return np.divide((found * wanted).sum(1), norms, out=np.ones(len(found)), where=norms > 0)
+        found = floating_outputs(self.graph, self.samples, run, self.workers)
+        return np.mean([_cosine(got, wanted) for got, wanted in zip(found, self.references, strict=True)], axis=0)
+
+
+def _cosine(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """One number per row; rows that are zero on both sides are equal."""
+    found, wanted = (rows.reshape(len(rows), -1).astype(np.float64) for rows in (found, wanted))
+    norms = np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1)
+    same = (found == wanted).all(1).astype(np.float64)
+    return np.divide((found * wanted).sum(1), norms, out=same, where=norms > 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,15 +142,39 @@ class UserScore:
     metric: str
 
     def __call__(self, run: Run) -> np.ndarray:
-        return np.atleast_1d(np.asarray(self.function(run), np.float64))
+        """Raises DataError if the function fails or returns no finite number."""
+        try:
+            scores = np.atleast_1d(np.asarray(self.function(run), np.float64))
+        except Exception as error:  # whatever the user's function raises must name it
+            raise DataError(f"failed: {type(error).__name__}: {error}", place=f"scoring function {self.metric}") from error
+        if scores.ndim != 1 or not len(scores) or not np.isfinite(scores).all():
+            hint = "return one number, or one per sample, higher is better"
+            raise DataError("returned no finite score", place=f"scoring function {self.metric}", hint=hint)
+        return scores
 
 
 def first_output(graph: Graph, samples: Samples, run: Run, workers: int = 1) -> np.ndarray:
     """The model's first output over all samples, [samples, ...]; `workers` runs at once."""
-    name = graph.outputs[0]
+    return _outputs(graph, graph.outputs[:1], samples, run, workers)[0]
+
+
+def floating_outputs(graph: Graph, samples: Samples, run: Run, workers: int = 1) -> tuple[np.ndarray, ...]:
+    """Every floating-point output over all samples, each [samples, ...]."""
+    names = [name for name in graph.outputs if "float" in graph.tensor(name).dtype] or list(graph.outputs[:1])
+    return _outputs(graph, names, samples, run, workers)
+
+
+def _outputs(graph: Graph, names: Sequence[str], samples: Samples, run: Run, workers: int) -> tuple[np.ndarray, ...]:
     with ThreadPoolExecutor(workers) as pool:
-        parts = list(pool.map(lambda feeds: run(feeds)[name], samples.feeds(graph)))
-    batch = batch_of(graph)
+        runs = list(pool.map(lambda feeds: _picked(run(feeds), names), samples.feeds(graph)))
+    return tuple(_joined(name, [found[name] for found in runs], batch_of(graph), samples) for name in names)
+
+
+def _picked(found: Outputs, names: Sequence[str]) -> Outputs:
+    return {name: found[name] for name in names}
+
+
+def _joined(name: str, parts: Sequence[np.ndarray], batch: int, samples: Samples) -> np.ndarray:
     whole = np.concatenate([part if part.ndim and len(part) == batch else part[None] for part in parts])
     if np.issubdtype(whole.dtype, np.floating) and not np.isfinite(whole).all():
         raise DataError(f"output {name!r} is not finite", place=samples.source, hint="check the data and the model")
@@ -148,9 +185,10 @@ def make_scorer(graph: Graph, samples: Samples, run: Run, workers: int = 1) -> S
     """The scorer that fits the data: accuracy where labels are given, agreement or similarity with `run` elsewhere."""
     if samples.labels is not None:
         return TopOne(graph, samples, workers)
-    reference = first_output(graph, samples, run, workers)
-    kind = Agreement if is_classifier(reference) else Cosine
-    return kind(graph, samples, reference, workers)
+    references = floating_outputs(graph, samples, run, workers)
+    if len(references) == 1 and is_classifier(references[0]):
+        return Agreement(graph, samples, references[0], workers)
+    return Cosine(graph, samples, references, workers)
 
 
 def is_classifier(output: np.ndarray) -> bool:
@@ -167,7 +205,10 @@ def user_scorer(text: str) -> UserScore:
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"cannot import {text!r} ({error})", hint="write --evaluate module:function") from error
+        hint = "write --evaluate module:function; the module must be in this folder or on PYTHONPATH"
+        raise UsageError(f"cannot import {text!r} ({error})", hint=hint) from error
+    if not callable(function):
+        raise UsageError(f"{text!r} is no function", hint="it is called with run({input: array}) -> {output: array}")
     return UserScore(function, name)
 
 

@@ -13,6 +13,7 @@ from hwopt.ir import Graph
 
 ROUNDS = 40  # timed turns of each runner, one after the other
 SECONDS_PER_TURN = 0.01
+SETTLE_SECONDS = 0.002  # longer than idle worker threads of the runtimes spin
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Timing:
 
 
 def interleaved(
-    runners: Mapping[str, Callable[[], object]], rounds: int = ROUNDS, settle: float | None = None
+    runners: Mapping[str, Callable[[], object]], rounds: int = ROUNDS, settle: float | None = SETTLE_SECONDS
 ) -> dict[str, Timing]:
     """Time several ways to do the same thing in turns, so that whatever disturbs the machine disturbs all of them.
 

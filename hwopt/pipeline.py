@@ -126,7 +126,14 @@ def parse(text: str, passes: Mapping[str, type[Pass]]) -> Pass:
 
 def parse_list(text: str, passes: Mapping[str, type[Pass]]) -> list[tuple[Pass, bool]]:
     """Passes separated by commas; True for those written with braces, which state exactly what to do."""
-    parts = re.findall(rf"(?:{_ITEM}|[={{}}+,](?=[^{{}}]*}})|[{{}}=+])+", text)
+    parts, depth, quoted = [""], 0, False
+    for index, letter in enumerate(text):
+        quoted ^= letter == '"' and text[index - 1 : index] != "\\"
+        depth += 0 if quoted else (letter == "{") - (letter == "}")
+        if letter == "," and not depth and not quoted:
+            parts.append("")
+        else:
+            parts[-1] += letter
     return [(parse(part, passes), "{" in part) for part in map(str.strip, parts) if part]
 
 

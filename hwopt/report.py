@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,11 +59,11 @@ def make_report(
         "baseline": dataclasses.asdict(baseline),
         "result": dataclasses.asdict(result),
         "speedup": baseline.latency_seconds / result.latency_seconds,
-        "compression": baseline.weight_bytes / max(result.weight_bytes, 1),
+        "compression": max(baseline.weight_bytes, 1) / max(result.weight_bytes, 1),
         "metric": comparison.metric if comparison else None,
         "samples": comparison.samples if comparison else 0,
         "score_drop": comparison.drop if comparison else None,
-        "score_drop_interval": list(comparison.interval) if comparison else None,
+        "score_drop_interval": list(comparison.interval) if comparison and comparison.interval else None,
         "paired_flips": flips,
         "peers": {
             peer: {"latency_seconds": seconds, "ratio": seconds / result.latency_seconds} for peer, seconds in peers.items()
@@ -98,7 +99,7 @@ def layer_table(before: Graph, after: Graph, plan: Plan, target: Target, threads
 def _decided(history: str, plan: Plan) -> bool:
     """True for a stamp of one of the plan's families; the clean-up passes are left out of the table."""
     family = history.partition("{")[0]
-    return any(decision.by.partition("{")[0] == family for decision in plan.decisions)
+    return any(text.partition("{")[0] == family for decision in plan.decisions for text in decision.by)
 
 
 def machine() -> dict[str, Any]:
@@ -117,24 +118,20 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _peer(seconds: float, result: Figures) -> dict[str, float]:
-    return {"latency_seconds": seconds, "ratio": seconds / result.latency_seconds}
-
-
 def summary(report: Mapping[str, Any]) -> str:
     """The table a person reads."""
-    rows = [("", "latency", "score", "weights", "activations")]
+    rows = [("", "latency", "spread", "score", "weights", "activations")]
     for label, key in (("float", "baseline"), ("optimized", "result")):
         rows.append((label, *_cells(report[key])))
     for peer, found in report["peers"].items():
-        rows.append((peer, _milliseconds(found["latency_seconds"]), "", "", ""))
+        rows.append((peer, _milliseconds(found["latency_seconds"]), "", "", "", ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"{report['model']} on {report['target']}, threads: {report['threads']}"]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.append(f"speed-up {report['speedup']:.2f}, weights {report['compression']:.2f} times smaller")
     if report["score_drop"] is not None:
-        low, high = report["score_drop_interval"]
-        interval = f"95 % interval {low:+.4f} to {high:+.4f}, {report['samples']} samples"
+        low, high = report["score_drop_interval"] or (math.nan, math.nan)
+        interval = f"95 % interval {low:+.4f} to {high:+.4f}, {report['samples']} samples" if low == low else "one number"
         lines.append(f"drop of {report['metric']} {report['score_drop']:+.4f} ({interval})")
     if report["paired_flips"]:
         flips = report["paired_flips"]
@@ -142,10 +139,16 @@ def summary(report: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(f"note: {note}" for note in report["notes"])])
 
 
-def _cells(figures: Mapping[str, Any]) -> tuple[str, str, str, str]:
+def _cells(figures: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
     score = "" if figures["score"] is None else f"{figures['score']:.4f}"
     latency = _milliseconds(figures["latency_seconds"]) + ("" if figures["latency_source"] == "measured" else " (predicted)")
-    return latency, score, _size(figures["weight_bytes"]), _size(figures["peak_activation_bytes"])
+    return (
+        latency,
+        _milliseconds(figures["latency_spread_seconds"]),
+        score,
+        _size(figures["weight_bytes"]),
+        _size(figures["peak_activation_bytes"]),
+    )
 
 
 def _milliseconds(seconds: float) -> str:

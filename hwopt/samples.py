@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
@@ -13,6 +15,7 @@ import numpy as np
 
 from hwopt.errors import DataError, did_you_mean
 from hwopt.ir import Graph, TensorType, numpy_dtype
+from hwopt.ir.graph import param_digest
 
 LABELS = "labels"
 
@@ -24,6 +27,14 @@ class Samples:
     arrays: Mapping[str, np.ndarray]
     labels: np.ndarray | None = None
     source: str = "data"
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the arrays by name; labels do not count."""
+        whole = hashlib.sha256()
+        for name in sorted(self.arrays):
+            whole.update(f"{name}={param_digest(self.arrays[name])};".encode())
+        return whole.hexdigest()
 
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))
@@ -101,9 +112,22 @@ def checked(samples: Samples, graph: Graph) -> Samples:
     batch = batch_of(graph)
     if len(samples) < batch:
         raise DataError(f"{len(samples)} samples, the model needs at least {batch}", place=place)
-    if samples.labels is not None and len(samples.labels) != len(samples):
-        raise DataError(f"{len(samples.labels)} labels for {len(samples)} samples", place=place)
-    return samples
+    return samples if samples.labels is None else replace(samples, labels=_labels(samples.labels, len(samples), place))
+
+
+def _labels(labels: np.ndarray, count: int, place: str) -> np.ndarray:
+    """Class indices, [samples]; [samples, 1] is the same. Raises DataError for anything else."""
+    labels = np.asarray(labels)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1:
+        hint = "give class indices, [samples]; for one-hot labels their argmax"
+        raise DataError(f"labels have shape {list(labels.shape)}", place=place, hint=hint)
+    if len(labels) != count:
+        raise DataError(f"{len(labels)} labels for {count} samples", place=place)
+    if not np.issubdtype(labels.dtype, np.number) or (labels != np.round(labels)).any() or (labels < 0).any():
+        raise DataError(f"labels of type {labels.dtype} are no class indices", place=place, hint="give integers from 0 on")
+    return labels.astype(np.int64)
 
 
 def _check_input(array: np.ndarray, kind: TensorType, place: str) -> None:

@@ -105,6 +105,9 @@ def test_bad_input_is_one_clear_message(
         ({"image": images(4)[..., :27]}, "has shape [4, 1, 28, 27]"),
         ({"image": images(0)}, "0 samples"),
         ({"image": images(4), "labels": np.zeros(3, np.int64)}, "3 labels for 4 samples"),
+        ({"image": images(4), "labels": np.eye(4)}, "labels have shape [4, 4]"),
+        ({"image": images(4), "labels": np.full(4, 0.5)}, "are no class indices"),
+        ({"image": images(4), "labels": np.array(["a"] * 4)}, "are no class indices"),
         ({"image": np.where(images(4) > 0.5, np.nan, images(4)).astype(np.float32)}, "holds nan at"),
     ],
 )

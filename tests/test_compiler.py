@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from hwopt.errors import ArtifactError, BudgetError, UnsupportedError, UsageErro
 from hwopt.evaluate import compare
 from hwopt.io.onnx import load, save
 from hwopt.ir import Graph, Node, TensorType, frozen, infer_types
-from hwopt.job import clean
+from hwopt.job import clean, prepare, quiet
 from hwopt.pipeline import Context
 from hwopt.plan.budget import Budget
 from hwopt.plan.plan import plan_from_json
@@ -120,7 +121,7 @@ def test_without_data_nothing_lossy_is_done(model: Path) -> None:
 
 def test_stated_passes_are_applied_as_they_are(model: Path) -> None:
     found = plan_model(model, passes="quantize{}", calibrate=pictures(8, 1))
-    assert [decision.by for decision in found.plan.decisions] == ["quantize"]
+    assert [decision.by for decision in found.plan.decisions] == [("quantize",)]
     assert any(node.op == "QuantizeLinear" for node in found.graph.nodes)
 
 
@@ -145,6 +146,51 @@ def test_latency_budget_that_no_plan_meets_is_refused_with_the_numbers(model: Pa
     with pytest.raises(BudgetError, match=r"latency|no combination"):
         hwopt.compile(model, out=tmp_path / "a", budget=Budget(0.5, latency_seconds=1e-9), **data)
     assert not (tmp_path / "a").exists()
+
+
+def test_reachable_latency_budgets_are_reached(model: Path) -> None:
+    data = {"calibrate": pictures(16, 1), "evaluate": pictures(64, 2), "target": "cortex-a72"}
+    free = plan_model(model, budget=Budget(0.3), **data).plan
+    for share in (0.9, 0.6):
+        limit = free.seconds_before * share
+        plan = plan_model(model, budget=Budget(0.3, latency_seconds=limit), **data).plan
+        assert free.seconds_after < plan.seconds_after <= limit or plan.seconds_after <= limit
+
+
+def test_limits_hold_for_stated_passes_too(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match="weights"):
+        hwopt.compile(model, out=tmp_path / "a", passes="quantize{}", calibrate=pictures(8, 1), budget=Budget(weight_bytes=10))
+
+
+def test_every_output_counts(tmp_path: Path) -> None:
+    graph = small_net()
+    edit = graph.edit()
+    two = dataclasses.replace(edit.finish("same"), outputs=("y", "f"))
+    save(two, tmp_path / "two.onnx")
+    found = plan_model(tmp_path / "two.onnx", calibrate=pictures(16, 1), evaluate=pictures(32, 2), budget=Budget(0.5))
+    errors = {text: one.error for one in found.plan.decisions for text in one.by if "third" in text or "second" in text}
+    assert errors and all(error > 0 for error in errors.values())
+    assert found.comparison is not None and found.comparison.metric == "cosine similarity"
+
+
+def test_one_set_of_data_is_halved_between_choosing_and_judging(model: Path) -> None:
+    job = prepare(model, "host", None, None, pictures(16, 1), None, None, None, 1, 0, quiet)
+    assert job.ctx.calibration is not None and job.evaluation is not None
+    chosen, judged = job.ctx.calibration.arrays["x"], job.evaluation.arrays["x"]
+    assert len(chosen) == len(judged) == 8
+    assert not any((row == other).all() for row in chosen for other in judged)
+
+
+def test_a_model_without_anything_to_change_is_compiled_as_it_is(tmp_path: Path) -> None:
+    nodes = (Node("Relu", ("x",), ("y",), "relu"),)
+    save(
+        infer_types(Graph("lone", ("x",), ("y",), nodes, {"x": TensorType("float32", (1, 8))}, {}, {"": 21})),
+        tmp_path / "lone.onnx",
+    )
+    data = {"x": np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)}
+    artifact = hwopt.compile(tmp_path / "lone.onnx", out=tmp_path / "a", calibrate=data, evaluate=data, threads=1)
+    assert artifact.plan["decisions"] == []
+    assert any(note.startswith("nothing was changed") for note in artifact.report["notes"])
 
 
 def test_plans_are_the_same_for_the_same_seed(model: Path) -> None:
@@ -175,8 +221,9 @@ def test_interrupted_search_keeps_the_best_plan(model: Path) -> None:
         if stage == "solving and measuring" and done == 1:
             raise KeyboardInterrupt
 
-    found = plan_model(model, calibrate=pictures(16, 1), evaluate=pictures(64, 2), budget=Budget(0.5), progress=impatient)
+    found = plan_model(model, calibrate=pictures(16, 1), evaluate=pictures(64, 2), budget=Budget(0.02), progress=impatient)
     assert len(found.plan.rounds) == 1
+    assert found.plan.note == "interrupted: the best plan of 1 round"
 
 
 def test_cleaning_keeps_the_outputs(model: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hwopt.errors import UsageError
-from hwopt.evaluate import Agreement, Cosine, TopOne, compare, divergence, is_classifier, make_scorer, user_scorer
+from hwopt.errors import DataError, UsageError
+from hwopt.evaluate import Agreement, Cosine, TopOne, UserScore, compare, divergence, is_classifier, make_scorer, user_scorer
 from hwopt.samples import Samples
 from tests.test_ir import tiny
 
@@ -69,6 +69,23 @@ def test_embeddings_are_no_classifier() -> None:
     assert is_classifier(rows)
     assert not is_classifier(rows / np.linalg.norm(rows, axis=1, keepdims=True))
     assert not is_classifier(rows[:, :1])
+
+
+def test_labels_the_model_cannot_give_are_an_error() -> None:
+    graph, x = tiny(), np.ones((2, 4), np.float32)
+    with pytest.raises(DataError, match="label 7 for a model with 3 classes"):
+        TopOne(graph, Samples({"x": x}, np.array([0, 7])))(lambda feeds: {"y": feeds["x"][:, :3]})
+
+
+@pytest.mark.parametrize("result", [np.nan, None, "high", []])
+def test_a_scoring_function_must_return_numbers(result: object) -> None:
+    with pytest.raises(DataError, match="scoring function mine"):
+        UserScore(lambda run: result, "mine")(dict)  # type: ignore[arg-type,return-value]
+
+
+def test_a_failing_scoring_function_is_named() -> None:
+    with pytest.raises(DataError, match="scoring function mine: failed: ZeroDivisionError"):
+        UserScore(lambda run: 1 / 0, "mine")(dict)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", ["nowhere.at.all:score", "math:no_such_function", "math:"])

@@ -178,6 +178,14 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> list[Entry]:
     return found
 
 
+def test_lists_of_passes_split_at_commas_outside_of_braces_and_quotes() -> None:
+    text = 'quantize,low-rank{site="a,b{}c",rank=3}, quantize{}'
+    found = parse_list(text, find_passes())
+    assert [(str(one), exactly) for one, exactly in found] == [
+        ("quantize", False), ('low-rank{site="a,b{}c",rank=3}', True), ("quantize", True)
+    ]  # fmt: skip
+
+
 def module_with(**values: Any) -> ModuleType:
     module = ModuleType("theirs")
     for name, value in values.items():

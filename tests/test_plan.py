@@ -53,7 +53,7 @@ def test_budget_refuses_what_it_cannot_read(drop: str, limit: str, message: str)
 
 
 def test_plan_survives_json() -> None:
-    decision = Decision("low-rank{site=fc1,rank=16}", 1e-3, 9e-4, 100, 50, 0.01, "1 kernel faster")
+    decision = Decision(("low-rank{site=fc1,rank=16}",), 1e-3, 9e-4, 100, 50, 0.01, "1 kernel faster")
     plan = Plan("host", 2, "abc", Budget(), 0, (decision,), (Refusal("step", "fc2", "why"),), (Round(1, 2, 3, 4, 5, 6, True),))
     assert plan_from_json(plan.to_json()) == plan
     assert "low-rank{site=fc1,rank=16}: 1 kernel faster" in explain(plan, "fc1")

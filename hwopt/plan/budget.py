@@ -55,12 +55,13 @@ def parse_budget(max_drop: str | float, limits: tuple[str, ...] = ()) -> Budget:
 def _quantity(kind: str, amount: str, whole: str) -> float:
     match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?\d+)?)\s*([A-Za-z]+)\s*", amount)
     units = _UNITS[kind]
-    if match is None or match[2] not in units:
+    spelled = {unit.lower(): unit for unit in units}
+    if match is None or match[2].lower() not in spelled:
         raise UsageError(
             f"cannot read {amount!r}", place=f"--budget {whole}", hint=f"write a number and one of {', '.join(units)}"
         )
     try:
-        value = float(match[1]) * units[match[2]]
+        value = float(match[1]) * units[spelled[match[2].lower()]]
     except ValueError as error:
         raise UsageError(f"{match[1]!r} is no number", place=f"--budget {whole}") from error
     if value <= 0:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hwopt.errors import UsageError, did_you_mean
-from hwopt.plan.plan import Plan
+from hwopt.pipeline import parse
+from hwopt.plan.plan import Decision, Plan
+from hwopt.plugins import find_passes
 
 
 def explain(plan: Plan, layer: str = "") -> str:
     """All decisions and refusals, or those of one layer; raises UsageError if the plan never looked at that layer."""
     if layer:
-        known = {site for decision in plan.decisions for site in _sites(decision.by)} | {one.site for one in plan.refused}
+        known = {site for decision in plan.decisions for site in _sites(decision)} | {one.site for one in plan.refused}
         if layer not in known:
             raise UsageError(f"the plan knows no {layer!r}", hint=did_you_mean(layer, known))
     return "\n".join(_lines(plan, layer)) + "\n"
@@ -21,13 +23,16 @@ def _lines(plan: Plan, layer: str) -> Iterator[str]:
     yield f"target {plan.target}, {plan.threads} thread{'s' if plan.threads != 1 else ''}, seed {plan.seed}"
     limits = ", ".join(f"{key} {value:g}" for key, value in vars(plan.budget).items() if value is not None)
     yield f"budget: {limits}"
-    yield f"predicted: {plan.seconds_before * 1e3:.4g} ms -> {plan.seconds_after * 1e3:.4g} ms"
+    if plan.seconds_before:
+        yield f"predicted: {plan.seconds_before * 1e3:.4g} ms -> {plan.seconds_after * 1e3:.4g} ms"
+    if plan.note:
+        yield f"note: {plan.note}"
     if not layer:
         yield from _rounds(plan)
-    chosen = [decision for decision in plan.decisions if not layer or layer in _sites(decision.by)]
+    chosen = [decision for decision in plan.decisions if not layer or layer in _sites(decision)]
     yield f"chosen ({len(chosen)}):"
     for decision in chosen:
-        yield f"  {decision.by}: {decision.reason}"
+        yield f"  {' + '.join(decision.by)}: {decision.reason}"
     refused = [one for one in plan.refused if layer in ("", one.site)]
     yield f"refused ({len(refused)}):"
     for one in refused:
@@ -42,8 +47,5 @@ def _rounds(plan: Plan) -> Iterator[str]:
         yield f"  score {one.score:.4f}, drop {one.drop:+.4f}"
 
 
-def _sites(by: str) -> list[str]:
-    """The sites in the text of a pass; names with special characters are quoted there."""
-    _, _, options = by.partition("site=")
-    text = options.split(",")[0].removesuffix("}")
-    return [part.strip('"') for part in text.split("+")]
+def _sites(decision: Decision) -> set[str]:
+    return {site for text in decision.by for site in parse(text, find_passes()).site}

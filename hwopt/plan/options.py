@@ -205,13 +205,16 @@ def _right_edges(options: Sequence[Option], base: Base) -> list[Option]:
     return kept
 
 
-def _outputs(session: Session, graph: Graph, samples: Samples) -> np.ndarray:
-    parts = [session.run(feeds)[graph.outputs[0]] for feeds in samples.feeds(graph)]
-    return np.concatenate([part if part.ndim else part[None] for part in parts])
+def _outputs(session: Session, graph: Graph, samples: Samples) -> list[np.ndarray]:
+    """Every floating-point output over all samples."""
+    runs = [session.run(feeds) for feeds in samples.feeds(graph)]
+    found = [np.concatenate([np.atleast_1d(run[name]) for run in runs]) for name in graph.outputs]
+    return [output for output in found if np.issubdtype(output.dtype, np.floating)]
 
 
-def _error(one: Pass, graph: Graph, ctx: Context, samples: Samples, reference: np.ndarray) -> float:
+def _error(one: Pass, graph: Graph, ctx: Context, samples: Samples, reference: list[np.ndarray]) -> float:
     changed = run_pass(one, graph, ctx)
     if changed is graph:
         return 0.0
-    return divergence(reference, _outputs(Session(changed), changed, samples))
+    found = _outputs(Session(changed), changed, samples)
+    return sum(divergence(before, after) for before, after in zip(reference, found, strict=True))

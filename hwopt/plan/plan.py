@@ -18,9 +18,13 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Decision:
-    """One change at one place. Costs are those of the whole model by the target's cost model, the change alone."""
+    """One change at one place: one pass, or several on the same layer that were priced together.
 
-    by: str  # a pass as text, with its site
+    Costs are those of the whole model by the target's cost model (in measured seconds where the model was measured), the
+    change alone.
+    """
+
+    by: tuple[str, ...]  # passes as text, with their site
     seconds_before: float
     seconds_after: float
     bytes_before: int
@@ -40,7 +44,6 @@ class Round:
     score: float
     drop: float
     feasible: bool
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Plan:
     rounds: tuple[Round, ...] = ()
     seconds_before: float = 0.0  # of the whole model, predicted
     seconds_after: float = 0.0
+    calibration_digest: str = ""  # of the data that chose ranges and scores; others give other weights
+    note: str = ""  # what a reader must know, such as an interrupted search
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -68,7 +73,7 @@ class Plan:
 
     def passes(self, known: Mapping[str, type[Pass]]) -> tuple[Pass, ...]:
         """The passes to run, in phase order, those that differ only in their site joined."""
-        return merged(parse(decision.by, known) for decision in self.decisions)
+        return merged(parse(text, known) for decision in self.decisions for text in decision.by)
 
 
 def plan_from_json(text: str, place: str = "plan") -> Plan:
@@ -80,6 +85,7 @@ def plan_from_json(text: str, place: str = "plan") -> Plan:
         raw["budget"] = Budget(**raw["budget"])
         for key, kind in (("decisions", Decision), ("refused", Refusal), ("rounds", Round)):
             raw[key] = tuple(kind(**item) for item in raw[key])
+        raw["decisions"] = tuple(dataclasses.replace(one, by=tuple(one.by)) for one in raw["decisions"])
         return Plan(**raw)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"not a plan ({type(error).__name__}: {error})", place=place) from error

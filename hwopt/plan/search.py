@@ -18,7 +18,7 @@ from hwopt.backends.ort import Session
 from hwopt.errors import BudgetError, DataError
 from hwopt.evaluate import Comparison, Scorer, compare
 from hwopt.ir import Graph
-from hwopt.pipeline import Context, Pass, PassManager, Refusal, merged
+from hwopt.pipeline import Context, Pass, PassManager, Phase, Refusal, merged
 from hwopt.plan.budget import Budget, exceeded
 from hwopt.plan.options import Base, Option, Progress, collect, measure_errors
 from hwopt.plan.plan import Decision, Plan, Round
@@ -92,12 +92,35 @@ def price(task: Search) -> Priced:
 def search(task: Search, priced: Priced) -> Found:
     """The fastest plan within the budget. Raises BudgetError, naming the nearest plan, if a limited budget cannot be met.
 
-    A keyboard interrupt during the rounds ends the search with the best plan found so far.
+    A keyboard interrupt during the rounds ends the search with the best plan found so far, whose note says so.
     """
-    return _best(task, priced, _rounds(task, priced))
+    attempts: list[_Attempt] = []
+    note = ""
+    try:
+        _rounds(task, priced, attempts)
+        _single_family(task, priced, attempts)
+    except KeyboardInterrupt:
+        if not attempts:
+            raise
+        note = f"interrupted: the best plan of {len(attempts)} round{'s' if len(attempts) > 1 else ''}"
+        task.progress(note, 0, 1)
+    found = _best(task, priced, attempts)
+    return dataclasses.replace(found, plan=dataclasses.replace(found.plan, note=note))
 
 
-def _rounds(task: Search, priced: Priced) -> list[_Attempt]:
+def _single_family(task: Search, priced: Priced, attempts: list[_Attempt]) -> None:
+    """Quantization alone, with the largest error that was feasible: the sum of gains may have promised more than it kept."""
+    alone = [option for option in priced.options if all(one.phase == Phase.QUANTIZE for one in option.passes)]
+    feasible = [attempt.round.allowed_error for attempt in attempts if attempt.round.feasible]
+    if not feasible or task.budget.limited or len(alone) == len(priced.options):
+        return
+    edges = graph_edges(task.graph, task.target, task.threads)
+    solution = solve(priced.base, alone, edges, Limits(max(feasible)))
+    if solution is not None and all(attempt.solution.options != solution.options for attempt in attempts):
+        attempts.append(_measured(task, solution, max(feasible), priced.baseline))
+
+
+def _rounds(task: Search, priced: Priced, attempts: list[_Attempt]) -> None:
     """Solve -> apply -> measure, moving the allowed error between the largest feasible and the smallest infeasible one."""
     base, options, baseline = priced.base, priced.options, priced.baseline
     edges = graph_edges(task.graph, task.target, task.threads)
@@ -105,30 +128,28 @@ def _rounds(task: Search, priced: Priced) -> list[_Attempt]:
     allowed = min(max(FIRST_ERROR * task.budget.max_drop, 1e-6), most)
     low, high = 0.0, math.inf
     limits = _first_limits(task)
-    attempts: list[_Attempt] = []
-    try:
-        for number in range(ROUNDS):
-            task.progress("solving and measuring", number, ROUNDS)
-            solution = solve(base, options, edges, dataclasses.replace(limits, error=allowed))
-            known = next((a for a in attempts if solution and a.solution.options == solution.options), None)
-            if solution is None:  # a size, memory or latency limit needs more error than is allowed yet
-                low = max(low, allowed)
+    attempt = None
+    for number in range(ROUNDS):
+        task.progress("solving and measuring", number, ROUNDS)
+        solution = solve(base, options, edges, dataclasses.replace(limits, error=allowed))
+        known = next((a for a in attempts if solution and a.solution.options == solution.options), None)
+        attempt = None
+        if solution is None:  # a size, memory or latency limit needs more error than is allowed yet
+            low = max(low, allowed)
+        else:
+            attempt = known or _measured(task, solution, allowed, baseline)
+            if attempt is not known:
+                attempts.append(attempt)
+            limits = _tightened(task, limits, attempt)
+            if attempt.comparison.drop <= _aim(task.budget, attempt.comparison):
+                low = allowed
             else:
-                attempt = known or _measured(task, solution, allowed, baseline)
-                if attempt is not known:
-                    attempts.append(attempt)
-                limits = _tightened(task, limits, attempt)
-                if attempt.comparison.drop <= _aim(task.budget, attempt.comparison):
-                    low = allowed
-                else:
-                    high = allowed
-            if (low >= most and high == math.inf) or high <= low * NARROW:
-                break
-            allowed = _next(low, high, most)
-    except KeyboardInterrupt:
-        if not attempts:
-            raise
-    return attempts
+                high = allowed
+        if attempt and _exceeded(task, attempt.graph, attempt.seconds):
+            continue  # the limit is tightened now; the allowance may well do
+        if (low >= most and high == math.inf) or high <= low * NARROW:
+            return
+        allowed = _next(low, high, most)
 
 
 def _next(low: float, high: float, most: float) -> float:
@@ -192,14 +213,14 @@ def _best(task: Search, priced: Priced, attempts: Sequence[_Attempt]) -> Found:
     if best is None and _exceeded(task, task.graph, start):
         raise BudgetError(_nearest(task, attempts, start), place="plan", hint="relax the budget or --max-drop")
     chosen = best.solution.options if best else ()
-    not_chosen = [_not_chosen(option, chosen, base) for option in options if option not in chosen]
+    not_chosen = [_not_chosen(option, chosen, base, task.scale) for option in options if option not in chosen]
     plan = Plan(
         target=task.target.name,
         threads=task.threads,
         graph_digest=task.graph.digest,
         budget=task.budget,
         seed=task.ctx.seed,
-        decisions=tuple(decision for option in chosen for decision in _decisions(option, base)),
+        decisions=tuple(_decision(option, base, task.scale) for option in chosen),
         refused=(*refused, *not_chosen),
         rounds=tuple(attempt.round for attempt in attempts),
         seconds_before=start,
@@ -219,19 +240,19 @@ def _nearest(task: Search, attempts: Sequence[_Attempt], start: float) -> str:
     return f"the nearest plan has {broken} at a drop of {near.comparison.drop:.2%} (allowed {task.budget.max_drop:.2%})"
 
 
-def _decisions(option: Option, base: Base) -> list[Decision]:
-    before = sum(base.seconds.values())
-    gain = base.gain(option)
-    share = f"{len(option.seconds)} kernel{'s' if len(option.seconds) > 1 else ''} {gain * 1e6:.2f} us faster"
-    reason = f"{share}, error {option.error:.3g}" + (f", together: {option.text}" if len(option.passes) > 1 else "")
-    after, size = before - gain, base.bytes + option.bytes
-    return [Decision(str(one), before, after, base.bytes, size, option.error, reason) for one in option.passes]
+def _decision(option: Option, base: Base, scale: float) -> Decision:
+    before, gain = scale * sum(base.seconds.values()), scale * base.gain(option)
+    count = len(option.seconds)
+    reason = f"{count} kernel{'s' if count > 1 else ''} {gain * 1e6:.2f} us faster, error {option.error:.3g}"
+    by = tuple(map(str, option.passes))
+    return Decision(by, before, before - gain, base.bytes, base.bytes + option.bytes, option.error, reason)
 
 
-def _not_chosen(option: Option, chosen: Sequence[Option], base: Base) -> Refusal:
+def _not_chosen(option: Option, chosen: Sequence[Option], base: Base, scale: float) -> Refusal:
     other = next((o for o in chosen if o.group == option.group), None)
-    reason = f"{option.text}: {base.gain(option) * 1e6:.2f} us faster for an error of {option.error:.3g}"
-    reason += f"; {other.text} was better" if other else "; too much error for what it saves"
+    reason = f"{option.text}: {base.gain(option) * scale * 1e6:.2f} us faster for an error of {option.error:.3g}"
+    whole = "with its neighbours' conversions and the error allowance of the whole model"
+    reason += f"; {other.text} was chosen instead, {whole}" if other else f"; not chosen, {whole}"
     return Refusal(option.passes[0].name, option.group, reason)
 
 

@@ -81,6 +81,9 @@ def solve(base: Base, options: Sequence[Option], edges: Sequence[Edge], limits: 
 
     Minimises seconds; if seconds are limited, minimises error instead. Constraints are checked again on the choice.
     """
+    if not options:
+        empty = Solution((), float(sum(base.seconds.values())), base.bytes, 0.0, 0.0)
+        return empty if not _broken(empty, base, limits) else None
     program = _Program()
     column = [program.column(integral=True) for _ in options]
     groups: dict[str, list[int]] = {}
@@ -102,7 +105,7 @@ def solve(base: Base, options: Sequence[Option], edges: Sequence[Edge], limits: 
         peaks = {column[i]: float(option.peak_bytes) for i, option in enumerate(options)}
         program.row(peaks, -np.inf, limits.peak_bytes - base.peak_bytes)
     found = program.solve()
-    return None if found is None else _checked(found, base, options, column, seconds, groups, limits)
+    return None if found is None else _checked(found, base, options, edges, column, limits)
 
 
 def _overlaps(program: _Program, base: Base, options: Sequence[Option], column: list[int], seconds: dict[int, float]) -> None:
@@ -161,20 +164,39 @@ def _checked(
     found: tuple[np.ndarray, float],
     base: Base,
     options: Sequence[Option],
+    edges: Sequence[Edge],
     column: list[int],
-    seconds: Mapping[int, float],
-    groups: Mapping[str, list[int]],
     limits: Limits,
 ) -> Solution | None:
-    """The solution with every constraint recomputed from the choice itself."""
+    """The solution with every figure computed again from the choice itself; None if it breaks a constraint."""
     values, gap = found
-    chosen = [i for i in range(len(options)) if values[column[i]] > 0.5]
-    if any(sum(i in chosen for i in members) > 1 for members in groups.values()):
+    chosen = tuple(option for option, index in zip(options, column, strict=True) if values[index] > 0.5)
+    if len({option.group for option in chosen}) < len(chosen):
         return None
-    error = sum(options[i].error for i in chosen)
-    size = base.bytes + sum(options[i].bytes for i in chosen)
+    size = base.bytes + sum(option.bytes for option in chosen)
+    solution = Solution(chosen, predicted(base, chosen, edges), size, sum(option.error for option in chosen), gap)
+    return None if _broken(solution, base, limits) else solution
+
+
+def predicted(base: Base, chosen: Sequence[Option], edges: Sequence[Edge]) -> float:
+    """Seconds of the whole model with these options, by the definitions of the terms."""
+    seconds = sum(base.seconds.values()) - sum(base.gain(option) for option in chosen)
+    for one, other in itertools.combinations(chosen, 2):
+        shared = [kernel for kernel in one.seconds if kernel in other.seconds and base.seconds.get(kernel, 0.0) > 0]
+        times = [(base.seconds[kernel], one.seconds[kernel], other.seconds[kernel]) for kernel in shared]
+        seconds += max(sum((time - first) * (time - second) / time for time, first, second in times), 0.0)
+    integer = {option.group for option in chosen if option.integer}
+    return float(seconds + sum(edge.seconds for edge in edges if (edge.source in integer) != (edge.target in integer)))
+
+
+def _broken(solution: Solution, base: Base, limits: Limits) -> bool:
+    """True if a limit is exceeded by more than rounding."""
     slack = 1 + 1e-6
-    if error > limits.error * slack + 1e-12 or (limits.bytes is not None and size > limits.bytes * slack):
-        return None
-    time = sum(base.seconds.values()) + sum(amount * values[index] for index, amount in seconds.items())
-    return Solution(tuple(options[i] for i in chosen), float(time), int(size), float(error), gap)
+    peak = base.peak_bytes + sum(option.peak_bytes for option in solution.options)
+    found = (
+        (solution.error, limits.error + 1e-12),
+        (solution.seconds, limits.seconds),
+        (solution.bytes, limits.bytes),
+        (peak, limits.peak_bytes),
+    )
+    return any(limit is not None and value > limit * slack for value, limit in found)
