@@ -82,7 +82,7 @@ def _check_static(graph: Graph, types: Mapping[str, Any]) -> None:
         return
     stated = ", ".join(f"{name} is {types[name]}" for name in open_inputs)
     option = " ".join(f"--shape {name}={','.join(_example(types[name]))}" for name in open_inputs)
-    raise UsageError(f"{graph.name} leaves sizes open: {stated}", place="--shape", hint=f"give them: {option}")
+    raise UsageError(f"{graph.name} leaves sizes open: {stated}", place="--shape", hint=f"give the sizes you need, such as: {option}")
 
 
 def _is_open(kind: object) -> bool:
@@ -90,11 +90,11 @@ def _is_open(kind: object) -> bool:
 
 
 def _example(kind: TensorType) -> Iterator[str]:
-    """The option's value, with a word for each open size."""
+    """The option's value with 1 for each open size: what can be pasted and then changed."""
     if kind.shape is None:
-        yield "N,..."
-    for index, dim in enumerate(kind.shape or ()):
-        yield f"N{index}" if _free(dim) and not (isinstance(dim, str) and dim.isidentifier()) else str(dim)
+        yield "1,..."
+    for dim in kind.shape or ():
+        yield "1" if _free(dim) else str(dim)
 
 
 def _is_foreign(graph: Graph, value: str) -> bool:
