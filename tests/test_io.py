@@ -156,7 +156,7 @@ def test_open_sizes_are_an_error_that_shows_the_option() -> None:
     with pytest.raises(UsageError) as caught:
         load(relu("batch", 3, None, 0))
     assert "x is float32[batch,3,?,0]" in str(caught.value)
-    assert caught.value.hint == "give the sizes you need, such as: --shape x=1,3,1,1"
+    assert caught.value.hint == "give the sizes, such as: --shape x=1,3,1,1"
 
 
 def test_minus_one_and_question_marks_are_open_too() -> None:

@@ -82,7 +82,7 @@ def _check_static(graph: Graph, types: Mapping[str, Any]) -> None:
         return
     stated = ", ".join(f"{name} is {types[name]}" for name in open_inputs)
     option = " ".join(f"--shape {name}={','.join(_example(types[name]))}" for name in open_inputs)
-    raise UsageError(f"{graph.name} leaves sizes open: {stated}", place="--shape", hint=f"give the sizes you need, such as: {option}")
+    raise UsageError(f"{graph.name} leaves sizes open: {stated}", place="--shape", hint=f"give the sizes, such as: {option}")
 
 
 def _is_open(kind: object) -> bool:
