@@ -186,6 +186,15 @@ def test_equal_kernels_have_equal_bytes() -> None:
     assert builds[0][0].calls == builds[1][0].calls
 
 
+def test_kernels_that_differ_anywhere_are_compiled_apart() -> None:
+    host, other = find_target("host"), find_target("cortex-a72")
+    text = "agraph (float[1,8] x) => (float[1,8] y) {{ y = LeakyRelu <alpha = {}> (x) }}"
+    objects = [compile_program(graph_of(text.format(alpha)), host, 1, "one").objects for alpha in (0.1, 0.2, 0.1)]
+    assert objects[0] == objects[2]
+    assert objects[0] != objects[1]
+    assert compile_program(graph_of(text.format(0.1)), other, 1, "one").objects != objects[0]
+
+
 @pytest.mark.parametrize(
     "text",
     [

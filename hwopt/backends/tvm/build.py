@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -105,22 +108,31 @@ def build_objects(functions: Mapping[str, Any], target: Target) -> tuple[bytes, 
 
     A kernel that this process has compiled before is not compiled again: planning builds many variants of one model.
     """
-
-    def compiled(symbol: str, description: Mapping[str, Any]) -> bytes:
-        key = symbol, repr(sorted(description.items()))  # the symbol holds a hash of the kernel
-        if key not in _COMPILED:
-            _COMPILED[key] = object_code({symbol: functions[symbol]}, description, target.name)
-        return _COMPILED[key]
-
     wrapping = [symbol for symbol in sorted(functions) if functions[symbol].attrs.get("hwopt.scalar", False)]
     plain = [symbol for symbol in sorted(functions) if symbol not in wrapping]
+
+    def compiled(symbol: str, description: Mapping[str, Any]) -> bytes:
+        return _compiled(Source(symbol, json.dumps(description, sort_keys=True), target.name, functions[symbol]))
+
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # LLVM works outside of Python's lock
         found = list(pool.map(lambda symbol: compiled(symbol, target.tvm), plain))
     options = {**target.tvm, "cl-opt": [*target.tvm.get("cl-opt", ()), *AS_WRITTEN]}
     return (*found, *(compiled(symbol, options) for symbol in wrapping))  # such options are the process's: one after the other
 
 
-_COMPILED: dict[tuple[str, str], bytes] = {}
+@dataclass(frozen=True)
+class Source:
+    """A kernel to compile. Equal ones have equal code: `symbol` hashes the function, `description` is all of TVM's target."""
+
+    symbol: str
+    description: str
+    place: str = field(compare=False)
+    function: Any = field(compare=False)
+
+
+@functools.lru_cache(maxsize=2048)  # some 30 KB each
+def _compiled(source: Source) -> bytes:
+    return object_code({source.symbol: source.function}, json.loads(source.description), source.place)
 
 
 def object_code(functions: Mapping[str, Any], description: Mapping[str, Any], place: str) -> bytes:

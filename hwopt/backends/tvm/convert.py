@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from hwopt.backends.tvm import functions
 from hwopt.backends.tvm.layout import Expr, Values, constant
 from hwopt.errors import UnsupportedError
 from hwopt.ir import Graph, Node
@@ -27,10 +30,23 @@ class Converter:
 
     def convert(self, node: Node, inputs: list[Expr | None]) -> list[Expr]:
         """The node's outputs; raises UnsupportedError that names the node."""
+        if inputs and inputs[0] is not None and str(inputs[0].ty.dtype) == "float32":
+            function = functions.function_of(node)
+            if function is not None:
+                return [functions.mapped(self.builder, inputs[0], function, node.op.lower())]
+            if node.op in functions.EXTREMES:
+                keys = functions.mapped(self.builder, inputs[0], functions.ordered, "ordered")
+                found = self._converted(node, [keys, *inputs[1:]])[0]
+                exact = node.op.startswith("Arg")
+                return [found if exact else functions.mapped(self.builder, found, functions.disordered, "disordered")]
+        if node.op == "Mod" and not node.attr("fmod", 0) and inputs[0] is not None and "float" in str(inputs[0].ty.dtype):
+            whole = dataclasses.replace(node, attrs=MappingProxyType({**node.attrs, "fmod": 1}))
+            return [self.builder.emit(functions.floor_mod(self._converted(whole, inputs)[0], inputs[1]))]
+        return self._converted(node, inputs)
+
+    def _converted(self, node: Node, inputs: list[Expr | None]) -> list[Expr]:
         from tvm import relax
 
-        if node.op == "Sigmoid" and inputs[0] is not None and str(inputs[0].ty.dtype) == "float32":
-            return [self.builder.emit(_sigmoid(inputs[0]))]
         attrs = self._importer._parse_attr(node.proto.attribute)
         attrs["tvm_custom"] = {"name": node.name, "num_outputs": len(node.outputs)}
         arguments = self._frontend.onnx_input(inputs)
@@ -56,14 +72,6 @@ class Converter:
         if isinstance(expr, np.ndarray):
             return constant(expr)
         return self.builder.emit(expr)
-
-
-def _sigmoid(data: Expr) -> Expr:
-    """1 / (1 + exp(-x)), with an exp that TVM can replace by a polynomial."""
-    from tvm import relax
-
-    one = relax.const(1.0, "float32")
-    return relax.op.divide(one, relax.op.add(one, relax.op.exp(relax.op.negative(data))))
 
 
 def node_inputs(values: Values, node: Node, last: bool = False, rank: int = 0) -> list[Expr | None]:

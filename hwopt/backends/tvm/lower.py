@@ -79,6 +79,8 @@ class Lowering:
         self._provide(node)
         if pooling.emit(self.graph, node, self.values, self.builder):
             return
+        if self._softmax(node):
+            return
         if node.op == "Transpose" and self.values.is_last(node.inputs[0]):
             self._transpose(node)
             return
@@ -96,6 +98,18 @@ class Lowering:
             self._reordered(node)
         else:
             self._put(node, convert.node_inputs(self.values, node), False)
+
+    def _softmax(self, node: Node) -> bool:
+        """Emit a softmax over the last axis, as it lies in memory; False for every other node."""
+        kind = self.graph.tensor(node.output)
+        if node.op != "Softmax" or kind.dtype != "float32" or not kind.static or 0 in kind.dims or not kind.dims:
+            return False
+        last, rank = self.values.is_last(node.inputs[0]), len(kind.dims)
+        axis = node.attr("axis", -1) % rank
+        if self.converter.opset < 13 or axis != (1 if last else rank - 1):
+            return False
+        self.values.put(node.output, self.templates.softmax(self.values.get(node.inputs[0], last), node.name), last)
+        return True
 
     def _whole_tensor(self, node: Node) -> bool:
         """True for quantization with one scale, which does not care about axes."""

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from hwopt.analysis.regions import reduces_image
+from hwopt.backends.tvm import functions
 from hwopt.backends.tvm.layout import Values
 from hwopt.ir import Graph, Node
 
@@ -35,7 +36,10 @@ def _reduce(node: Node, values: Values, builder: Any, how: str, axes: tuple[int,
     from tvm import relax
 
     data = values.get(node.inputs[0], True)
+    ordered = how in ("max", "min") and str(data.ty.dtype) == "float32"
+    data = functions.mapped(builder, data, functions.ordered, "ordered") if ordered else data
     result = builder.emit(getattr(relax.op, how)(data, [axis - 1 for axis in axes], keepdims=keep))
+    result = functions.mapped(builder, result, functions.disordered, "disordered") if ordered else result
     values.put(node.output, result, keep)
     return True
 

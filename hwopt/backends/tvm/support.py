@@ -23,6 +23,15 @@ DTYPES = (
     "float16", "float32", "float64", "bfloat16", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
     "undefined",
 )  # fmt: skip
+EXTREMES = (
+    "ReduceMax",
+    "ReduceMin",
+    "ReduceMean",
+    "ArgMax",
+    "ArgMin",
+    "GlobalMaxPool",
+    "GlobalAveragePool",
+)  # 0 elements: no result
 RUNTIME = {
     "TopK": "sorts", "Unique": "sorts", "NonZero": "its result's size depends on the data",
     "NonMaxSuppression": "sorts and its result's size depends on the data", "AllClassNMS": "sorts",
@@ -86,6 +95,8 @@ def wrong_in_tvm(graph: Graph, node: Node) -> str:
         return "TVM finds infinities of both signs"
     if node.op == "BitShift" and graph.tensor(node.inputs[0]).dtype.startswith("int"):
         return "TVM shifts signed numbers otherwise"
+    if node.op in EXTREMES and 0 in (graph.tensor(node.inputs[0]).shape or ()):
+        return "it reduces no elements at all"
     if node.op == "RoiAlign" and node.attr("mode", "avg") != "avg":
         return "TVM takes another maximum"
     if node.op == "SpaceToDepth" and node.attr("mode", "DCR") != "DCR":

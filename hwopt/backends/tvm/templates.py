@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hwopt.backends.tvm import kernels
-from hwopt.backends.tvm.layout import Expr, constant
+from hwopt.backends.tvm.layout import Expr, constant, dims_of
 from hwopt.backends.tvm.weighted import Kernel, Spec
 from hwopt.target import MicroKernel, Target
 
@@ -30,6 +31,7 @@ class Templates:
         self.calls: Counter[tuple[Spec, MicroKernel]] = Counter()  # what tuning works on
         self.labels: dict[str, str] = {}  # variable -> region
         self._functions: dict[Spec, Any] = {}
+        self._rows: dict[tuple[int, int], Any] = {}
 
     def call(self, kernel: Kernel, label: str) -> Expr | None:
         """The result of the kernel, a variable called `label`; None where no template takes its dtypes."""
@@ -45,6 +47,24 @@ class Templates:
         result = relax.TensorType(list(kernel.shape), kernel.dtype)
         found = self.builder.emit(relax.call_tir(self._function(kernel.spec, micro), arguments, result), label)
         self.labels[found.name] = label  # Relax makes an identifier of it
+        return found
+
+    def softmax(self, data: Expr, label: str) -> Expr:
+        """Softmax over the last axis of a float32 expression."""
+        from tvm import relax
+
+        from hwopt.backends.tvm.kernels import softmax
+
+        dims = dims_of(data)
+        shape = (math.prod(dims[:-1]), dims[-1])
+        if shape not in self._rows:
+            symbol = f"softmax_{len(self._rows)}"
+            micro = self.target.microkernels.get("float32", PLAIN["float32"])
+            marked = softmax.build(*shape, micro, self.threads, symbol).with_attr({"hwopt.template": 1, "op_pattern": OPAQUE})
+            self._rows[shape] = self.builder.add_func(marked, symbol)
+        arguments = relax.Tuple([data, constant(np.ones(1, np.float32))])
+        found = self.builder.emit(relax.call_tir(self._rows[shape], arguments, relax.TensorType(dims, "float32")), label)
+        self.labels[found.name] = label
         return found
 
     def micro(self, spec: Spec) -> MicroKernel:

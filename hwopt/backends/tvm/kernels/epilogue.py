@@ -147,6 +147,7 @@ def _gains(steps: Sequence[Step]) -> list[float]:
 def _quantized(maths: Maths, value: Value, step: Quantize) -> Value:
     """saturate(round_half_even(value) + zero_point); 8 low bits of a float whose unit is the mantissa's last bit."""
     low, high = LIMITS[step.dtype]
-    clipped = maths.clip(value, low - step.zero_point, high - step.zero_point)
+    low, high = low - step.zero_point, high - step.zero_point
+    clipped = tirx.Min(tirx.Max(value, maths.constant(low)), maths.constant(high))
     moved = maths.name(clipped + maths.constant(ROUND + step.zero_point))
     return cast(tirx.reinterpret(vector("int32", maths.lanes), moved), step.dtype, maths.lanes)

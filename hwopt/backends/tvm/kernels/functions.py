@@ -36,9 +36,14 @@ class Maths:
         return a * b + c
 
     def clip(self, x: Value, low: float | None, high: float | None) -> Value:
+        """x within the bounds; NaN stays NaN (Max(x, bound) would be the bound)."""
         if low is not None:
-            x = tirx.Max(x, self.constant(low))
-        return x if high is None else tirx.Min(x, self.constant(high))
+            x = self.name(x)
+            x = tirx.Select(tirx.LT(x, self.constant(low)), self.constant(low), x)
+        if high is not None:
+            x = self.name(x)
+            x = tirx.Select(tirx.GT(x, self.constant(high)), self.constant(high), x)
+        return x
 
     def polynomial(self, x: Value, coefficients: Sequence[float]) -> Value:
         """Horner's scheme, highest power first."""
@@ -48,7 +53,9 @@ class Maths:
         return result
 
     def exp(self, x: Value) -> Value:
-        x = self.name(self.clip(x, -87.3, 88.3))
+        """exp(x), infinity from 88.3 on: 1 / (1 + exp(-x)) vanishes exactly."""
+        given = self.name(x)
+        x = self.name(self.clip(given, -87.3, 88.3))
         rounded = self.name(self.fma(x, self.constant(1.44269504), self.constant(ROUND)))
         power = self.name(rounded - self.constant(ROUND))
         rest = self.fma(power, self.constant(-0.693359375), x)  # ln 2 in two parts
@@ -57,7 +64,9 @@ class Maths:
         integers = vector("int32", self.lanes)
         shifted = tirx.shift_left(tirx.reinterpret(integers, rounded), splat(23, self.lanes, "int32"))
         bits = tirx.reinterpret(integers, self.name(mantissa)) + shifted
-        return self.name(tirx.reinterpret(vector("float32", self.lanes), bits))
+        found = tirx.reinterpret(vector("float32", self.lanes), bits)
+        beyond = given + splat(tirx.infinity("float32"), self.lanes)  # NaN stays NaN
+        return self.name(tirx.Select(tirx.LT(given, self.constant(88.3)), found, beyond))
 
     def sigmoid(self, x: Value) -> Value:
         one = self.constant(1.0)
