@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hwopt.errors import UsageError
+from hwopt.evaluate import compare
 from hwopt.pipeline import Pass, Phase, Refusal
 from hwopt.plan.budget import Budget, parse_budget
 from hwopt.plan.explain import explain
 from hwopt.plan.options import Base, Option
 from hwopt.plan.plan import Decision, Plan, Round, plan_from_json
+from hwopt.plan.search import _aim
 from hwopt.plan.solve import Edge, Limits, solve
 
 
@@ -108,6 +110,13 @@ def test_solver_finds_what_brute_force_finds(seed: int) -> None:
     assert found is not None
     assert found.error <= limit + 1e-9
     assert found.seconds == pytest.approx(brute_force(base, options, edges, limit), rel=2e-3)
+
+
+def test_the_search_aims_inside_of_the_budget_by_what_the_data_leave_open() -> None:
+    budget = Budget(0.02)
+    many, few = np.ones(4000), np.ones(8)
+    assert _aim(budget, compare("accuracy", many, many.copy())) == pytest.approx(0.02, abs=0.001)
+    assert _aim(budget, compare("accuracy", few, few.copy())) == 0.01
 
 
 def test_size_limit_is_kept_or_refused() -> None:

@@ -166,7 +166,8 @@ def _first_limits(task: Search) -> Limits:
 
 def _aim(budget: Budget, comparison: Comparison) -> float:
     """The drop the search aims at: one standard error (at most half) inside the budget, so that it holds on other data too."""
-    return budget.max_drop - min(comparison.standard_error, budget.max_drop / 2)
+    low, high = comparison.interval or (0.0, 0.0)
+    return budget.max_drop - min((high - low) / 2 / 1.96, budget.max_drop / 2)
 
 
 def _measured(task: Search, solution: Solution, allowed: float, baseline: np.ndarray) -> _Attempt:
@@ -209,7 +210,8 @@ def _best(task: Search, priced: Priced, attempts: Sequence[_Attempt]) -> Found:
     feasible = [attempt for attempt in attempts if attempt.round.feasible]
     if not task.budget.limited:
         feasible = [attempt for attempt in feasible if attempt.seconds < start]
-    best = min(feasible, key=lambda attempt: attempt.seconds, default=None)
+    careful = [attempt for attempt in feasible if attempt.comparison.drop <= _aim(task.budget, attempt.comparison)]
+    best = min(careful or feasible, key=lambda attempt: attempt.seconds, default=None)
     if best is None and _exceeded(task, task.graph, start):
         raise BudgetError(_nearest(task, attempts, start), place="plan", hint="relax the budget or --max-drop")
     chosen = best.solution.options if best else ()
