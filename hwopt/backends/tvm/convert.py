@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hwopt.backends.tvm import functions
+from hwopt.backends.tvm.indices import bounded
 from hwopt.backends.tvm.layout import Expr, Values, constant
 from hwopt.errors import UnsupportedError
 from hwopt.ir import Graph, Node
@@ -20,6 +21,7 @@ class Converter:
     """Emits Relax for nodes into a BlockBuilder."""
 
     def __init__(self, graph: Graph, builder: Any) -> None:
+        self.graph = graph
         from tvm.relax.frontend.onnx import onnx_frontend
 
         self.builder = builder
@@ -42,7 +44,7 @@ class Converter:
         if node.op == "Mod" and not node.attr("fmod", 0) and inputs[0] is not None and "float" in str(inputs[0].ty.dtype):
             whole = dataclasses.replace(node, attrs=MappingProxyType({**node.attrs, "fmod": 1}))
             return [self.builder.emit(functions.floor_mod(self._converted(whole, inputs)[0], inputs[1]))]
-        return self._converted(node, inputs)
+        return self._converted(node, bounded(self.builder, self.graph, node, inputs))
 
     def _converted(self, node: Node, inputs: list[Expr | None]) -> list[Expr]:
         from tvm import relax
