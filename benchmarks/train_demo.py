@@ -117,6 +117,9 @@ def export(model: nn.Module, path: Path) -> None:
     for node in exported.graph.node:
         owner = next((name for name in node.input if name.endswith("weight")), "")
         node.name = owner.removesuffix(".weight").removesuffix(".0") or node.name.removeprefix("node_")
+    for part in (*exported.graph.node, *exported.graph.value_info):  # the exporter writes stack traces with the paths of files
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
     onnx.save(exported, path)
 
 
