@@ -168,12 +168,14 @@ def measured_report(job: Job, found: Found, baseline: Built, result: Built) -> d
 
 
 def _measured_times(job: Job, baseline: Built, result: Built) -> dict[str, Timing]:
+    """Ours in turns, then the peer: its idle threads go on spinning on the cores that ours would use."""
     feeds = sample_feeds(job, baseline)
-    runners = {"baseline": baseline.artifact.runner(feeds), "onnxruntime": onnxruntime_runner(job.graph, feeds, job.threads)}
+    runners = {"baseline": baseline.artifact.runner(feeds)}
     if result is not baseline:
         runners["result"] = result.artifact.runner(feeds)
     times = interleaved(runners)
-    return {"result": times["baseline"], **times}
+    peer = interleaved({"onnxruntime": onnxruntime_runner(job.graph, feeds, job.threads)})
+    return {"result": times["baseline"], **times, **peer}
 
 
 def _predicted_times(job: Job, baseline: Built, result: Built) -> dict[str, Timing]:
