@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import numpy as np
 
 from hwopt.errors import HwoptError, UsageError
 from hwopt.plan.budget import parse_budget
+from hwopt.progress import ProgressBar, TuningBar
 
+Command = Callable[..., Any]
 MODEL = click.argument("model", type=click.Path(path_type=Path))
 SHAPE = click.option("--shape", "shapes", multiple=True, metavar="NAME=1,3,224,224", help="Freeze an input's dimensions.")
 BIND = click.option("--bind", "binds", multiple=True, metavar="NAME=VALUE", help="Make an input a constant.")
@@ -35,6 +38,13 @@ PASSES = click.option(
 )
 
 
+def planning(command: Command) -> Command:
+    """The options of every command that decides what to change."""
+    for option in (PASSES, BUDGET, MAX_DROP, EVALUATE, CALIBRATE, BIND, SHAPE, TARGET, SEED, THREADS):
+        command = option(command)
+    return command
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="hwopt")
 def cli() -> None:
@@ -45,19 +55,10 @@ def cli() -> None:
 @MODEL
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The artifact's folder.")
 @click.option("--name", default=None, help="Name of the C functions and files; the model file's name if not given.")
-@TARGET
-@SHAPE
-@BIND
-@CALIBRATE
-@EVALUATE
-@MAX_DROP
-@BUDGET
-@PASSES
+@planning
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Replay this plan instead of searching.")
 @TUNING_DB
 @click.option("--tune", "effort", metavar="200|90s|5m", help="Search faster schedules first: so many candidates, or so long.")
-@THREADS
-@SEED
 @JSON
 def compile_(model: Path, out: Path, as_json: bool, plan_file: Path | None, effort: str | None, **options: Any) -> None:
     """Optimize MODEL and compile it into a library that needs neither Python nor TVM."""
@@ -65,7 +66,7 @@ def compile_(model: Path, out: Path, as_json: bool, plan_file: Path | None, effo
     from hwopt.tuning import parse_effort
 
     job = _job(options) | {"tune": parse_effort(effort) if effort else None}
-    with _progress() as progress:
+    with ProgressBar() as progress:
         artifact = compile_model(model, out=out, plan=plan_file, progress=progress, **job)
     click.echo(json.dumps(artifact.report, indent=1, sort_keys=True) if as_json else _summary(artifact.report, out))
 
@@ -73,16 +74,7 @@ def compile_(model: Path, out: Path, as_json: bool, plan_file: Path | None, effo
 @cli.command()
 @MODEL
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Where to write plan.json.")
-@TARGET
-@SHAPE
-@BIND
-@CALIBRATE
-@EVALUATE
-@MAX_DROP
-@BUDGET
-@PASSES
-@THREADS
-@SEED
+@planning
 def plan(model: Path, out: Path, **options: Any) -> None:
     """Decide what to change in MODEL, layer by layer, and write the decisions; nothing is compiled."""
     from hwopt.compiler import plan_model
@@ -90,10 +82,10 @@ def plan(model: Path, out: Path, **options: Any) -> None:
 
     job = _job(options)
     _check_parent(out)
-    with _progress() as progress:
+    with ProgressBar() as progress:
         found = plan_model(model, progress=progress, **job)
     _write(out, found.plan.to_json())
-    click.echo(explain(found.plan).split("refused", 1)[0].rstrip())
+    click.echo(explain(found.plan).split("\nrefused (", 1)[0])
     click.echo(f"wrote {out}; hwopt explain {out} shows every refusal")
 
 
@@ -235,7 +227,7 @@ def tune(model: Path, trials: int | None, duration: str | None, workers: str | N
     if (trials is None) == (duration is None):
         raise UsageError("needs an end", place="hwopt tune", hint="give --trials 200 or --time 5m")
     effort = parse_effort(str(trials) if trials else str(duration))
-    with _tuning(model) as watch:
+    with TuningBar() as watch:
         found = tune_model(model, effort, workers=workers, watch=watch, **_job(options))
     data = report_data(found)
     if as_json:
@@ -254,7 +246,7 @@ def demo(out: Path, target: str, threads: int | None, as_json: bool) -> None:
     """Compress and compile the embedded Fashion-MNIST model, and compare it with float and with ONNX Runtime."""
     from hwopt.demo import run_demo
 
-    with _progress() as progress:
+    with ProgressBar() as progress:
         report = run_demo(out, target=target, threads=threads, progress=progress)
     click.echo(json.dumps(report, indent=1, sort_keys=True) if as_json else _summary(report, out))
 
@@ -372,52 +364,3 @@ def _summary(report: dict[str, Any], out: Path) -> str:
     from hwopt.report import summary
 
     return summary(report) + f"\nartifact: {out}"
-
-
-class _progress:
-    """A progress bar on a terminal's stderr; elsewhere one line per stage."""
-
-    def __enter__(self) -> Any:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._bar.add_task("")
-        self._stage = ""
-        self._bar.start()
-        return self._advance
-
-    def _advance(self, stage: str, done: int, total: int) -> None:
-        if self._bar.disable and stage != self._stage:
-            click.echo(f"hwopt: {stage} ...", err=True)
-        self._stage = stage
-        self._bar.update(self._task, description=stage, completed=done, total=total)
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-
-class _tuning(_progress):
-    """The bar of a search: the best time so far, its share of the limit, what remains; an interrupt says what is kept."""
-
-    def __init__(self, model: Path) -> None:
-        self._model = model
-
-    def _advance_search(self, state: Any) -> None:
-        from hwopt.tuning import progress_line
-
-        text = progress_line(state)
-        if self._bar.disable:
-            click.echo(f"hwopt: {text}", err=True)
-        self._bar.update(self._task, description=text, completed=int(100 * state.share), total=100)
-
-    def __enter__(self) -> Any:
-        super().__enter__()
-        return self._advance_search
-
-    def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
-        if error and error[0] is KeyboardInterrupt:
-            click.echo("hwopt: what was measured is kept; run the same command to go on", err=True)

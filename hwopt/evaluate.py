@@ -38,7 +38,6 @@ class Comparison:
     score: float
     drop: float
     interval: tuple[float, float] | None  # 95 %, of the drop; unknown for a single number
-    standard_error: float
     right_to_wrong: int | None  # paired flips, for metrics that are right or wrong
     wrong_to_right: int | None
     mcnemar_p: float | None
@@ -61,7 +60,7 @@ def compare(metric: str, baseline: np.ndarray, changed: np.ndarray) -> Compariso
     interval = (drop - 1.96 * error, drop + 1.96 * error) if count > 1 else None
     if lost is not None and gained is not None and changed is not baseline:
         interval = _flip_interval(lost, gained, count)
-    return Comparison(metric, float(baseline.mean()), float(changed.mean()), drop, interval, error, lost, gained, p, count)
+    return Comparison(metric, float(baseline.mean()), float(changed.mean()), drop, interval, lost, gained, p, count)
 
 
 def _flip_interval(lost: int, gained: int, count: int) -> tuple[float, float]:

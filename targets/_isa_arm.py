@@ -13,7 +13,6 @@ NEON_FLOAT = MicroKernel("float32", 4, 1, 32, "float32", "float32", "llvm.fma", 
 # s8 x s8 -> s16 (SMULL), neighbours added into s32 (SADALP): exact, for cores without dot products
 NEON_INT8 = MicroKernel("int8", 4, 2, 32, "int32", "int8", "llvm.aarch64.neon.smull", ("neon",))
 SDOT = MicroKernel("int8", 4, 4, 32, "int32", "int8", "llvm.aarch64.neon.sdot", ("neon", "dotprod"))
-UDOT = MicroKernel("uint8", 4, 4, 32, "int32", "uint8", "llvm.aarch64.neon.udot", ("neon", "dotprod"))
 
 
 def microkernels(features: Set[str]) -> dict[str, MicroKernel]:

@@ -241,11 +241,6 @@ class Edit:
             self._forwarded[value] = new
             self._changed = True
 
-    def set_type(self, value: str, kind: ValueType) -> None:
-        """State a type that shape inference cannot find, or the new type of a graph input."""
-        self._types[value] = kind
-        self._changed = True
-
     def bind(self, name: str, array: np.ndarray) -> None:
         """Turn a graph input into a parameter."""
         self._inputs = tuple(value for value in self._inputs if value != name)
