@@ -1,4 +1,4 @@
-"""Suite `models`: whole models against other runtimes at the same precision, default schedules.
+"""Suite `models`: whole models against other runtimes at the same precision, with default and with tuned schedules.
 
 Every model and number of threads has a process of its own, on as many processors as it has threads; there the runtimes take
 turns. A peer or a model that is missing is a note; a result that is wrong, or a crash of ours, is a failure.
@@ -6,6 +6,7 @@ turns. A peer or a model that is missing is a note; a result that is wrong, or a
 
 from __future__ import annotations
 
+import itertools
 import math
 import multiprocessing
 import tempfile
@@ -28,6 +29,8 @@ BATCHES, DTYPES = (1, 8), ("f32", "int8")
 FLOAT_ERROR = 1e-3  # of the largest output
 STEPS = 4.0  # of 255 over the range of the outputs
 ROUNDS, QUICK_ROUNDS, SETTLE = 40, 5, 0.004
+OURS, TUNED = "hwopt", "hwopt tuned"
+SCHEDULES = {"latency": "default", "latency_tuned": "tuned"}  # which ones a row's metric is about
 PEAK = {"f32": "float32", "int8": "int8", "bf16": "bfloat16"}
 
 
@@ -50,7 +53,8 @@ class Options:
     batches: tuple[int, ...] = BATCHES
     dtypes: tuple[str, ...] = DTYPES
     quick: bool = False
-    slow_peers: bool = False
+    tune: str = ""  # how long, as `hwopt tune --time` takes it; nothing is tuned without
+    database: str = ""  # what tuning finds is kept here from model to model
     peaks: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -60,20 +64,19 @@ def run(
     batches: str | None = None,
     dtypes: str | None = None,
     quick: bool = False,
-    peers: bool = False,
+    tune: str | None = None,
     plot: Path | None = None,
 ) -> dict[str, Any]:
-    """`models`, `batches` and `dtypes` are lists with commas; `quick` measures few turns, `peers` adds torch.compile."""
+    """`models`, `batches` and `dtypes` are lists with commas; `quick` measures few turns and leaves out torch.compile."""
     chosen = chosen_names(models, ZOO) or tuple(ZOO)
     sizes = tuple(int(size) for size in batches.split(",")) if batches else (BATCHES[:1] if quick else BATCHES)
     peak = alone(machine_peaks, (), 1)
     kinds = chosen_names(dtypes, PEAK) or DTYPES
-    options = Options(sizes, kinds, quick, peers, peak if isinstance(peak, Mapping) else {})
-    found = Findings()
-    if isinstance(peak, str):
-        found.notes.append(f"peak: {peak}")
-    for name in chosen:
-        for count in (threads,) if threads else (1, 2):
+    found = Findings(notes=[f"peak: {peak}"] if isinstance(peak, str) else [])
+    with tempfile.TemporaryDirectory(prefix="hwopt-bench-") as folder:
+        peaks = peak if isinstance(peak, Mapping) else {}
+        options = Options(sizes, kinds, quick, tune or "", str(Path(folder) / "tuning.jsonl"), peaks)
+        for name, count in itertools.product(chosen, (threads,) if threads else (1, 2)):
             if count > (psutil.cpu_count() or 1):
                 found.notes.append(f"{name} {count}t: this machine has fewer processors")
                 continue
@@ -168,14 +171,28 @@ def _measure_precision(
     if dtype == "bf16":
         return Findings(notes=[f"{label}: hwopt has no bf16 yet"])
     with tempfile.TemporaryDirectory(prefix="hwopt-bench-") as folder:
-        artifact = build(graph, job.target, threads, Path(folder)).artifact
+        made = {OURS: build(graph, job.target, threads, Path(folder) / "default").artifact}
+        if options.tune:
+            made[TUNED] = build(graph, job.target, threads, Path(folder) / "tuned", _tuned(graph, job, threads, options)).artifact
         oracle, exact = (Session(one).run(case.feeds) for one in (graph, job.graph))
-        rows, wrong = compared(label, dtype, artifact.run(case.feeds), oracle, exact)
-        if wrong:
-            return Findings(rows, failures=[f"{label}: {wrong}"])
-        runners, notes = _peers(case, model, dtype, threads, label, options.slow_peers)
-        times = interleaved({"hwopt": artifact.runner(case.feeds), **runners}, _rounds(options), SETTLE)
-    return Findings([*_timed(label, times), *rows, *_share(label, dtype, graph, times["hwopt"].median, threads, options)], notes)
+        rows: list[Row] = []
+        for artifact in made.values():
+            rows, wrong = compared(label, dtype, artifact.run(case.feeds), oracle, exact)
+            if wrong:
+                return Findings(rows, failures=[f"{label}: {wrong}"])
+        runners, notes = _peers(case, model, dtype, threads, label, not options.quick)
+        ours = {name: artifact.runner(case.feeds) for name, artifact in made.items()}
+        times = interleaved({**ours, **runners}, _rounds(options), SETTLE)
+    return Findings([*_timed(label, times), *rows, *_share(label, dtype, graph, times[OURS].median, threads, options)], notes)
+
+
+def _tuned(graph: Any, job: Any, threads: int, options: Options) -> Any:
+    """The database after a search for this graph's kernels."""
+    from hwopt.tuning import open_database, parse_effort, tune_graph
+
+    database = open_database(options.database, job.target)
+    tune_graph(graph, job.target, threads, database, parse_effort(options.tune))
+    return database
 
 
 def _rounds(options: Options) -> int:
@@ -235,12 +252,14 @@ def _flat(outputs: Outputs) -> np.ndarray:
 
 def _timed(label: str, times: Mapping[str, Any]) -> list[Row]:
     """Medians; first quartiles, which say more on a busy machine; interquartile ranges."""
-    ours, peers = times["hwopt"], {name: timing for name, timing in times.items() if name != "hwopt"}
-    return [
-        lower_is_better(label, "latency", "s", ours.median, {name: timing.median for name, timing in peers.items()}),
-        lower_is_better(label, "latency_low", "s", ours.low, {name: timing.low for name, timing in peers.items()}),
-        Row(label, "spread", "s", ours.spread, {name: timing.spread for name, timing in peers.items()}, None),
+    peers = {name: timing for name, timing in times.items() if name not in (OURS, TUNED)}
+    medians = {name: timing.median for name, timing in peers.items()}
+    rows = [
+        lower_is_better(label, "latency", "s", times[OURS].median, medians),
+        lower_is_better(label, "latency_low", "s", times[OURS].low, {name: timing.low for name, timing in peers.items()}),
+        Row(label, "spread", "s", times[OURS].spread, {name: timing.spread for name, timing in peers.items()}, None),
     ]
+    return [*rows, lower_is_better(label, "latency_tuned", "s", times[TUNED].median, medians)] if TUNED in times else rows
 
 
 def _share(label: str, dtype: str, graph: Any, seconds: float, threads: int, options: Options) -> list[Row]:
@@ -261,17 +280,19 @@ def _peak_rows(peaks: Mapping[str, float]) -> list[Row]:
 
 def summary(found: Findings) -> dict[str, float]:
     """Geometric means and least of the ratios to the best peer over the models, and how much failed."""
-    ratios = {row.case: row.ratio for row in found.rows if row.metric == "latency" and row.ratio is not None}
     groups: dict[str, list[float]] = {}
-    for case, ratio in ratios.items():
-        name, batch, dtype, threads = case.split(" ")
-        if name in MODELS:
-            groups.setdefault(f"{dtype}_default_{threads}" + ("" if batch == "b1" else f"_{batch}"), []).append(ratio)
+    for row in found.rows:
+        name, _, rest = row.case.partition(" ")
+        if name not in MODELS or row.metric not in SCHEDULES or row.ratio is None:
+            continue
+        batch, dtype, threads = rest.split(" ")
+        group = f"{dtype}_{SCHEDULES[row.metric]}_{threads}" + ("" if batch == "b1" else f"_{batch}")
+        groups.setdefault(group, []).append(row.ratio)
     made: dict[str, float] = {"failures": len(found.failures)}
     for group, values in groups.items():
         made |= {group: geometric_mean(values), f"{group}_worst": min(values), f"{group}_models": len(values)}
-    for row in found.rows:
-        if row.metric == "latency" and row.case == "resnet18 b1 int8 1t" and "openvino int8" in row.peers:
+    for row in found.rows:  # tuned where something was tuned: those rows come last
+        if row.metric in SCHEDULES and row.case == "resnet18 b1 int8 1t" and "openvino int8" in row.peers:
             made["resnet18_int8_vs_openvino"] = row.peers["openvino int8"] / row.ours
     return made
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from hwopt.errors import HwoptError
 
 # and the module that has it
-SUITES = {"demo": "demo", "tuning": "tuning", "models": "models", "kernels": "layers", "accuracy": "accuracy"}
+SUITES = {"demo": "demo", "tuning": "tuning", "models": "models", "kernels": "kernels", "accuracy": "accuracy"}
 
 
 @click.command()
@@ -25,7 +25,7 @@ SUITES = {"demo": "demo", "tuning": "tuning", "models": "models", "kernels": "la
 @click.option("--batches", default=None, help="Batch sizes, joined by commas.")
 @click.option("--dtypes", default=None, help="Precisions, joined by commas: f32, int8.")
 @click.option("--quick", is_flag=True, default=None, help="Few turns, and the smallest sizes only.")
-@click.option("--peers", is_flag=True, default=None, help="Also the peers that take minutes to compile: torch.compile.")
+@click.option("--tune", default=None, help="Also with schedules tuned so long for each model, precision and threads: 5m.")
 @click.option("--plot", type=click.Path(path_type=Path), default=None, help="Draw the ratios into this PNG file.")
 @click.option("--data", type=click.Path(path_type=Path), default=None, help="Folder of ImageNet pictures named by their class.")
 def main(suite: str, file: Path | None, **options: object) -> None:

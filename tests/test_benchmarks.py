@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import layers, models, networks, peers, run, torch_graph, zoo
+from benchmarks import kernels, models, networks, peers, run, torch_graph, zoo
 from benchmarks.layout import Row, lower_is_better
 from hwopt.analysis.workload import workloads
 from hwopt.backends.ort import Session
@@ -178,7 +178,7 @@ def demo_job():
 def test_cut_out_layers_compute_what_the_model_computes(dtype):
     case, job = demo_job()
     graph = models.quantized(job) if dtype == "int8" else job.graph
-    found = [layer for _, layer in layers.layers_of(graph, "demo", dtype)]
+    found = [layer for _, layer in kernels.layers_of(graph, "demo", dtype)]
     assert len(found) == 16
     from hwopt.backends.ort import observing
 
