@@ -20,7 +20,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class MicroKernel:
-    """The inner step of a target's convolutions and matmuls: acc[lanes] += weight[lanes, depth] * activation[depth].
+    """The inner step of a target's convolutions and matmuls: acc[rows, lanes] += activation[rows, depth] * weight[lanes, depth].
 
     `intrinsic` is LLVM's name of the instruction, or "" where plain multiply-add vector code is right. `activation` is the
     integer dtype that the instruction takes for activations; weights are int8 (or the float dtype itself).
@@ -34,6 +34,8 @@ class MicroKernel:
     activation: str = ""
     intrinsic: str = ""
     features: tuple[str, ...] = ()  # LLVM -mattr names that it needs
+    rows: int = 1  # output positions that one step multiplies; they share `rows` accumulator registers
+    others: tuple[MicroKernel, ...] = ()  # of the same dtype, for work that this one does not take; the first that does is used
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Micro-kernels of 64-bit Arm by the features of /proc/cpuinfo, and the LLVM names that go with them.
 
-Source: Arm, "Arm Architecture Reference Manual for A-profile" (FMLA, SMULL, SADALP, SDOT); Linux, "ARM64 ELF hwcaps".
+Source: Arm, "Arm Architecture Reference Manual for A-profile" (FMLA, SMULL, SADALP, SDOT, USDOT, SMMLA); Linux, "ARM64 ELF
+hwcaps".
 """
 
 from __future__ import annotations
@@ -13,10 +14,17 @@ NEON_FLOAT = MicroKernel("float32", 4, 1, 32, "float32", "float32", "llvm.fma", 
 # s8 x s8 -> s16 (SMULL), neighbours added into s32 (SADALP): exact, for cores without dot products
 NEON_INT8 = MicroKernel("int8", 4, 2, 32, "int32", "int8", "llvm.aarch64.neon.smull", ("neon",))
 SDOT = MicroKernel("int8", 4, 4, 32, "int32", "int8", "llvm.aarch64.neon.sdot", ("neon", "dotprod"))
+# with I8MM also u8 x s8, and products of matrices: 2 positions x 2 channels x 8 products in one instruction
+_I8MM = ("neon", "dotprod", "i8mm")
+USDOT = MicroKernel("int8", 4, 4, 32, "int32", "uint8", "llvm.aarch64.neon.usdot", _I8MM)
+USMMLA = MicroKernel("int8", 4, 8, 32, "int32", "uint8", "llvm.aarch64.neon.usmmla", _I8MM, rows=2)
+SMMLA = MicroKernel("int8", 4, 8, 32, "int32", "int8", "llvm.aarch64.neon.smmla", _I8MM, rows=2, others=(SDOT, USMMLA, USDOT))
 
 
 def microkernels(features: Set[str]) -> dict[str, MicroKernel]:
     """The best micro-kernel per dtype; `asimddp` is what Linux calls the dot products."""
+    if "i8mm" in features:
+        return {"float32": NEON_FLOAT, "int8": SMMLA}
     return {"float32": NEON_FLOAT, "int8": SDOT if "asimddp" in features else NEON_INT8}
 
 

@@ -68,11 +68,12 @@ class Templates:
         return found
 
     def micro(self, spec: Spec) -> MicroKernel:
-        """The target's micro-kernel for the kernel's dtypes, or plain multiplications where it has none for them."""
-        family = "int8" if spec.accumulator == "int32" else "float32"
+        """The target's first micro-kernel that takes the kernel, or plain multiplications where it has none."""
+        family = "int8" if spec.accumulator == "int32" else "bfloat16" if spec.weight_dtype == "bfloat16" else "float32"
         found = self.target.microkernels.get(family, PLAIN[family])
-        if found.activation == spec.data_dtype:
-            return found
+        for micro in (found, *found.others):
+            if micro.activation == spec.data_dtype and not kernels.supports(spec, micro):
+                return micro
         plain = dataclasses.replace(PLAIN[family], activation=spec.data_dtype, dtype=spec.weight_dtype)
         return dataclasses.replace(plain, lanes=found.lanes, registers=found.registers)
 

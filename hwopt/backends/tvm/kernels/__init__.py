@@ -33,7 +33,14 @@ def supports(spec: Spec, micro: MicroKernel) -> str:
         return f"the micro-kernel takes {micro.activation} data, not {spec.data_dtype}"
     if spec.weight_dtype != micro.dtype:
         return f"the micro-kernel takes {micro.dtype} weights, not {spec.weight_dtype}"
+    if micro.rows > 1 and (depthwise.is_depthwise(spec) or _single(spec)):
+        return f"the micro-kernel multiplies {micro.rows} output positions that share their weights"
     return ""
+
+
+def _single(spec: ConvSpec | MatmulSpec) -> bool:
+    shape = geometry(spec)
+    return shape.rows * shape.columns == 1
 
 
 def pack(spec: ConvSpec | MatmulSpec, weights: np.ndarray, micro: MicroKernel) -> np.ndarray:

@@ -23,7 +23,7 @@ from tvm import tirx
 from hwopt.backends.tvm.kernels.code import Code, Value, function, load, pieces, splat
 from hwopt.backends.tvm.kernels.epilogue import Epilogue, Place
 from hwopt.backends.tvm.kernels.geometry import Geometry
-from hwopt.backends.tvm.kernels.micro import accumulate, data_operand, fused_multiply_add, weight_operand
+from hwopt.backends.tvm.kernels.micro import accumulate_block, arranged, data_block, fused_multiply_add, weight_operand
 from hwopt.backends.tvm.kernels.repack import Repack
 from hwopt.backends.tvm.kernels.schedule import Schedule, split
 from hwopt.backends.tvm.kernels.spec import MatmulSpec
@@ -265,10 +265,13 @@ class Tile:
         initial = [
             gemm.epilogue.initial(code, self._channel(v), lanes) if self._lanes(v) == lanes else zero for v in range(self.vectors)
         ]
-        totals = [[code.alloc("total", lanes, kind) for _ in range(self.vectors)] for _ in self.positions]
-        for per_position in totals:
-            for total, value in zip(per_position, initial, strict=True):
-                code.store(total, 0, value, lanes)
+        rows = gemm.micro.rows
+        count = -(-len(self.positions) // rows) * rows  # the last block may have positions that are not stored
+        totals = [[code.alloc("total", lanes, kind) for _ in range(self.vectors)] for _ in range(count)]
+        starts = [arranged(gemm.micro, [value] * rows) for value in initial]
+        for index, per_position in enumerate(totals):
+            for total, start in zip(per_position, starts, strict=True):
+                code.store(total, 0, start[index % rows], lanes)
         return totals
 
     def _products(self, code: Code, totals: list[list[Value]], origin: Value, weights: Value) -> None:
@@ -308,23 +311,39 @@ class Tile:
             weight_operand(code, micro, self.work.weights, weights + v * gemm.panel + word * gemm.step)
             for v in range(self.vectors)
         ]
-        for (row, column), accumulators in zip(self.positions, totals, strict=True):
-            offset = row * shape.strides[0] * source.row_stride + column * shape.strides[1] * shape.channels
-            value = data_operand(code, micro, source.buffer, data + (word * micro.depth + offset), shape.data_dtype, count)
-            for total, weight in zip(accumulators, operands, strict=True):
-                code.store(total, 0, accumulate(micro, load(total, 0, micro.lanes), value, weight), micro.lanes)
+        offsets = [
+            row * shape.strides[0] * source.row_stride + column * shape.strides[1] * shape.channels
+            for row, column in self.positions
+        ]
+        for first in range(0, len(offsets), micro.rows):
+            indices = [data + (word * micro.depth + offset) for offset in offsets[first : first + micro.rows]]
+            value = data_block(code, micro, source.buffer, indices, shape.data_dtype, count)
+            for block, weight in zip(zip(*totals[first : first + micro.rows], strict=True), operands, strict=True):
+                sums = accumulate_block(micro, [load(total, 0, micro.lanes) for total in block], value, weight)
+                for total, result in zip(block, sums, strict=True):
+                    code.store(total, 0, result, micro.lanes)
+
+    def _arrange(self, code: Code, totals: list[list[Value]]) -> None:
+        """Accumulators of several positions become vectors of one position each."""
+        micro = self.work.gemm.micro
+        for first in range(0, len(totals) if micro.rows > 1 else 0, micro.rows):
+            for block in zip(*totals[first : first + micro.rows], strict=True):
+                moved = arranged(micro, [load(total, 0, micro.lanes) for total in block])
+                for total, value in zip(block, [code.bind("row", value) for value in moved], strict=True):
+                    code.store(total, 0, value, micro.lanes)
 
     def _finish(self, code: Code, totals: list[list[Value]], row: Value, column: Value) -> None:
         """The epilogue on whole vectors, or on pieces of a partial one, and the stores."""
         gemm, lanes = self.work.gemm, self.work.gemm.micro.lanes
         for vector in range(self.vectors):
-            column_of = [accumulators[vector] for accumulators in totals]
+            column_of = [accumulators[vector] for accumulators in totals[: len(self.positions)]]
             if not gemm.epilogue.heavy:
                 for (y, x), total in zip(self.positions, column_of, strict=True):
                     self._result(code, vector, total, 0, row + y, column + x)
                 continue
             some = 1000 // (4 * lanes)  # as many vectors as TVM puts on the stack
             for first in range(0, len(column_of), some):
+        self._arrange(code, totals)
                 self._looped(code, vector, column_of[first : first + some], first, row, column)
 
     def _looped(self, code: Code, vector: int, totals: list[Value], first: int, row: Value, column: Value) -> None:

@@ -2,16 +2,21 @@
 
 Which instruction does it comes from the target's MicroKernel; here stands how each family of instructions wants its operands.
 Activations are broadcast to all lanes, weights lie packed as [lanes][depth].
+
+Instructions that multiply small matrices (smmla: 2 positions x 2 channels x 8 products) take `rows` positions at once. Their
+accumulators hold 2 x 2 blocks: of positions p, q and channels 0 to 3 one has p0 p1 q0 q1, the other p2 p3 q2 q3.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from tvm import tirx
 
-from hwopt.backends.tvm.kernels.code import Code, Value, cast, intrinsic, load, splat, vector
+from hwopt.backends.tvm.kernels import bfloat16
+from hwopt.backends.tvm.kernels.code import Code, Value, cast, intrinsic, load, splat, stored, vector
 from hwopt.target import MicroKernel
 
 
@@ -31,18 +36,56 @@ def data_operand(code: Code, micro: MicroKernel, buffer: Value, index: Value, dt
     lanes, depth = micro.lanes, micro.depth
     if depth == 1:
         return code.bind("data", widened(micro, splat(load(buffer, index), lanes)))
-    word = "int32" if depth == 4 else "int16"  # moved as one scalar, so that one broadcast instruction does it
+    word = (
+        "int32" if depth == 4 or dtype == "bfloat16" else "int16"
+    )  # moved as one scalar, so that one broadcast instruction does it
     if count == depth:
         repeated = splat(tirx.reinterpret(word, load(buffer, index, depth)), lanes)
     else:
         parts = [_at_byte(load(buffer, index + byte), byte, word) for byte in range(count)]
         repeated = splat(functools.reduce(tirx.bitwise_or, parts), lanes)
-    return code.bind("data", widened(micro, tirx.reinterpret(vector(dtype, lanes * depth), repeated)))
+    return code.bind("data", widened(micro, tirx.reinterpret(vector(stored(dtype), lanes * depth), repeated)))
 
 
 def _at_byte(value: Value, byte: int, word: str) -> Value:
+    if value.ty.dtype == "uint16":  # bfloat16
+        return tirx.shift_left(tirx.Cast(word, value), tirx.const(16 * byte, word))
     unsigned = tirx.Cast(word, tirx.reinterpret("uint8", value))
     return tirx.shift_left(unsigned, tirx.const(8 * byte, word)) if byte else unsigned
+
+
+def data_block(code: Code, micro: MicroKernel, buffer: Value, indices: Sequence[Value], dtype: str, count: int) -> Value:
+    """The data operand of `rows` positions, whose words begin at the indices; the last one stands for those that are missing."""
+    if micro.rows == 1:
+        return data_operand(code, micro, buffer, indices[0], dtype, count)
+    rows = [_word(buffer, index, dtype, micro.depth, count) for index in indices]
+    rows += rows[-1:] * (micro.rows - len(rows))
+    return code.bind("data", tirx.Shuffle(rows, list(range(micro.rows * micro.depth))))
+
+
+def _word(buffer: Value, index: Value, dtype: str, depth: int, count: int) -> Value:
+    """`depth` neighbours; those from `count` on are zero and are not read."""
+    if count == depth:
+        return load(buffer, index, depth)
+    parts = [_at_byte(load(buffer, index + byte), byte, "int64") for byte in range(count)]
+    return tirx.reinterpret(vector(dtype, depth), functools.reduce(tirx.bitwise_or, parts))
+
+
+def accumulate_block(micro: MicroKernel, totals: Sequence[Value], data: Value, weight: Value) -> list[Value]:
+    """The `rows` accumulators of a vector of channels plus the products of a data block and the channels' weights."""
+    if micro.rows == 1:
+        return [accumulate(micro, totals[0], data, weight)]
+    half = micro.lanes * micro.depth // micro.rows
+    parts = [tirx.Shuffle([weight], list(range(part * half, (part + 1) * half))) for part in range(micro.rows)]
+    wide = vector(micro.accumulator, micro.lanes)
+    return [intrinsic(wide, micro.intrinsic, total, data, part) for total, part in zip(totals, parts, strict=True)]
+
+
+def arranged(micro: MicroKernel, rows: Sequence[Value]) -> list[Value]:
+    """[position][channel] vectors as accumulators hold them, or the other way round: exchanging 2 x 2 blocks is its own inverse."""
+    if micro.rows == 1:
+        return list(rows)
+    return [tirx.Shuffle(list(rows), lanes) for lanes in ([0, 1, 4, 5], [2, 3, 6, 7])]
 
 
 def accumulate(micro: MicroKernel, total: Value, data: Value, weight: Value) -> Value:
@@ -53,8 +96,13 @@ def accumulate(micro: MicroKernel, total: Value, data: Value, weight: Value) -> 
         return total + data * weight
     if name == "llvm.fma":
         return intrinsic(wide, name, data, weight, total)
+    if bfloat16.multiplies(micro):
+        return bfloat16.dot(micro, total, data, weight)
     if "pmadd" in name:  # x86: int16 pairs, exact for 8-bit values
         return total + intrinsic(wide, name, data, weight)
+    if "vmulls" in name:  # the same in 32-bit NEON
+        product = intrinsic(vector("int16", lanes * 2), name, data, weight)
+        return intrinsic(wide, "llvm.arm.neon.vpadals", total, product)
     if "smull" in name:  # NEON: 8 x 8 -> 16 bits, then neighbours are added into 32 bits
         product = intrinsic(vector("int16", lanes * 2), name, data, weight)
         return total + intrinsic(wide, "llvm.aarch64.neon.saddlp", product)

@@ -76,7 +76,7 @@ def tiles_of(shape: Geometry, micro: MicroKernel) -> Iterator[tuple[int, int, in
     most = shape.vectors(micro.lanes)
     for vectors, columns in itertools.product(range(1, min(most, 12) + 1), range(1, min(shape.columns, 30) + 1)):
         for rows in range(1, min(shape.rows, 8) + 1):
-            if rows * columns * vectors + vectors + 1 > micro.registers:
+            if _blocks(rows * columns, micro) * vectors + micro.rows * vectors + 1 > micro.registers:
                 break
             yield rows, columns, vectors
 
@@ -88,10 +88,15 @@ def cycles(shape: Geometry, micro: MicroKernel, rows: int, columns: int, vectors
     for (height, ys), (width, xs), (deep, vs) in itertools.product(
         _cuts(shape.rows, rows), _cuts(shape.columns, columns), _cuts(shape.vectors(micro.lanes), vectors)
     ):
-        positions = height * width
-        issue = max(positions * deep, positions + deep, LATENCY) / 2
+        positions = _blocks(height * width, micro)
+        issue = max(positions * deep, positions + micro.rows * deep, LATENCY) / 2
         total += ys * xs * vs * (steps * (issue + 0.5) + 2.0 * positions * deep + 12)
     return total
+
+
+def _blocks(positions: int, micro: MicroKernel) -> int:
+    """Positions that are computed: a micro-kernel takes `rows` at once."""
+    return _round(positions, micro.rows)
 
 
 def _cuts(size: int, tile: int) -> list[tuple[int, int]]:
