@@ -69,7 +69,7 @@ class Templates:
 
     def micro(self, spec: Spec) -> MicroKernel:
         """The target's first micro-kernel that takes the kernel, or plain multiplications where it has none."""
-        family = "int8" if spec.accumulator == "int32" else "bfloat16" if spec.weight_dtype == "bfloat16" else "float32"
+        family = "int8" if spec.accumulator == "int32" else "float32"
         found = self.target.microkernels.get(family, PLAIN[family])
         for micro in (found, *found.others):
             if micro.activation == spec.data_dtype and not kernels.supports(spec, micro):

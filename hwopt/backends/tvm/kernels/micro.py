@@ -15,8 +15,7 @@ from typing import Any
 
 from tvm import tirx
 
-from hwopt.backends.tvm.kernels import bfloat16
-from hwopt.backends.tvm.kernels.code import Code, Value, cast, intrinsic, load, splat, stored, vector
+from hwopt.backends.tvm.kernels.code import Code, Value, cast, intrinsic, load, splat, vector
 from hwopt.target import MicroKernel
 
 
@@ -36,20 +35,16 @@ def data_operand(code: Code, micro: MicroKernel, buffer: Value, index: Value, dt
     lanes, depth = micro.lanes, micro.depth
     if depth == 1:
         return code.bind("data", widened(micro, splat(load(buffer, index), lanes)))
-    word = (
-        "int32" if depth == 4 or dtype == "bfloat16" else "int16"
-    )  # moved as one scalar, so that one broadcast instruction does it
+    word = "int32" if depth == 4 else "int16"  # moved as one scalar, so that one broadcast instruction does it
     if count == depth:
         repeated = splat(tirx.reinterpret(word, load(buffer, index, depth)), lanes)
     else:
         parts = [_at_byte(load(buffer, index + byte), byte, word) for byte in range(count)]
         repeated = splat(functools.reduce(tirx.bitwise_or, parts), lanes)
-    return code.bind("data", widened(micro, tirx.reinterpret(vector(stored(dtype), lanes * depth), repeated)))
+    return code.bind("data", widened(micro, tirx.reinterpret(vector(dtype, lanes * depth), repeated)))
 
 
 def _at_byte(value: Value, byte: int, word: str) -> Value:
-    if value.ty.dtype == "uint16":  # bfloat16
-        return tirx.shift_left(tirx.Cast(word, value), tirx.const(16 * byte, word))
     unsigned = tirx.Cast(word, tirx.reinterpret("uint8", value))
     return tirx.shift_left(unsigned, tirx.const(8 * byte, word)) if byte else unsigned
 
@@ -82,7 +77,7 @@ def accumulate_block(micro: MicroKernel, totals: Sequence[Value], data: Value, w
 
 
 def arranged(micro: MicroKernel, rows: Sequence[Value]) -> list[Value]:
-    """[position][channel] vectors as accumulators hold them, or the other way round: exchanging 2 x 2 blocks is its own inverse."""
+    """[position][channel] vectors as accumulators hold them, or the other way round: exchanging blocks is its own inverse."""
     if micro.rows == 1:
         return list(rows)
     return [tirx.Shuffle(list(rows), lanes) for lanes in ([0, 1, 4, 5], [2, 3, 6, 7])]
@@ -96,8 +91,6 @@ def accumulate(micro: MicroKernel, total: Value, data: Value, weight: Value) -> 
         return total + data * weight
     if name == "llvm.fma":
         return intrinsic(wide, name, data, weight, total)
-    if bfloat16.multiplies(micro):
-        return bfloat16.dot(micro, total, data, weight)
     if "pmadd" in name:  # x86: int16 pairs, exact for 8-bit values
         return total + intrinsic(wide, name, data, weight)
     if "vmulls" in name:  # the same in 32-bit NEON
