@@ -335,6 +335,7 @@ class Tile:
     def _finish(self, code: Code, totals: list[list[Value]], row: Value, column: Value) -> None:
         """The epilogue on whole vectors, or on pieces of a partial one, and the stores."""
         gemm, lanes = self.work.gemm, self.work.gemm.micro.lanes
+        self._arrange(code, totals)
         for vector in range(self.vectors):
             column_of = [accumulators[vector] for accumulators in totals[: len(self.positions)]]
             if not gemm.epilogue.heavy:
@@ -343,7 +344,6 @@ class Tile:
                 continue
             some = 1000 // (4 * lanes)  # as many vectors as TVM puts on the stack
             for first in range(0, len(column_of), some):
-        self._arrange(code, totals)
                 self._looped(code, vector, column_of[first : first + some], first, row, column)
 
     def _looped(self, code: Code, vector: int, totals: list[Value], first: int, row: Value, column: Value) -> None:
