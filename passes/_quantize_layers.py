@@ -82,8 +82,6 @@ def _unfit(graph: Graph, node: Node) -> str:
     """What rules the node out, whatever its weights are."""
     if node.op not in OPS or node.domain not in ("", "ai.onnx"):
         return f"{node.op} has no integer kernel"
-    if node.op == "ConvTranspose":
-        return "there is no integer kernel for transposed convolutions"
     if integer_operands(graph, node) is not None:
         return QUANTIZED
     data = graph.tensor(node.inputs[0])
@@ -91,7 +89,7 @@ def _unfit(graph: Graph, node: Node) -> str:
         return "its data are constant: the weights stand on the left"
     if data.dtype != "float32":
         return f"its data are {data.dtype}, not float32"
-    if node.op == "Conv" and len(data.shape or ()) not in (3, 4):
+    if node.op in ("Conv", "ConvTranspose") and len(data.shape or ()) not in (3, 4):
         return f"there is no integer kernel for convolutions of {data}"
     if node.op == "Gemm" and node.attr("transA", 0):
         return "its data are transposed (transA)"
@@ -103,6 +101,8 @@ def _constant(graph: Graph, node: Node, weight: np.ndarray) -> Layer | str:
         return f"its weights are {weight.dtype}, not float32"
     if node.op == "MatMul" and weight.ndim < 2:
         return "it multiplies with a vector"
+    if node.op == "ConvTranspose":  # with groups, ONNX has a scale per channel of one group only, which is shared by all
+        return _weighted(graph, node, weight, 1 if node.attr("group", 1) == 1 else None, ())
     rows = node.op == "Conv" or bool(node.attr("transB", 0))
     return _weighted(graph, node, weight, 0 if rows else weight.ndim - 1, ())
 
@@ -127,8 +127,13 @@ def _overflow(depth: int) -> str:
 def _reach(graph: Graph, node: Node, weight: np.ndarray, axis: int | None) -> tuple[int, float]:
     """Products per output, and a bound of their sum's magnitude: by the real weights where the simple bound is too large."""
     shape = [dim for dim in graph.tensor(node.inputs[1]).shape or () if isinstance(dim, int)]
-    outputs = shape[0] if node.op == "Conv" or node.attr("transB", 0) else shape[-1]
-    depth = int(np.prod(shape[1:] if node.op == "Conv" else shape[-2:])) // (1 if node.op == "Conv" else max(outputs, 1))
+    if node.op == "ConvTranspose":  # at most: with strides, an output meets some of the taps only
+        outputs, depth = shape[1], int(np.prod([*shape[:1], *shape[2:]])) // int(node.attr("group", 1))
+    elif node.op == "Conv":
+        outputs, depth = shape[0], int(np.prod(shape[1:]))
+    else:
+        outputs = shape[0] if node.attr("transB", 0) else shape[-1]
+        depth = int(np.prod(shape[-2:])) // max(outputs, 1)
     if depth * PRODUCT < ACCUMULATOR or axis is None:
         return depth, float(depth * PRODUCT)
     steps = np.abs(np.moveaxis(weight, axis, 0).reshape(outputs, -1).astype(np.float64))
@@ -185,11 +190,20 @@ def shift_of(layer: Layer, error: np.ndarray, mean: np.ndarray) -> np.ndarray | 
     node = layer.node
     if layer.lookup or (node.op == "MatMul" and error.ndim != 2):
         return None
+    if node.op == "ConvTranspose":
+        return _transposed_shift(node, error, mean)
     if node.op != "Conv":
         return (error if node.attr("transB", 0) else error.T) @ mean
     per_input = error.reshape(*error.shape[:2], -1).sum(2)
     groups = int(node.attr("group", 1))
     return (per_input * np.repeat(mean.reshape(groups, -1), len(per_input) // groups, axis=0)).sum(1)
+
+
+def _transposed_shift(node: Node, error: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Each output meets one of `strides` taps along an axis: the mean over all of them."""
+    per_input = error.reshape(*error.shape[:2], -1).sum(2) / float(np.prod(node.attr("strides", (1,))))
+    groups = int(node.attr("group", 1))
+    return np.einsum("gkn,gk->gn", per_input.reshape(groups, -1, per_input.shape[1]), mean.reshape(groups, -1)).ravel()
 
 
 def _bias_steps(layer: Layer, shift: np.ndarray | None, scale: np.ndarray) -> np.ndarray | None:

@@ -78,7 +78,8 @@ class Places:
 
 def places_of(graph: Graph, wanted: Mapping[str, bool]) -> Places:
     """The places for these layers: node name -> whether its right side is computed as well."""
-    existing = {node.name for node in graph.nodes if node.op in ("Conv", "Gemm", "MatMul") and _is_integer(graph, node)}
+    anchors = (node for node in graph.nodes if node.op in ("Conv", "ConvTranspose", "Gemm", "MatMul"))
+    existing = {node.name for node in anchors if _is_integer(graph, node)}
     places = Places(graph, {*wanted, *existing})
     order = {node.name: index for index, node in enumerate(graph.nodes)}
     _flow(places)

@@ -23,10 +23,10 @@ class Quantize(Pass):
     """conv(x, w) + b -> Q(conv(DQ(x8), DQ(w8)) + DQ(b32)): the standard QDQ form, which integer kernels compute.
 
     Activations: one scale per value, uint8 or int8 as the target's kernels take them, zero is exact. Weights: int8, symmetric,
-    one scale per output channel. Biases: int32 in steps of input scale x weight scale. `site` names Conv, Gemm and MatMul
-    nodes (their parts after low-rank included); without a site all of them. A MatMul of two computed values (attention) is
-    quantized where `site` names it. What lies between quantized layers (activations, residual adds, pools, concats, moves)
-    stays in 8 bits. Needs calibration data.
+    one scale per output channel. Biases: int32 in steps of input scale x weight scale. `site` names Conv, ConvTranspose, Gemm
+    and MatMul nodes (their parts after low-rank included); without a site all of them. A MatMul of two computed values
+    (attention) is quantized where `site` names it. What lies between quantized layers (activations, residual adds, pools,
+    concats, moves) stays in 8 bits. Needs calibration data.
 
     minmax is the default: it alone suits convolutions and transformers. On MiniLM the others clip the few large activations
     that carry meaning; on EfficientNet-Lite0 mse and percentile are better by half a dB, entropy is worse by 8.
@@ -108,7 +108,7 @@ class Quantize(Pass):
 
 def mean_probe(layer: Layer) -> tuple[str, int]:
     """The layer's input and the axis of its channels."""
-    return layer.node.inputs[0], 1 if layer.node.op == "Conv" else -1
+    return layer.node.inputs[0], 1 if layer.node.op in ("Conv", "ConvTranspose") else -1
 
 
 def everywhere(graph: Graph, means: bool) -> list[Probe]:

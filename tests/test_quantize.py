@@ -28,7 +28,7 @@ from passes.quantize import Quantize
 from passes.share_weights import ShareWeights
 from tests.random_graphs import Builder, attention, conv, gemm, linear, random_graph, random_samples
 
-LAYERS = ("Conv", "Gemm", "MatMul")
+LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 def quantized(graph: Graph, ctx: Context | None = None, **options: object) -> Graph:
@@ -105,6 +105,17 @@ def mobilenet() -> Graph:
     return build.graph()
 
 
+def decoder(groups: int = 1) -> Graph:
+    build = Builder()
+    x = relu(build, conv(build, build.input((1, 3, 10, 12)), 8))
+    for channels in (8, 6):
+        inputs = [x, build.weight(8, channels // groups, 4, 4, fan_in=32 // groups), build.vector(channels)]
+        up = (1, channels, build.shapes[x][2] * 2, build.shapes[x][3] * 2)
+        x = relu(build, build.op("ConvTranspose", inputs, up, strides=(2, 2), pads=(1, 1, 1, 1), group=groups))
+    build.outputs.append(conv(build, x, 4))
+    return build.graph()
+
+
 def concat() -> Graph:
     build = Builder()
     x = relu(build, conv(build, build.input((1, 3, 12, 12)), 8))
@@ -122,6 +133,8 @@ NETS: dict[str, tuple[Callable[[], Graph], int]] = {
     "residual": (residual, 9),
     "mobilenet": (mobilenet, 16),
     "concat": (concat, 8),
+    "decoder": (decoder, 4),
+    "decoder in groups": (lambda: decoder(2), 4),
 }
 
 
@@ -463,7 +476,7 @@ def long_products() -> Graph:
         (long_products(), "int32 accumulation could overflow: k = 90000"),
         (single("Gemm", (3, 2), (3, 4), (2, 4), transA=1), "its data are transposed"),
         (single("Conv", (1, 2, 4, 4, 4), (2, 2, 1, 1, 1), (1, 2, 4, 4, 4)), "no integer kernel for convolutions of"),
-        (single("ConvTranspose", (1, 2, 4, 4), (2, 2, 1, 1), (1, 2, 4, 4)), "no integer kernel for transposed convolutions"),
+        (single("ConvTranspose", (1, 2, 4, 4, 4), (2, 2, 1, 1, 1), (1, 2, 4, 4, 4)), "no integer kernel for convolutions of"),
     ],
 )
 def test_what_must_stay_float_is_refused_with_the_reason(graph: Graph, reason: str) -> None:

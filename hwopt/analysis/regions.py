@@ -23,7 +23,7 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-WEIGHTED = ("Conv", "Gemm", "MatMul")
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LpPool", "GlobalLpPool")
 MOVES = _names(
     "Reshape Flatten Squeeze Unsqueeze Identity Transpose Concat Split Slice Pad Gather GatherElements GatherND Expand Tile"
@@ -183,7 +183,7 @@ def reduces_image(graph: Graph, node: Node) -> bool:
 def _epilogue(graph: Graph, anchor: Node, owner: dict[str, int]) -> Iterator[Node]:
     """The nodes behind the anchor that its kernel can do on the way out."""
     kind = kind_of(graph, anchor)
-    if kind in ("reduce", "other") or len(anchor.outputs) != 1 or anchor.op == "QuantizeLinear" or anchor.op == "ConvTranspose":
+    if kind in ("reduce", "other") or len(anchor.outputs) != 1 or anchor.op == "QuantizeLinear":
         return
     value = anchor.output
     while True:
@@ -283,13 +283,14 @@ def _is_step(graph: Graph, user: Node, value: str, anchor: Node) -> bool:
     if shape is None or len(shape) > len(full):
         return False
     padded = (1,) * (len(full) - len(shape)) + tuple(shape)
-    channel = 1 if anchor.op == "Conv" else len(full) - 1
+    convolves = anchor.op in ("Conv", "ConvTranspose")
+    channel = 1 if convolves else len(full) - 1
     per_channel = all(dim in (1, full[axis] if axis == channel else 1) for axis, dim in enumerate(padded))
     if graph.constant(other) is not None and per_channel:
         return True
     if padded == tuple(full):
         return user.op in ("Add", "Mul") and graph.constant(other) is None
-    image = anchor.op == "Conv" and padded == (*full[:2], *(1 for _ in full[2:]))
+    image = convolves and padded == (*full[:2], *(1 for _ in full[2:]))
     return user.op == "Mul" and image
 
 
@@ -327,12 +328,12 @@ class IntegerOperands:
 
 
 def integer_operands(graph: Graph, node: Node) -> IntegerOperands | None:
-    """The quantized operands of a Conv, Gemm or MatMul whose kernel can multiply integers; None where it must stay float."""
+    """The quantized operands of a layer whose kernel can multiply integers; None where it must stay float."""
     data = dequantized(graph, node.inputs[0])
     if data is None or (node.op == "Gemm" and (node.attr("transA", 0) or node.attr("alpha", 1.0) != 1.0)):
         return None
     rank = len(graph.tensor(node.inputs[1]).shape or ())
-    channels = 0 if node.op == "Conv" or node.attr("transB", 0) else rank - 1
+    channels = 0 if node.op == "Conv" or node.attr("transB", 0) else 1 if node.op == "ConvTranspose" else rank - 1
     weight = quantized_weight(graph, node.inputs[1], channels) if rank else None
     if weight is not None:
         return IntegerOperands(*data, *weight)

@@ -19,7 +19,7 @@ from hwopt.ir import Graph, Node
 from hwopt.target import Target
 
 REORDERED = ("Concat", "Split", "Slice", "Pad", "Resize", "Upsample", "DepthToSpace", "SpaceToDepth")
-WEIGHTED = ("Conv", "Gemm", "MatMul")
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 def lower(graph: Graph, target: Target, threads: int, choose: Choose = kernels.default_schedule) -> Any:

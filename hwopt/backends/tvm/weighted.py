@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,11 +12,13 @@ import numpy as np
 
 from hwopt.analysis.qdq import Quantization, dequantized, quantization
 from hwopt.analysis.regions import IntegerOperands, Region, integer_operands, self_gated
+from hwopt.backends.tvm import transposed
 from hwopt.backends.tvm.kernels import spec as step
+from hwopt.backends.tvm.kernels.conv_transpose import tap_sums
 from hwopt.backends.tvm.layout import Expr, Values, constant, to_last
 from hwopt.ir import Graph, Node, scalar
 
-Spec = step.ConvSpec | step.MatmulSpec
+Spec = step.ConvSpec | step.ConvTransposeSpec | step.MatmulSpec
 
 
 @dataclass
@@ -53,6 +56,8 @@ def weighted_kernel(graph: Graph, region: Region, values: Values) -> Kernel | No
     operands = integer_operands(graph, anchor) if region.integer else None
     if anchor.op == "Conv":
         return _conv(graph, region, values, operands)
+    if anchor.op == "ConvTranspose":
+        return _conv_transpose(graph, region, values, operands)
     return _gemm(graph, region, values, operands) if anchor.op == "Gemm" else _matmul(graph, region, values, operands)
 
 
@@ -83,6 +88,27 @@ def _conv(graph: Graph, region: Region, values: Values, operands: IntegerOperand
         return None
     shape = (out[0], *out[2:], out[1])
     return Kernel(spec, values.get(data, True), full, tuple(fused.tensors), shape, spec.out_dtype, True)
+
+
+def _conv_transpose(graph: Graph, region: Region, values: Values, operands: IntegerOperands | None) -> Kernel | None:
+    anchor = region.anchor
+    weight = operands.weight if operands else values.constant(anchor.inputs[1])
+    data = operands.data if operands else anchor.inputs[0]
+    spec = None if weight is None else transposed.spec_of(graph, anchor, weight, data)
+    if spec is None or weight is None:
+        return None
+    full = weight.reshape(*weight.shape[:2], *spec.kernel)
+    grouped = full.reshape(spec.groups, -1, *full.shape[1:]).transpose(0, 2, 1, 3, 4).reshape(spec.out_channels, -1)
+    operands = transposed.per_group(operands, spec.groups)
+    fused = Fused()
+    sums = tap_sums(spec, weight) if operands else None
+    zero_point = _bias_and_scale(region, values, operands, grouped, 0, fused, sums=sums)
+    _epilogue(graph, region, values, fused, channel=1, last=True)
+    out_dtype = graph.tensor(region.output).dtype
+    spec = dataclasses.replace(spec, pad_value=zero_point, out_dtype=out_dtype, epilogue=tuple(fused.steps))
+    tensors = transposed.by_phase(spec, fused.steps, fused.tensors)
+    out = graph.tensor(anchor.output).dims
+    return Kernel(spec, values.get(data, True), full, tuple(tensors), (out[0], *out[2:], out[1]), out_dtype, True)
 
 
 def _pair(values: Sequence[int], rank: int) -> tuple[int, int]:
@@ -169,11 +195,12 @@ def _product(graph: Graph, region: Region, data: Expr, weight: Any, shape: tuple
 
 def _bias_and_scale(
     region: Region, values: Values, operands: IntegerOperands | None, weight: np.ndarray, axis: int, fused: Fused,
-    beta: float = 1.0,
+    beta: float = 1.0, sums: np.ndarray | None = None,
 ) -> int:  # fmt: skip
     """Adds the bias, and for integers the zero-point correction and the scale; returns the data's zero point.
 
     sum((q - z) * w) = sum(q * w) - z * sum(w), so z * sum(w) is taken off the bias once (Jacob et al. 2018, section 2.3).
+    `sums` are the sums of the weights where they are not the same for all outputs, [..., channels].
     """
     channels = weight.shape[axis]
     node = region.anchor
@@ -184,7 +211,8 @@ def _bias_and_scale(
         return 0
     zero_point = int(operands.data_quantization.zero_point)
     scale = np.broadcast_to(operands.data_quantization.scale.astype(np.float64) * operands.weight_scale, (channels,))
-    bias = -zero_point * weight.astype(np.int64).sum(tuple(i for i in range(weight.ndim) if i != axis))
+    sums = weight.astype(np.int64).sum(tuple(i for i in range(weight.ndim) if i != axis)) if sums is None else sums
+    bias = -zero_point * sums
     if named:
         bias = bias + np.rint(_row(values.arrays[node.inputs[2]], channels) / scale).astype(np.int64)
     first = region.epilogue[0] if region.epilogue else None

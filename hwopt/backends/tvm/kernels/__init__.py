@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from hwopt.backends.tvm.kernels import depthwise, gemm, pool, schedule
+from hwopt.backends.tvm.kernels import conv_transpose, depthwise, gemm, pool, schedule
 from hwopt.backends.tvm.kernels.geometry import geometry
 from hwopt.backends.tvm.kernels.schedule import Schedule
-from hwopt.backends.tvm.kernels.spec import ConvSpec, MatmulSpec, PoolSpec
+from hwopt.backends.tvm.kernels.spec import ConvSpec, ConvTransposeSpec, MatmulSpec, PoolSpec
 from hwopt.target import MicroKernel
 
 __all__ = ["Schedule", "build", "default_schedule", "pack", "supports"]
 
-Spec = ConvSpec | MatmulSpec | PoolSpec
+Spec = ConvSpec | ConvTransposeSpec | MatmulSpec | PoolSpec
 
 
 def supports(spec: Spec, micro: MicroKernel) -> str:
@@ -38,14 +38,16 @@ def supports(spec: Spec, micro: MicroKernel) -> str:
     return ""
 
 
-def _single(spec: ConvSpec | MatmulSpec) -> bool:
+def _single(spec: ConvSpec | ConvTransposeSpec | MatmulSpec) -> bool:
     shape = geometry(spec)
     return shape.rows * shape.columns == 1
 
 
-def pack(spec: ConvSpec | MatmulSpec, weights: np.ndarray, micro: MicroKernel) -> np.ndarray:
+def pack(spec: ConvSpec | ConvTransposeSpec | MatmulSpec, weights: np.ndarray, micro: MicroKernel) -> np.ndarray:
     """Weights in ONNX's layout ([out, in / groups, height, width] or [k, n]) as the kernel reads them."""
     if depthwise.is_depthwise(spec):
+    if isinstance(spec, ConvTransposeSpec):
+        return conv_transpose.pack(spec, weights, micro)
         return depthwise.pack(spec, weights, micro)
     rows = weights.transpose(0, 2, 3, 1) if isinstance(spec, ConvSpec) else weights.T
     return gemm.pack(geometry(spec), rows, micro)
@@ -67,6 +69,8 @@ def build(spec: Spec, schedule: Schedule, micro: MicroKernel, symbol: str) -> An
     if depthwise.is_depthwise(spec):
         return depthwise.Depthwise(spec, schedule, micro).build(symbol)
     kernel = gemm.Gemm(geometry(spec), schedule, micro)
+    if isinstance(spec, ConvTransposeSpec):
+        return conv_transpose.ConvTranspose(spec, schedule, micro).build(symbol)
     if isinstance(spec, MatmulSpec) and not spec.constant:
         return kernel.build_computed(spec, symbol)
     return kernel.build(symbol)

@@ -36,6 +36,8 @@ class Epilogue:
 
     def __init__(
         self, steps: Sequence[Step], accumulator: str, out_dtype: str, channels: int, images: int, size: int, fused: bool
+    bias_row = 0  # the element at which the biases begin, where parts of the output have different ones
+
     ) -> None:
         self.steps, self.accumulator, self.out_dtype = tuple(steps), accumulator, out_dtype
         self.channels, self.images, self.size, self.fused = channels, images, size, fused
@@ -66,7 +68,7 @@ class Epilogue:
     def initial(self, code: Code, channel: Value, lanes: int) -> Value:
         """What the accumulators start from: a leading bias, else zero."""
         if self.steps and isinstance(self.steps[0], Bias):
-            return code.bind("bias", load(self.tensors[0], channel, lanes))
+            return code.bind("bias", load(self.tensors[0], self._first(self.steps[0], channel), lanes))
         return splat(0 if self.accumulator == "int32" else 0.0, lanes, self.accumulator)
 
     def per_channel(self, code: Code, channel: Value, lanes: int) -> list[Value]:
@@ -74,10 +76,14 @@ class Epilogue:
         found: list[Value] = []
         for step, tensor, gain in zip(self.steps, self.tensors, self.gains, strict=True):
             shared = isinstance(step, Bias | Scale) or (isinstance(step, Multiply) and step.over == "channels")
+    def _first(self, step: Step, channel: Value) -> Value:
+        """Where the row of a step's tensor has this channel."""
+        return channel + self.bias_row if isinstance(step, Bias) else channel
+
             if not shared:
                 found.append(None)
                 continue
-            value = load(tensor, channel, lanes)
+            value = load(tensor, self._first(step, channel), lanes)
             found.append(code.bind("shared", value if gain == 1.0 else value * splat(gain, lanes)))
         return found
 

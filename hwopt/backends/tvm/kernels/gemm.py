@@ -100,15 +100,19 @@ class Gemm:
 
     def task(self, code: Code, image: Value, row: Value, column: Value, tile: Value, weights: Callable) -> None:
         """All groups of the block that starts at output (row, column) and channel tile `tile`."""
-        source = self._padded(code, image, row) if self.shape.padded else self._direct(image)
+        source = self.padded(code, image, row) if self.shape.padded else self.direct(image)
 
         def of_group(inner: Code, group: Value) -> None:
             buffer, offset = weights(group)
-            self._channel_tiles(inner, Work(self, image, group, row, column, source, buffer, offset), tile)
+            self.channel_tiles(inner, Work(self, image, group, row, column, source, buffer, offset), tile)
 
         code.loop("group", self.shape.groups, of_group)
 
-    def _direct(self, image: Value) -> Source:
+    def position(self, image: Value, row: Value, column: Value) -> Value:
+        """Where an output position lies, counted in positions."""
+        return (image * self.shape.rows + row) * self.shape.columns + column
+
+    def direct(self, image: Value) -> Source:
         shape = self.shape
         row_stride = shape.width * shape.channels
 
@@ -117,7 +121,7 @@ class Gemm:
 
         return Source(self.data, row_stride, at)
 
-    def _padded(self, code: Code, image: Value, first: Value) -> Source:
+    def padded(self, code: Code, image: Value, first: Value) -> Source:
         """Copies the input rows of the block that starts at output row `first`, with their borders, into workspace."""
         shape = self.shape
         height = min(self.schedule.block_rows, shape.rows)
@@ -166,7 +170,7 @@ class Gemm:
         for offset, count in pieces(size - whole * lanes, lanes):
             body(code, whole * lanes + offset, count)
 
-    def _channel_tiles(self, code: Code, work: Work, first: Value) -> None:
+    def channel_tiles(self, code: Code, work: Work, first: Value) -> None:
         """Whole channel tiles in a loop, then the last one where it has fewer vectors or channels."""
         width, lanes = self.schedule.vectors, self.micro.lanes
         whole = self.shape.n // (width * lanes)
@@ -363,7 +367,7 @@ class Tile:
         """One vector of results, from element `at` of `total`."""
         gemm, lanes = self.work.gemm, self.work.gemm.micro.lanes
         shape = gemm.shape
-        position = (self.work.image * shape.rows + row) * shape.columns + column
+        position = gemm.position(self.work.image, row, column)
         for offset, count in pieces(self._lanes(vector), lanes):
             channel = self._channel(vector) + offset
             shared = gemm.epilogue.per_channel(code, channel, count)

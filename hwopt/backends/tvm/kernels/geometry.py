@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hwopt.backends.tvm.kernels.spec import ConvSpec, MatmulSpec, Multiply, Step
+from hwopt.backends.tvm.kernels.phases import AxisPhase, frame, phases
+from hwopt.backends.tvm.kernels.spec import ConvSpec, ConvTransposeSpec, MatmulSpec, Multiply, Step
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,10 @@ class Geometry:
         return -(-self.n // lanes)
 
 
-def geometry(spec: ConvSpec | MatmulSpec) -> Geometry:
-    """The implicit GEMM of a convolution or a matmul."""
+def geometry(spec: ConvSpec | MatmulSpec | ConvTransposeSpec) -> Geometry:
+    """The implicit GEMM of a convolution or a matmul; the largest phase's of a transposed convolution."""
+    if isinstance(spec, ConvTransposeSpec):
+        return max((of_phase(spec, *phase) for phase in phases(spec)), key=lambda shape: shape.macs)
     return _of_conv(spec) if isinstance(spec, ConvSpec) else _of_matmul(spec)
 
 
@@ -111,6 +114,33 @@ def _of_conv(spec: ConvSpec) -> Geometry:
         strides=spec.strides,
         dilations=spec.dilations,
         pads=spec.pads,
+        data_dtype=spec.data_dtype,
+        weight_dtype=spec.weight_dtype,
+        out_dtype=spec.out_dtype,
+        accumulator=spec.accumulator,
+        pad_value=spec.pad_value,
+        epilogue=spec.epilogue,
+    )
+
+
+def of_phase(spec: ConvTransposeSpec, down: AxisPhase, across: AxisPhase) -> Geometry:
+    """One phase. `pads` are those of all phases together, whose workspace they share."""
+    rows, columns = frame(spec, 0), frame(spec, 1)
+    depth = spec.in_channels // spec.groups
+    joined = spec.groups == 1 and (across.step == 1 or across.window == 1)
+    return Geometry(
+        images=spec.batch,
+        height=spec.height,
+        width=spec.width,
+        channels=spec.in_channels,
+        rows=down.count,
+        columns=across.count,
+        n=spec.out_channels // spec.groups,
+        groups=spec.groups,
+        taps=(down.window, 1) if joined else (down.window, across.window),
+        run=depth * across.window if joined else depth,
+        dilations=(down.step, across.step),
+        pads=(rows.before, columns.before, rows.after, columns.after),
         data_dtype=spec.data_dtype,
         weight_dtype=spec.weight_dtype,
         out_dtype=spec.out_dtype,

@@ -102,6 +102,43 @@ class ConvSpec:
 
 
 @dataclass(frozen=True)
+@dataclass(frozen=True)
+class ConvTransposeSpec:
+    """The transpose of a convolution: [batch, height, width, groups * k] with [groups * k, n, kernel...] weights.
+
+    `pads` are what is cut off at the top and left; what is cut off or added at the other ends is in the output's extents.
+    Every Bias has a row for each phase (see `phases`), as integers need: the taps whose zero points it corrects differ.
+    """
+
+    batch: int
+    height: int
+    width: int
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int]
+    out_height: int
+    out_width: int
+    strides: tuple[int, int] = (1, 1)
+    dilations: tuple[int, int] = (1, 1)
+    pads: tuple[int, int] = (0, 0)
+    groups: int = 1
+    data_dtype: str = "float32"
+    weight_dtype: str = "float32"
+    out_dtype: str = "float32"
+    pad_value: int = 0
+    epilogue: tuple[Step, ...] = ()
+
+    @property
+    def accumulator(self) -> str:
+        return "int32" if self.weight_dtype == "int8" else "float32"
+
+    @property
+    def macs(self) -> int:
+        """Products of an input pixel with every tap, those that are cut off included."""
+        taps = self.kernel[0] * self.kernel[1]
+        return self.batch * self.height * self.width * self.in_channels * (self.out_channels // self.groups) * taps
+
+
 class MatmulSpec:
     """[batch, m, k] x [batch or 1, k, n] -> [batch, m, n]. `constant` weights are packed at compile time.
 

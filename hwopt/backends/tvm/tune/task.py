@@ -15,11 +15,11 @@ from typing import Any
 
 from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.kernels import Schedule
-from hwopt.backends.tvm.kernels.spec import ConvSpec, MatmulSpec, PoolSpec
+from hwopt.backends.tvm.kernels.spec import ConvSpec, ConvTransposeSpec, MatmulSpec, PoolSpec
 from hwopt.ir import Graph
 from hwopt.target import MicroKernel, Target
 
-Spec = ConvSpec | MatmulSpec | PoolSpec
+Spec = ConvSpec | ConvTransposeSpec | MatmulSpec | PoolSpec
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Task:
         kernel = "x".join(map(str, spec.kernel)) + (f"/{spec.strides[0]}" if spec.strides != (1, 1) else "")
         if isinstance(spec, PoolSpec):
             return f"{spec.function} pool {kernel} {spec.channels} {spec.height}x{spec.width} {spec.data_dtype}"
+        if isinstance(spec, ConvTransposeSpec):
+            return f"conv transpose {kernel} {spec.in_channels}>{spec.out_channels} {spec.height}x{spec.width} {spec.data_dtype}"
         what = "conv" if spec.groups == 1 else "depthwise" if spec.groups == spec.in_channels else f"conv/{spec.groups}"
         return f"{what} {kernel} {spec.in_channels}>{spec.out_channels} {spec.height}x{spec.width} {spec.data_dtype}"
 
@@ -137,7 +139,7 @@ SCALE, ZERO_POINT = 0.05, 3  # stand for any scale but 1 and any zero point but 
 def canonical(spec: Spec) -> Spec:
     """The same kernel with other quantization constants, which cost nothing: layers that differ in them are one task."""
     epilogue = tuple(_canonical(step) for step in spec.epilogue)
-    if isinstance(spec, ConvSpec):
+    if isinstance(spec, ConvSpec | ConvTransposeSpec):
         pad = 0 if spec.data_dtype == "float32" else ZERO_POINT
         return dataclasses.replace(spec, epilogue=epilogue, pad_value=pad)
     return _canonical(dataclasses.replace(spec, epilogue=epilogue))
