@@ -45,9 +45,9 @@ def _single(spec: ConvSpec | ConvTransposeSpec | MatmulSpec) -> bool:
 
 def pack(spec: ConvSpec | ConvTransposeSpec | MatmulSpec, weights: np.ndarray, micro: MicroKernel) -> np.ndarray:
     """Weights in ONNX's layout ([out, in / groups, height, width] or [k, n]) as the kernel reads them."""
-    if depthwise.is_depthwise(spec):
     if isinstance(spec, ConvTransposeSpec):
         return conv_transpose.pack(spec, weights, micro)
+    if depthwise.is_depthwise(spec):
         return depthwise.pack(spec, weights, micro)
     rows = weights.transpose(0, 2, 3, 1) if isinstance(spec, ConvSpec) else weights.T
     return gemm.pack(geometry(spec), rows, micro)
@@ -68,9 +68,9 @@ def build(spec: Spec, schedule: Schedule, micro: MicroKernel, symbol: str) -> An
         return pool.Pool(spec, schedule, micro).build(symbol)
     if depthwise.is_depthwise(spec):
         return depthwise.Depthwise(spec, schedule, micro).build(symbol)
-    kernel = gemm.Gemm(geometry(spec), schedule, micro)
     if isinstance(spec, ConvTransposeSpec):
         return conv_transpose.ConvTranspose(spec, schedule, micro).build(symbol)
+    kernel = gemm.Gemm(geometry(spec), schedule, micro)
     if isinstance(spec, MatmulSpec) and not spec.constant:
         return kernel.build_computed(spec, symbol)
     return kernel.build(symbol)

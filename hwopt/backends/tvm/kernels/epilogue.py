@@ -34,10 +34,10 @@ class Place:
 class Epilogue:
     """The steps of one kernel with their tensors; `parameters` follow data and weights in the kernel's signature."""
 
-    def __init__(
-        self, steps: Sequence[Step], accumulator: str, out_dtype: str, channels: int, images: int, size: int, fused: bool
     bias_row = 0  # the element at which the biases begin, where parts of the output have different ones
 
+    def __init__(
+        self, steps: Sequence[Step], accumulator: str, out_dtype: str, channels: int, images: int, size: int, fused: bool
     ) -> None:
         self.steps, self.accumulator, self.out_dtype = tuple(steps), accumulator, out_dtype
         self.channels, self.images, self.size, self.fused = channels, images, size, fused
@@ -65,6 +65,10 @@ class Epilogue:
             return tirx.decl_buffer((size,), "float32", "factor")
         return None
 
+    def _first(self, step: Step, channel: Value) -> Value:
+        """Where the row of a step's tensor has this channel."""
+        return channel + self.bias_row if isinstance(step, Bias) else channel
+
     def initial(self, code: Code, channel: Value, lanes: int) -> Value:
         """What the accumulators start from: a leading bias, else zero."""
         if self.steps and isinstance(self.steps[0], Bias):
@@ -76,10 +80,6 @@ class Epilogue:
         found: list[Value] = []
         for step, tensor, gain in zip(self.steps, self.tensors, self.gains, strict=True):
             shared = isinstance(step, Bias | Scale) or (isinstance(step, Multiply) and step.over == "channels")
-    def _first(self, step: Step, channel: Value) -> Value:
-        """Where the row of a step's tensor has this channel."""
-        return channel + self.bias_row if isinstance(step, Bias) else channel
-
             if not shared:
                 found.append(None)
                 continue

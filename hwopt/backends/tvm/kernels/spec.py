@@ -102,7 +102,6 @@ class ConvSpec:
 
 
 @dataclass(frozen=True)
-@dataclass(frozen=True)
 class ConvTransposeSpec:
     """The transpose of a convolution: [batch, height, width, groups * k] with [groups * k, n, kernel...] weights.
 
@@ -139,6 +138,7 @@ class ConvTransposeSpec:
         return self.batch * self.height * self.width * self.in_channels * (self.out_channels // self.groups) * taps
 
 
+@dataclass(frozen=True)
 class MatmulSpec:
     """[batch, m, k] x [batch or 1, k, n] -> [batch, m, n]. `constant` weights are packed at compile time.
 
