@@ -1,0 +1,86 @@
+"""Rules of the torch backend for quantization. Integers are carried as floats, so that gradients reach data, scales, codebooks.
+
+With rounding straight through and the clip's own gradient, what autograd finds for the scale of a QuantizeLinear followed by
+its DequantizeLinear is that of learned step sizes: q - x / s inside of the range, the border outside (LSQ, arXiv:1902.08153).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+
+from hwopt.backends._torch_call import RANGES, Call, Rule, Tensor
+from hwopt.backends._torch_products import CONV, Window
+
+
+def _spread(call: Call, vector: Tensor | None, x: Tensor) -> Tensor | float:
+    """A scale or zero point in a shape that multiplies x: for the whole tensor, along an axis, or in blocks along it."""
+    if vector is None:
+        return 0.0
+    if vector.numel() == 1:
+        return vector.reshape(())
+    axis = call.attr("axis", 1) % x.ndim
+    if vector.ndim == 1:
+        return vector.reshape(-1, *(1,) * (x.ndim - 1 - axis))
+    block = call.attr("block_size", 0) or -(-x.shape[axis] // vector.shape[axis])
+    return vector.repeat_interleave(block, axis).narrow(axis, 0, x.shape[axis])
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.is_floating_point() and x.dtype.itemsize >= 4 else x.to(torch.float32)
+
+
+def _quantize(call: Call, x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    low, high = RANGES[call.writes[0]]
+    steps = call.rounding(_wide(x) / _spread(call, _wide(scale), x))
+    offset = _spread(call, zero_point, x)
+    return torch.clamp(steps + offset, low, high)
+
+
+def _dequantize(call: Call, x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    offset = _spread(call, zero_point, x)
+    wide = x if x.is_floating_point() else x.to(_wide(scale).dtype)
+    return ((wide - offset) * _spread(call, _wide(scale), x)).to(call.result)
+
+
+def _dynamic(call: Call, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """uint8 over the range of this very tensor, widened to hold zero."""
+    zero = torch.zeros((), dtype=x.dtype)
+    low, high = torch.minimum(x.amin(), zero), torch.maximum(x.amax(), zero)
+    scale = (high - low) / 255
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    offset = torch.clamp(call.rounding(-low / scale), 0, 255)
+    return torch.clamp(call.rounding(x / scale) + offset, 0, 255), scale, offset
+
+
+def _centered(x: Tensor, zero_point: Tensor | None, axis: int) -> Tensor:
+    """The integers without their offset, in float64: exact for every sum of products that int32 holds."""
+    wide = x.to(torch.float64)
+    if zero_point is None:
+        return wide
+    offset = zero_point.to(torch.float64)
+    if offset.ndim == 1 and offset.numel() > 1:
+        offset = offset.reshape([-1 if one == axis % x.ndim else 1 for one in range(x.ndim)])
+    return wide - (offset.reshape(()) if offset.numel() == 1 else offset)
+
+
+def _matmul_integer(_: Call, a: Tensor, b: Tensor, a_offset: Tensor | None = None, b_offset: Tensor | None = None) -> Tensor:
+    return torch.matmul(_centered(a, a_offset, a.ndim - 2), _centered(b, b_offset, b.ndim - 1))
+
+
+def _conv_integer(
+    call: Call, x: Tensor, weight: Tensor, x_offset: Tensor | None = None, w_offset: Tensor | None = None
+) -> Tensor:
+    """Padding has the value of the zero point: zero once that is subtracted."""
+    window = Window(call, x, weight.shape[2:])
+    data, kernel = window.padded(_centered(x, x_offset, 1)), _centered(weight, w_offset, 0)
+    return CONV[x.ndim - 2](data, kernel, None, window.strides, 0, window.dilations, call.attr("group", 1))
+
+
+RULES: Mapping[str, Rule] = MappingProxyType({
+    "QuantizeLinear": _quantize, "DequantizeLinear": _dequantize, "DynamicQuantizeLinear": _dynamic,
+    "MatMulInteger": _matmul_integer, "ConvInteger": _conv_integer,
+})  # fmt: skip
+CARRIES = frozenset({"DequantizeLinear", "MatMulInteger", "ConvInteger"})
