@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Mapping
-from pathlib import Path
-from typing import cast
 
 import psutil
 
 from hwopt.target import Memory, MicroKernel, Target
 from targets import _isa_arm, _isa_x86
+from targets._cpu import cpu_features, cpu_hertz, cpu_memories, needed_features, operations_per_cycle
 from targets._roofline import Roofline
 
-DRAM_BYTES_PER_SECOND = 12e9  # one core of a current server or desktop reading main memory; measured tables replace it
-CACHE_BYTES_PER_CYCLE = (64, 32, 12)  # first, second, third level, of one core; from the vendors' optimization guides
-FALLBACK_HERTZ = 2.5e9
 JOULES_PER_OP = {"float32": 12e-12, "bfloat16": 6e-12, "int8": 3e-12}  # about 5 W a core over AVX-512 peaks
-
-CPUINFO_NAMES = {"avx512vnni": "avx512_vnni", "avxvnni": "avx_vnni", "neon": "asimd", "dotprod": "asimddp"}
-_V2 = ("sse4_1", "sse4_2", "ssse3", "popcnt")
-_V3 = (*_V2, "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe")
-LEVELS = {  # System V psABI, x86-64 microarchitecture levels
-    "x86-64-v2": _V2,
-    "x86-64-v3": _V3,
-    "x86-64-v4": (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"),
-}
 
 
 @functools.cache
@@ -56,19 +42,6 @@ def TARGET() -> Target:
     )
 
 
-def operations_per_cycle(kernel: MicroKernel) -> float:
-    """Of one core: two vector instructions a cycle, half of that where a product needs a second instruction to be added."""
-    products = kernel.lanes * kernel.depth * 2
-    return float(products if "pmadd" in kernel.intrinsic or "smull" in kernel.intrinsic else 2 * products)
-
-
-def needed_features(llvm: Mapping[str, object]) -> tuple[str, ...]:
-    """What /proc/cpuinfo must show for code that LLVM compiled for this target."""
-    attributes = (str(name).removeprefix("+") for name in cast(list, llvm.get("mattr", [])))
-    names = {CPUINFO_NAMES.get(name, name) for name in attributes} | set(LEVELS.get(str(llvm["mcpu"]), ()))
-    return tuple(sorted(names))
-
-
 def _kind(kernel: MicroKernel) -> str:
     return f"{kernel.dtype} x {kernel.lanes}" + (f" ({kernel.intrinsic.split('.')[-2]})" if "." in kernel.intrinsic else "")
 
@@ -86,38 +59,3 @@ def _cost(
         launch_seconds=0.5e-6,
         joules_per_op=JOULES_PER_OP,
     )
-
-
-def cpu_features() -> frozenset[str]:
-    """Flags of the first processor in /proc/cpuinfo; none where the system has no such file."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    return frozenset(flags.partition(":")[2].split())
-
-
-def cpu_hertz() -> float:
-    """The highest clock the system states."""
-    found = psutil.cpu_freq()
-    stated = (found.max or found.current) if found else 0.0
-    return stated * 1e6 or FALLBACK_HERTZ
-
-
-def cpu_memories(hertz: float) -> tuple[Memory, ...]:
-    """Data caches of the first core as sysfs states them, and main memory."""
-    sizes: dict[int, int] = {}
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        if (index / "type").read_text().strip() != "Instruction":
-            sizes[int((index / "level").read_text())] = _size((index / "size").read_text().strip())
-    sizes = sizes or {1: 32 << 10, 2: 1 << 20}
-    caches = [
-        Memory(f"l{level}", sizes[level], per_cycle * hertz, joules)
-        for level, per_cycle, joules in zip(sorted(sizes), CACHE_BYTES_PER_CYCLE, (1e-12, 5e-12, 15e-12), strict=False)
-    ]
-    return (*caches, Memory("dram", psutil.virtual_memory().total, DRAM_BYTES_PER_SECOND, 100e-12))
-
-
-def _size(text: str) -> int:
-    """Sysfs writes 48K and 2M."""
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    return int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text)

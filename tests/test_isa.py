@@ -21,8 +21,8 @@ from hwopt.backends.tvm.kernels.spec import Activation, Bias, ConvSpec, MatmulSp
 from hwopt.emit import Buffer, Call, Program
 from hwopt.emit.build import build_library
 from hwopt.target import MicroKernel
-from targets import _isa_arm, _isa_x86
-from targets.host import needed_features
+from targets import _isa_arm, _isa_arm32, _isa_riscv, _isa_x86
+from targets._cpu import needed_features
 from tests._machines import Machine, execute
 from tests.test_kernels import FLAGS, accumulators, pooled, quantized, random
 
@@ -35,10 +35,11 @@ class Level:
     instruction: str  # in the assembly
     tvm: Mapping[str, Any]
     machine: Machine
+    named: tuple[str, ...] = ()  # the features, where the names are not those of x86 or 64-bit Arm
 
     @property
     def features(self) -> tuple[str, ...]:
-        return needed_features(self.tvm)
+        return self.named or needed_features(self.tvm)
 
 
 def x86(level: str, integer: str, instruction: str, cpu: str = "") -> dict[str, Level]:
@@ -71,6 +72,13 @@ LEVELS = {
     "i8mm smmla": arm({"asimddp", "i8mm"}, "smmla", "max"),
     "i8mm usmmla": arm({"asimddp", "i8mm"}, "usmmla", "max", _isa_arm.USMMLA),
     "i8mm usdot": arm({"asimddp", "i8mm"}, "usdot", "max", _isa_arm.USDOT),
+}
+ARM32, RV64 = Machine("arm", "cortex-a7"), Machine("riscv", "rv64")
+LEVELS |= {
+    "armv7 float": Level(_isa_arm32.NEON_FLOAT, "vfma.f32", _isa_arm32.llvm(), ARM32, _isa_arm32.FEATURES),
+    "armv7 vmull": Level(_isa_arm32.NEON_INT8, "vmull.s8", _isa_arm32.llvm(), ARM32, _isa_arm32.FEATURES),
+    "riscv64 float": Level(_isa_riscv.FLOAT, "fmadd.s", _isa_riscv.llvm(), RV64, _isa_riscv.FEATURES),
+    "riscv64 int8": Level(_isa_riscv.INT8, "mul", _isa_riscv.llvm(), RV64, _isa_riscv.FEATURES),
 }
 CONVS = {
     "conv 3x3": {"height": 8, "width": 9, "in_channels": 16, "out_channels": 38, "kernel": (3, 3), "pads": (1, 1, 1, 1)},
