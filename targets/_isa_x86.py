@@ -5,6 +5,7 @@ Sources: Intel, "Intrinsics guide" (vpdpbusd, vpmaddwd, vpmovzxbw); System V psA
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Set
 
 from hwopt.target import MicroKernel
@@ -24,12 +25,23 @@ AVX512_INT16 = MicroKernel("int8", 16, 2, 32, "int32", "uint8", "llvm.x86.avx512
 AVX2_INT16 = MicroKernel("int8", 8, 2, 16, "int32", "uint8", "llvm.x86.avx2.pmadd.wd", _V3)
 SSE_INT16 = MicroKernel("int8", 4, 2, 16, "int32", "uint8", "llvm.x86.sse2.pmadd.wd")
 
+# Intel, "BFLOAT16 - hardware numerics definition" (2018): pairs of products, denormals as zeros. Its conversion (vcvtneps2bf16)
+# serves the float32 kernels as well.
+AVX512_BF16_FEATURES = (*_V4, "avx512bf16")
+AVX512_BF16 = MicroKernel(
+    "bfloat16", 16, 2, 32, "float32", "bfloat16", "llvm.x86.avx512bf16.dpbf16ps.512", AVX512_BF16_FEATURES
+)  # fmt: skip
+
 _CPUINFO = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 
 
 def microkernels(features: Set[str]) -> dict[str, MicroKernel]:
     """The best micro-kernel per dtype of a processor whose flags /proc/cpuinfo shows as `features`."""
-    return {"float32": _float(features), "int8": _integer(features)}
+    kernels = {"float32": _float(features), "int8": _integer(features)}
+    if features >= _CPUINFO and "avx512_bf16" in features:
+        kernels["float32"] = dataclasses.replace(AVX512_FLOAT, features=AVX512_BF16_FEATURES)
+        kernels["bfloat16"] = AVX512_BF16
+    return kernels
 
 
 def llvm(features: Set[str]) -> dict[str, object]:

@@ -69,6 +69,8 @@ class Templates:
 
     def micro(self, spec: Spec) -> MicroKernel:
         """The target's first micro-kernel that takes the kernel, or plain multiplications where it has none."""
+        if spec.accumulator == "float32" and "bfloat16" in (spec.data_dtype, spec.weight_dtype):
+            return self._bfloat16(spec)
         family = "int8" if spec.accumulator == "int32" else "float32"
         found = self.target.microkernels.get(family, PLAIN[family])
         for micro in (found, *found.others):
@@ -76,6 +78,15 @@ class Templates:
                 return micro
         plain = dataclasses.replace(PLAIN[family], activation=spec.data_dtype, dtype=spec.weight_dtype)
         return dataclasses.replace(plain, lanes=found.lanes, registers=found.registers)
+
+    def _bfloat16(self, spec: Spec) -> MicroKernel:
+        """The target's dot products; float32 products of widened numbers without them, and where data alone are bfloat16."""
+        wide = self.target.microkernels.get("float32", PLAIN["float32"])
+        if spec.weight_dtype != "bfloat16":
+            return wide
+        found = self.target.microkernels.get("bfloat16")
+        able = (one for one in ((found, *getattr(found, "others", ())) if found else ()) if not kernels.supports(spec, one))
+        return next(able, dataclasses.replace(wide, dtype="bfloat16", activation="bfloat16"))
 
     def _function(self, spec: Spec, micro: MicroKernel) -> Any:
         """The module's function for this kernel, built once."""

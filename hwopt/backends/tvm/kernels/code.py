@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from tvm import tirx
+from tvm import ir, tirx
 from tvm.tirx.op import masked_load
 
 Value = Any  # a tirx expression or a Python number
@@ -24,14 +24,24 @@ def span(index: Value, lanes: int) -> Value:
     return index if lanes == 1 else tirx.Ramp(index, 1, lanes)
 
 
+def stored(dtype: str) -> str:
+    """How kernels hold an element type in registers and workspace: bfloat16 as its bits (see kernels.bfloat16)."""
+    return "uint16" if dtype == "bfloat16" else dtype
+
+
 def load(buffer: Value, index: Value, lanes: int = 1) -> Value:
-    return tirx.BufferLoad(buffer, [span(index, lanes)])
+    value = tirx.BufferLoad(buffer, [span(index, lanes)])
+    return tirx.reinterpret(vector("uint16", lanes), value) if buffer.dtype == "bfloat16" else value
 
 
 def load_part(buffer: Value, index: Value, lanes: int, valid: int) -> Value:
     """A vector of which only the first `valid` lanes are read; the others are undefined."""
     if valid == lanes:
         return load(buffer, index, lanes)
+    if buffer.dtype == "bfloat16":
+        parts = [load(buffer, index + offset, count) for offset, count in pieces(valid, lanes)]
+        parts.append(splat(0, lanes - valid, "uint16"))
+        return tirx.Shuffle(parts, list(range(lanes)))
     mask = tirx.LT(tirx.Ramp(0, 1, lanes), tirx.Broadcast(valid, lanes))
     return masked_load(vector(buffer.dtype, lanes), buffer, span(index, lanes), mask)
 
@@ -75,6 +85,7 @@ class Code:
         self.statements: list[Any] = []
 
     def store(self, buffer: Value, index: Value, value: Value, lanes: int = 1) -> None:
+        value = tirx.reinterpret(vector("bfloat16", lanes), value) if buffer.dtype == "bfloat16" else value
         self.statements.append(tirx.BufferStore(buffer, value, [span(index, lanes)]))
 
     def bind(self, name: str, value: Value) -> Value:
@@ -90,7 +101,7 @@ class Code:
 
         (TVM puts only scope "global" on the stack: a small "local" buffer would be a call of TVMBackendAllocWorkspace.)
         """
-        buffer = tirx.decl_buffer((size,), dtype, name)
+        buffer = tirx.decl_buffer((size,), stored(dtype), name)
         self.statements.append(tirx.AllocBuffer(buffer))
         return buffer
 
@@ -127,6 +138,9 @@ class Code:
         return self.statements[0] if len(self.statements) == 1 else tirx.SeqStmt(self.statements)
 
 
-def function(symbol: str, parameters: list[Value], body: Code) -> tirx.PrimFunc:
-    """The kernel: buffers in, nothing returned, no two buffers overlapping."""
-    return tirx.PrimFunc(parameters, body.done()).with_attr({"global_symbol": symbol, "tirx.noalias": True})
+def function(symbol: str, parameters: list[Value], body: Code, library: str = "") -> tirx.PrimFunc:
+    """The kernel: buffers in, nothing returned, no two buffers overlapping. `library` is LLVM code that it calls."""
+    whole = body.done()
+    if library:
+        whole = tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", ir.StringImm(library), whole)
+    return tirx.PrimFunc(parameters, whole).with_attr({"global_symbol": symbol, "tirx.noalias": True})

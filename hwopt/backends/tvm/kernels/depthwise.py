@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 import numpy as np
 from tvm import tirx
 
+from hwopt.backends.tvm.kernels import bfloat16
 from hwopt.backends.tvm.kernels.code import Code, Value, function, interleaved, load, load_part, pieces, splat
 from hwopt.backends.tvm.kernels.epilogue import Epilogue, Place
 from hwopt.backends.tvm.kernels.micro import accumulate, fused_multiply_add, widened
@@ -89,7 +90,7 @@ class Depthwise:
         self.weights = tirx.decl_buffer((vectors * self.panel,), spec.weight_dtype, "weights")
         self.out = tirx.decl_buffer((size,), spec.out_dtype, "out")
         fused = fused_multiply_add(micro)
-        self.epilogue = Epilogue(spec.epilogue, spec.accumulator, spec.out_dtype, self.channels, spec.batch, size, fused)
+        self.epilogue = Epilogue(spec.epilogue, spec.accumulator, spec.out_dtype, self.channels, spec.batch, size, fused, micro)
 
     def build(self, symbol: str) -> tirx.PrimFunc:
         """PrimFunc(data, packed weights, *epilogue tensors, out)."""
@@ -103,7 +104,8 @@ class Depthwise:
             inner.loop("row", rows, lambda some, y: self._row(some, image, y), start=first)
 
         code.loop("task", self.spec.batch * blocks, task, parallel=self.schedule.parallel)
-        return function(symbol, [self.data, self.weights, *self.epilogue.parameters, self.out], code)
+        parameters = [self.data, self.weights, *self.epilogue.parameters, self.out]
+        return function(symbol, parameters, code, bfloat16.library(self.micro))
 
     def _row(self, code: Code, image: Value, y: Value) -> None:
         """Rows that touch the vertical padding check it, the others do not."""
@@ -220,11 +222,14 @@ class Depthwise:
         """The channels of one input position, or the padding value where its row is outside."""
         line = row.lines[tap]
         value = load_part(self.data, line.start + column * self.channels + row.channel, self.micro.lanes, row.lanes)
+        if self.spec.data_dtype == "bfloat16":  # computed in float32: with one channel a group there are no dot products
+            value = bfloat16.widen(value, self.micro.lanes)
         return value if line.inside is None else tirx.Select(splat(line.inside, self.micro.lanes), value, self._padding())
 
     def _padding(self) -> Value:
-        value = float(self.spec.pad_value) if self.spec.data_dtype == "float32" else self.spec.pad_value
-        return splat(value, self.micro.lanes, self.spec.data_dtype)
+        floating = self.spec.accumulator == "float32"
+        value = float(self.spec.pad_value) if floating else self.spec.pad_value
+        return splat(value, self.micro.lanes, "float32" if floating else self.spec.data_dtype)
 
     def _finish(self, code: Code, row: Row, x: Value, total: Value, shared: list[Value]) -> None:
         """The epilogue on a whole vector, or on the pieces of a partial one, and the stores."""

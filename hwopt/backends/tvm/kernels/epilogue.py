@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
+from hwopt.backends.tvm.kernels import bfloat16
 from hwopt.backends.tvm.kernels.code import Code, Value, cast, load, splat, vector
 from hwopt.backends.tvm.kernels.functions import FUNCTIONS, ROUND, Maths
 from hwopt.backends.tvm.kernels.spec import Activation, Add, Bias, Multiply, Quantize, Scale, Step
+from hwopt.target import MicroKernel
 
 LIMITS = {"uint8": (0, 255), "int8": (-128, 127)}
 HOMOGENEOUS = ("relu", "clip", "leaky_relu")  # gain * f(x) = f'(gain * x) with the bounds of clip scaled
@@ -37,10 +39,19 @@ class Epilogue:
     bias_row = 0  # the element at which the biases begin, where parts of the output have different ones
 
     def __init__(
-        self, steps: Sequence[Step], accumulator: str, out_dtype: str, channels: int, images: int, size: int, fused: bool
+        self,
+        steps: Sequence[Step],
+        accumulator: str,
+        out_dtype: str,
+        channels: int,
+        images: int,
+        size: int,
+        fused: bool,
+        micro: MicroKernel | None = None,
     ) -> None:
         self.steps, self.accumulator, self.out_dtype = tuple(steps), accumulator, out_dtype
         self.channels, self.images, self.size, self.fused = channels, images, size, fused
+        self.micro = micro  # whose instructions round to bfloat16; none: in integer arithmetic
         self.tensors = [self._tensor(step) for step in self.steps]
         self.gains = _gains(self.steps)
 
@@ -104,6 +115,8 @@ class Epilogue:
             else:
                 return _quantized(maths, value * splat(gain, lanes) if gain != 1.0 else value, step)
             value = code.bind("value", value)
+        if self.out_dtype == "bfloat16":
+            return bfloat16.narrow(value, lanes, self.micro is not None and bfloat16.converts(self.micro, lanes))
         return value
 
     def _factor(self, step: Multiply, index: int, place: Place, lanes: int) -> Value:
@@ -114,7 +127,9 @@ class Epilogue:
 
 def _add(maths: Maths, value: Value, step: Add, gain: float, other: Value) -> Value:
     """value + gain x the dequantized addend."""
-    if step.dtype == "float32":
+    if step.dtype == "bfloat16":
+        other = maths.name(bfloat16.widen(other, maths.lanes))
+    if step.dtype in ("float32", "bfloat16"):
         return value + other if gain == 1.0 else maths.fma(other, maths.constant(gain), value)
     scale = step.scale * gain
     shifted = value + maths.constant(-step.zero_point * scale) if step.zero_point else value

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 
-from hwopt.backends.tvm.kernels.code import Code, Value, function, load, pieces, splat
+from hwopt.backends.tvm.kernels import bfloat16
+from hwopt.backends.tvm.kernels.code import Code, Value, function, load, pieces, splat, stored
 from hwopt.backends.tvm.kernels.epilogue import Epilogue, Place
 from hwopt.backends.tvm.kernels.geometry import Geometry
 from hwopt.backends.tvm.kernels.micro import accumulate_block, arranged, data_block, fused_multiply_add, weight_operand
@@ -66,8 +67,9 @@ class Gemm:
         self.data = tirx.decl_buffer((shape.images * shape.height * shape.width * shape.channels,), shape.data_dtype, "data")
         self.out = tirx.decl_buffer((size,), shape.out_dtype, "out")
         self.epilogue = Epilogue(
-            shape.epilogue, shape.accumulator, shape.out_dtype, shape.out_channels, shape.images, size, fused_multiply_add(micro)
-        )
+            shape.epilogue, shape.accumulator, shape.out_dtype, shape.out_channels, shape.images, size, fused_multiply_add(micro),
+            micro,
+        )  # fmt: skip
 
     def build(self, symbol: str) -> tirx.PrimFunc:
         """PrimFunc(data, packed weights, *epilogue tensors, out)."""
@@ -79,7 +81,7 @@ class Gemm:
             self.task(inner, image, row, column, tile, lambda group: (weights, group * self.vectors * self.panel))
 
         code.loop("task", self.schedule.tasks(self.shape, self.vectors), task, parallel=self.schedule.parallel)
-        return function(symbol, [self.data, weights, *self.epilogue.parameters, self.out], code)
+        return function(symbol, [self.data, weights, *self.epilogue.parameters, self.out], code, bfloat16.library(self.micro))
 
     def build_computed(self, spec: MatmulSpec, symbol: str) -> tirx.PrimFunc:
         """PrimFunc(left, right, *epilogue tensors, out): every task packs the part of the right side that it multiplies."""
@@ -96,7 +98,7 @@ class Gemm:
             self.task(inner, image, row, column, tile, lambda _: (space, first * -self.panel))
 
         code.loop("task", self.schedule.tasks(self.shape, self.vectors), task, parallel=self.schedule.parallel)
-        return function(symbol, [self.data, right, *self.epilogue.parameters, self.out], code)
+        return function(symbol, [self.data, right, *self.epilogue.parameters, self.out], code, bfloat16.library(self.micro))
 
     def task(self, code: Code, image: Value, row: Value, column: Value, tile: Value, weights: Callable) -> None:
         """All groups of the block that starts at output (row, column) and channel tile `tile`."""
@@ -158,7 +160,7 @@ class Gemm:
         self._fill(code, space, target + left + middle, right)
 
     def _fill(self, code: Code, space: Value, target: Value, size: int) -> None:
-        dtype = self.shape.data_dtype
+        dtype = stored(self.shape.data_dtype)
         value = float(self.shape.pad_value) if dtype == "float32" else int(self.shape.pad_value)
         self._sweep(code, size, lambda some, at, lanes: some.store(space, target + at, splat(value, lanes, dtype), lanes))
 
@@ -281,7 +283,9 @@ class Tile:
     def _products(self, code: Code, totals: list[list[Value]], origin: Value, weights: Value) -> None:
         """The loops over taps and along the run."""
         gemm, shape = self.work.gemm, self.work.gemm.shape
-        exact = shape.run // gemm.micro.depth if not shape.padded else gemm.words  # padded data may be read beyond the run
+        # padded integers may be read beyond the run, where weights are zero; zero times what is no number would be none
+        beyond = shape.padded and shape.accumulator == "int32"
+        exact = gemm.words if beyond else shape.run // gemm.micro.depth
 
         def down(outer: Code, y: Value) -> None:
             def across(inner: Code, x: Value) -> None:

@@ -15,13 +15,14 @@ from typing import Any
 
 from tvm import tirx
 
-from hwopt.backends.tvm.kernels.code import Code, Value, cast, intrinsic, load, splat, vector
+from hwopt.backends.tvm.kernels import bfloat16
+from hwopt.backends.tvm.kernels.code import Code, Value, cast, intrinsic, load, splat, stored, vector
 from hwopt.target import MicroKernel
 
 
 def fused_multiply_add(micro: MicroKernel) -> bool:
     """Whether the target has one for float32, also outside of this micro-kernel."""
-    return bool({"fma", "neon"} & set(micro.features))
+    return bool({"fma", "neon", "f"} & set(micro.features))  # of x86, Arm, RISC-V
 
 
 def weight_operand(code: Code, micro: MicroKernel, buffer: Value, index: Value) -> Value:
@@ -34,17 +35,22 @@ def data_operand(code: Code, micro: MicroKernel, buffer: Value, index: Value, dt
     """`depth` activations, repeated in every lane; the last `depth - count` of them are zero and are not read."""
     lanes, depth = micro.lanes, micro.depth
     if depth == 1:
+        if dtype == "bfloat16":
+            return code.bind("data", splat(bfloat16.widen(load(buffer, index), 1), lanes))
         return code.bind("data", widened(micro, splat(load(buffer, index), lanes)))
-    word = "int32" if depth == 4 else "int16"  # moved as one scalar, so that one broadcast instruction does it
+    # moved as one scalar, so that one broadcast instruction does it
+    word = "int32" if depth == 4 or dtype == "bfloat16" else "int16"
     if count == depth:
         repeated = splat(tirx.reinterpret(word, load(buffer, index, depth)), lanes)
     else:
         parts = [_at_byte(load(buffer, index + byte), byte, word) for byte in range(count)]
         repeated = splat(functools.reduce(tirx.bitwise_or, parts), lanes)
-    return code.bind("data", widened(micro, tirx.reinterpret(vector(dtype, lanes * depth), repeated)))
+    return code.bind("data", widened(micro, tirx.reinterpret(vector(stored(dtype), lanes * depth), repeated)))
 
 
 def _at_byte(value: Value, byte: int, word: str) -> Value:
+    if value.ty.dtype == "uint16":  # bfloat16
+        return tirx.shift_left(tirx.Cast(word, value), tirx.const(16 * byte, word))
     unsigned = tirx.Cast(word, tirx.reinterpret("uint8", value))
     return tirx.shift_left(unsigned, tirx.const(8 * byte, word)) if byte else unsigned
 
@@ -91,6 +97,8 @@ def accumulate(micro: MicroKernel, total: Value, data: Value, weight: Value) -> 
         return total + data * weight
     if name == "llvm.fma":
         return intrinsic(wide, name, data, weight, total)
+    if bfloat16.multiplies(micro):
+        return bfloat16.dot(micro, total, data, weight)
     if "pmadd" in name:  # x86: int16 pairs, exact for 8-bit values
         return total + intrinsic(wide, name, data, weight)
     if "vmulls" in name:  # the same in 32-bit NEON
@@ -103,9 +111,11 @@ def accumulate(micro: MicroKernel, total: Value, data: Value, weight: Value) -> 
 
 
 def widened(micro: MicroKernel, value: Value) -> Any:
-    """Integer operands of instructions that do not take bytes, converted."""
+    """Operands of instructions that take neither bytes nor bfloat16, converted."""
     if micro.accumulator == "int32" and not micro.intrinsic:
         return cast(value, "int32", micro.lanes)
     if "pmadd" in micro.intrinsic:
         return cast(value, "int16", micro.lanes * micro.depth)
+    if micro.dtype == "bfloat16" and not bfloat16.multiplies(micro):
+        return bfloat16.widen(value, micro.lanes)
     return value

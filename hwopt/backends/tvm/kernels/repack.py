@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from tvm import tirx
 
-from hwopt.backends.tvm.kernels.code import Code, Value, interleaved, load, pieces, splat, vector
+from hwopt.backends.tvm.kernels.code import Code, Value, interleaved, load, pieces, splat, stored, vector
 from hwopt.backends.tvm.kernels.spec import MatmulSpec
 from hwopt.target import MicroKernel
 
@@ -45,7 +45,7 @@ class Repack:
             for offset, lanes in pieces(valid, self.micro.lanes):
                 start = self.base + index * depth * self.spec.n + column + offset
                 parts = [load(self.right, start + row * self.spec.n, lanes) for row in range(rows)]
-                value = interleaved([*parts, *[splat(0, lanes, self.spec.weight_dtype)] * (depth - rows)], lanes)
+                value = interleaved([*parts, *[splat(0, lanes, stored(self.spec.weight_dtype))] * (depth - rows)], lanes)
                 inner.store(self.space, target + index * self.step + offset * depth, value, lanes * depth)
 
         code.loop("word", k // depth, word)
@@ -68,13 +68,13 @@ class Repack:
             inner.loop("element", self.spec.k - start, element, start=start)
             for missing in range(self.spec.k, self.words * depth):
                 at = target + (missing // depth) * self.step + lane * depth + missing % depth
-                inner.store(self.space, at, tirx.const(0, self.spec.weight_dtype))
+                inner.store(self.space, at, tirx.const(0, stored(self.spec.weight_dtype)))
 
         code.loop("lane", valid, single)
 
     def _square(self, code: Code, row: Value, target: Value, word: Value, valid: int) -> None:
         lanes, depth = self.micro.lanes, self.micro.depth
-        kind = vector(WORDS[depth], lanes)
+        kind = vector("int32" if self.spec.weight_dtype == "bfloat16" else WORDS[depth], lanes)
         rows = []
         for lane in range(lanes):
             start = self.base + (row + min(lane, valid - 1)) * self.spec.k + word * depth
@@ -82,7 +82,7 @@ class Repack:
             rows.append(code.bind("row", value if depth == 1 else tirx.reinterpret(kind, value)))
         for index, value in enumerate(_transpose(code, rows)):
             if depth > 1:
-                value = tirx.reinterpret(vector(self.spec.weight_dtype, lanes * depth), value)
+                value = tirx.reinterpret(vector(stored(self.spec.weight_dtype), lanes * depth), value)
             code.store(self.space, target + (word + index) * self.step, value, lanes * depth)
 
 

@@ -24,7 +24,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Add:
-    """Adds a tensor shaped like the output; a quantized one is dequantized as (value - zero_point) * scale."""
+    """Adds a tensor shaped like the output; a quantized one stands for (value - zero_point) * scale, bfloat16 is widened."""
 
     dtype: str = "float32"
     scale: float = 1.0
@@ -63,7 +63,8 @@ class ConvSpec:
     """A convolution of [batch, height, width, groups * k] with [groups * n, k, kernel...] weights.
 
     `pads` are top, left, bottom, right; padded places hold `pad_value` (the zero point of quantized data).
-    `data_dtype` is float32, uint8 or int8; `weight_dtype` float32 or int8; the accumulator is float32 or int32.
+    `data_dtype` is float32, bfloat16, uint8 or int8; `weight_dtype` float32, bfloat16 or int8; the accumulator is float32 or
+    int32. Depthwise kernels multiply bfloat16 data with float32 weights. An `out_dtype` of bfloat16 is rounded to at the end.
     """
 
     batch: int
