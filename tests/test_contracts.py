@@ -268,7 +268,7 @@ def test_more_work_never_costs_less(name: str, size: str) -> None:
 
 
 @every_target
-def test_int8_is_not_slower_than_float(name: str) -> None:
+def test_int8_is_not_slower_than_float_where_its_peak_is_higher(name: str) -> None:
     target = find_target(name)
-    if {"int8", "float32"} <= set(target.peak):
+    if target.peak.get("int8", 0.0) >= target.peak.get("float32", math.inf):
         assert seconds(target, layer("int8")) <= seconds(target, layer("float32"))
