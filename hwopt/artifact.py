@@ -70,7 +70,7 @@ def write_artifact(
     """
     texts = {"plan.json": _json(plan), "report.json": _json(report), "graph.txt": graph.encode()}
     built = {name: library.folder / name for name in library.files}
-    facts = _facts(library) | {"target": target, "kind": kind, "reason": reason, "versions": _versions()}
+    facts = _facts(library) | {"target": target, "kind": kind, "reason": reason, "versions": package_versions()}
     return _bundle(Path(folder), {**built, "model.onnx": model, **texts, **(files or {})}, facts)
 
 
@@ -141,7 +141,7 @@ def _facts(library: Library) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     found = {}
     for package in _PACKAGES:
         try:
@@ -196,9 +196,9 @@ def _check_fields(manifest: Mapping[str, Any], place: str) -> None:
     for name, kind in _FIELDS.items():
         if not isinstance(manifest.get(name), kind):
             raise ArtifactError(f"damaged: {name} is missing or no {kind.__name__}", place=place, hint="compile the model again")
-    names = (*manifest["files"], manifest["library"])
+    names = [name for name in (*manifest["files"], manifest["library"]) if name]
     outside = [name for name in names if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
-    if outside or manifest["library"] not in manifest["files"]:
+    if outside or manifest["library"] not in ("", *manifest["files"]):
         raise ArtifactError(f"names a file outside of it: {', '.join(outside) or manifest['library']}", place=place)
 
 
@@ -317,6 +317,8 @@ class Artifact:
         with self._lock:
             if self._engine is None:
                 self._check_machine()
+                if not self.manifest["library"]:
+                    raise ArtifactError("holds no shared library to run", place=str(self.path), hint="compile with --emit shared")
                 engine: type[CEngine] | type[VmEngine] = CEngine if self.kind == "c" else VmEngine
                 self._engine = engine(self.path / self.manifest["library"], self.manifest)
             return self._engine

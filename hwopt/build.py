@@ -13,6 +13,8 @@ from hwopt.analysis.size import weight_bytes
 from hwopt.artifact import Artifact, write_artifact
 from hwopt.emit.build import Library, Tensor, build_library
 from hwopt.emit.cpu import host_machine
+from hwopt.emit.products import Form
+from hwopt.errors import UnsupportedError
 from hwopt.io.proto import to_model
 from hwopt.ir import Graph, to_text
 from hwopt.plan.plan import Plan
@@ -20,6 +22,9 @@ from hwopt.target import Target
 
 if TYPE_CHECKING:
     from hwopt.backends.tvm.tune.database import Database
+
+
+FORM = Form()
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +52,8 @@ class Built:
         )  # fmt: skip
 
 
-def build(graph: Graph, target: Target, threads: int, folder: Path, database: Database | None = None) -> Built:
-    """Compile one graph into `folder`: plain C where that can be, else for TVM's virtual machine.
+def build(graph: Graph, target: Target, threads: int, folder: Path, database: Database | None = None, form: Form = FORM) -> Built:
+    """Compile one graph into `folder`: plain C where that can be, else for TVM's virtual machine (a shared library only).
 
     Schedules come from the tuning database where it knows better ones than the default.
     """
@@ -58,12 +63,16 @@ def build(graph: Graph, target: Target, threads: int, folder: Path, database: Da
     from hwopt.backends.tvm.vm import reasons
 
     reason = "; ".join(reasons(graph))
+    if reason and form != FORM:
+        raise UnsupportedError(
+            f"runs in TVM's virtual machine only: {reason}", place=graph.name, hint="leave out --emit and --parallel"
+        )
     tuned = Tuned(database, target) if database is not None else None
     if reason:
         library = _machine_library(graph, target, threads, folder / "library")
     else:
         program = compile_program(graph, target, threads, identifier(graph.name), tuned or default_schedule)
-        library = build_library(program, folder / "library", features=target.features, threads=threads)
+        library = build_library(program, folder / "library", features=target.features, threads=threads, form=form)
     kind = "vm" if reason else "c"
     artifact = write_artifact(
         folder / "artifact", library, target=target.name, model=b"", plan={}, report={}, graph="", kind=kind, reason=reason

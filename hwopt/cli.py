@@ -38,6 +38,22 @@ PASSES = click.option(
 )
 
 
+BUILDING = (
+    click.option("--emit", default="shared,source", show_default=True, help="Products: shared, static, object, source, pc."),
+    click.option("--parallel", type=click.Choice(["pthread", "openmp", "serial"]), default="pthread", show_default=True),
+    click.option("--no-heap", is_flag=True, help="A run lives in the caller's workspace alone (with --parallel serial)."),
+    click.option("--no-measure", is_flag=True, help="Time nothing: same inputs, same bytes, and the cache is used."),
+    click.option("--depfile", type=click.Path(path_type=Path), help="Write what was read, for make and Ninja."),
+)
+
+
+def building(command: Command) -> Command:
+    """The options of a compilation that say what is delivered, and to whom."""
+    for option in reversed(BUILDING):
+        command = option(command)
+    return command
+
+
 def planning(command: Command) -> Command:
     """The options of every command that decides what to change."""
     for option in (PASSES, BUDGET, MAX_DROP, EVALUATE, CALIBRATE, BIND, SHAPE, TARGET, SEED, THREADS):
@@ -45,8 +61,15 @@ def planning(command: Command) -> Command:
     return command
 
 
+def _show_cmake_dir(context: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked:
+        click.echo(Path(__file__).with_name("cmake"))
+        context.exit()
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="hwopt")
+@click.option("--cmake-dir", is_flag=True, is_eager=True, expose_value=False, callback=_show_cmake_dir, help="For find_package.")
 def cli() -> None:
     """Compile a trained model for one piece of hardware, as small and fast as an accuracy budget allows."""
 
@@ -59,16 +82,20 @@ def cli() -> None:
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Replay this plan instead of searching.")
 @TUNING_DB
 @click.option("--tune", "effort", metavar="200|90s|5m", help="Search faster schedules first: so many candidates, or so long.")
+@building
 @JSON
 def compile_(model: Path, out: Path, as_json: bool, plan_file: Path | None, effort: str | None, **options: Any) -> None:
     """Optimize MODEL and compile it into a library that needs neither Python nor TVM."""
-    from hwopt.compiler import compile_model
+    from hwopt.cache import Cache, cache_folder
+    from hwopt.delivery import deliver
     from hwopt.tuning import parse_effort
 
-    job = _job(options) | {"tune": parse_effort(effort) if effort else None}
+    job = _form(_job(options)) | {"tune": parse_effort(effort) if effort else None}
     with ProgressBar() as progress:
-        artifact = compile_model(model, out=out, plan=plan_file, progress=progress, **job)
+        artifact, kept = deliver(model, out, cache=Cache(cache_folder()), plan=plan_file, progress=progress, **job)
     click.echo(json.dumps(artifact.report, indent=1, sort_keys=True) if as_json else _summary(artifact.report, out))
+    if kept and not as_json:
+        click.echo("from the cache (hwopt cache)")
 
 
 @cli.command()
@@ -238,6 +265,25 @@ def tune(model: Path, trials: int | None, duration: str | None, workers: str | N
 
 
 @cli.command()
+@click.option("--prune", is_flag=True, help="Remove what --keep and --days do not allow, least recently used first; all without.")
+@click.option("--keep", metavar="1GB", help="How large it may stay.")
+@click.option("--days", type=click.FloatRange(0), help="How long an entry may stay unused.")
+@JSON
+def cache(prune: bool, keep: str | None, days: float | None, as_json: bool) -> None:
+    """Show or prune the cache of builds (HWOPT_CACHE_DIR, else in XDG_CACHE_HOME)."""
+    from hwopt.cache import Cache, cache_folder
+
+    store = Cache(cache_folder())
+    if prune:
+        most = parse_budget(0, (f"size={keep}",)).weight_bytes if keep else (None if days is not None else 0)
+        freed = store.prune(most, None if days is None else days * 86400)
+        click.echo(f"{freed} bytes freed")
+    entries = list(store.entries())
+    facts = {"folder": str(store.folder), "entries": len(entries), "bytes": sum(entry.bytes for entry in entries)}
+    _table([facts], as_json)
+
+
+@cli.command()
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("build/demo"), show_default=True)
 @TARGET
 @THREADS
@@ -290,6 +336,13 @@ def _job(options: dict[str, Any]) -> dict[str, Any]:
     if "max_drop" in job:
         job["budget"] = parse_budget(job.pop("max_drop"), job.pop("limits"))
     return job
+
+
+def _form(job: dict[str, Any]) -> dict[str, Any]:
+    from hwopt.emit.products import Form, parse_emit
+
+    form = Form(parse_emit(job.pop("emit")), job.pop("parallel"), not job.pop("no_heap"))
+    return job | {"form": form, "measure": not job.pop("no_measure")}
 
 
 def _shape(text: str) -> tuple[str, tuple[int, ...]]:

@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from threadpoolctl import threadpool_limits
 
+from hwopt.analysis.liveness import peak_activation_bytes
 from hwopt.analysis.size import weight_bytes
 from hwopt.artifact import Artifact, check_destination
 from hwopt.backends.ort import Session
 from hwopt.backends.tvm.support import refuse_unsupported
 from hwopt.build import Built, build
 from hwopt.decide import decided, decided_and_built, make_job_scorer, predicted_seconds, sample_feeds
+from hwopt.emit.products import Form
 from hwopt.errors import UnsupportedError, UsageError
 from hwopt.evaluate import Comparison, compare
 from hwopt.ir import Graph
-from hwopt.job import Data, Job, prepare, quiet, read_plan
+from hwopt.job import FORM, Data, Job, prepare, quiet, read_plan
 from hwopt.measure import Timing, interleaved, onnxruntime_runner
 from hwopt.pipeline import PassManager, Refusal, parse_list
 from hwopt.plan.budget import Budget
@@ -64,15 +66,20 @@ def compile_model(
     progress: Progress = quiet,
     tuning_db: Path | str | None = None,
     tune: Effort | None = None,
+    measure: bool = True,
+    form: Form = FORM,
 ) -> Artifact:
     """Optimize a model (an ONNX file, a torch module or an ExportedProgram) for a target and write the artifact to `out`.
 
     `calibrate` and `evaluate` are an .npz file, arrays by input name (with `labels`), or for `evaluate` the text
     `module:function`. Without data nothing lossy is done. `name` begins the names of
     the C functions (the model file's if not given). `tuning_db` is a database of tuned schedules (see hwopt tune; none
-    is read unless it is named), `tune` how long to search for better ones before the result is compiled. Raises HwoptError
-    with the reason and the next step.
+    is read unless it is named), `tune` how long to search for better ones before the result is compiled. Without `measure`
+    nothing is timed: the cost model alone decides, and the same inputs give the same bytes, as build systems want it. `form` says
+    which libraries, objects or sources are delivered. Raises HwoptError with the reason and the next step.
     """
+    if tune is not None and not measure:
+        raise UsageError("tuning measures", place="measure=False", hint="tune first, and give the database (tuning_db)")
     check_destination(out)
     replay = None if plan is None else read_plan(plan)
     job = prepare(model, target, shapes, binds, calibrate, evaluate, budget, passes, threads, seed, progress)
@@ -80,9 +87,13 @@ def compile_model(
     refuse_unsupported(job.graph)
     job = dataclasses.replace(job, graph=dataclasses.replace(job.graph, name=name or _name(model, job.graph)))
     database = open_database(tuning_db, job.target) if tuning_db or tune else None  # the same inputs give the same bytes
-    job = dataclasses.replace(job, database=database)
+    job = dataclasses.replace(job, database=database, measure=measure, form=form)
     with tempfile.TemporaryDirectory(prefix="hwopt-") as scratch:
         folder = Path(scratch)
+        if not measure:
+            found = decided(job, replay)
+            result = _build(found.graph, job, folder / "result", form)
+            return result.write(out, found.plan, estimated_report(job, found, result))
         baseline = _build(job.graph, job, folder / "baseline")
 
         def built(found: Found) -> Built:
@@ -93,7 +104,8 @@ def compile_model(
 
         found, result = decided_and_built(job, replay, baseline, built)
         report = measured_report(job, found, baseline, result)
-        return result.write(out, found.plan, report)
+        delivered = result if form == FORM else _build(found.graph, job, folder / "delivered", form)
+        return delivered.write(out, found.plan, report)
 
 
 def _name(model: Any, graph: Graph) -> str:
@@ -101,9 +113,9 @@ def _name(model: Any, graph: Graph) -> str:
     return Path(model).stem if isinstance(model, (str, Path)) else graph.name
 
 
-def _build(graph: Graph, job: Job, folder: Path) -> Built:
+def _build(graph: Graph, job: Job, folder: Path, form: Form = FORM) -> Built:
     job.progress("compiling", 0, 1)
-    return build(graph, job.target, job.threads, folder, job.database)
+    return build(graph, job.target, job.threads, folder, job.database, form)
 
 
 def _watching(progress: Progress) -> Callable[[State], None]:
@@ -167,6 +179,28 @@ def measured_report(job: Job, found: Found, baseline: Built, result: Built) -> d
     )  # fmt: skip
 
 
+def estimated_report(job: Job, found: Found, result: Built) -> dict[str, Any]:
+    """What a build knows without a run: scores of the models in ONNX Runtime, times of the cost model."""
+    seconds = [predicted_seconds(job, graph) for graph in (job.graph, found.graph)]
+    scores = (found.comparison.baseline, found.comparison.score) if found.comparison else (None, None)
+    figures = [
+        Figures(
+            score=score, latency_seconds=time, latency_spread_seconds=0.0, latency_source="predicted",
+            weight_bytes=weight_bytes(graph), library_weight_bytes=weight_bytes(graph),
+            peak_activation_bytes=peak_activation_bytes(graph),
+        )
+        for graph, time, score in zip((job.graph, found.graph), seconds, scores, strict=True)
+    ]  # fmt: skip
+    made = dataclasses.replace(
+        figures[1], library_weight_bytes=result.library.weight_bytes, peak_activation_bytes=result.library.arena_bytes
+    )
+    return make_report(
+        name=job.graph.name, target=job.target, threads=job.threads, baseline=figures[0], result=made,
+        comparison=found.comparison, layers=layer_table(job.graph, found.graph, found.plan, job.target, job.threads),
+        peers={}, notes=_notes(job, found, result, found.comparison),
+    )  # fmt: skip
+
+
 def _measured_times(job: Job, baseline: Built, result: Built) -> dict[str, Timing]:
     """Ours in turns, then the peer: its idle threads go on spinning on the cores that ours would use."""
     feeds = sample_feeds(job, baseline)
@@ -194,7 +228,9 @@ def _figures(job: Job, built: Built, timing: Timing, score: float | None) -> Fig
 
 def _notes(job: Job, found: Found, result: Built, compared: Comparison | None) -> list[str]:
     notes = [f"runs in TVM's virtual machine: {result.reason}"] if result.kind == "vm" else []
-    if not job.target.runs_here:
+    if not job.measure:
+        notes.append("nothing was measured: scored in ONNX Runtime, timed by the cost model")
+    elif not job.target.runs_here:
         notes.append("compiled for another machine: scored in ONNX Runtime, timed by the cost model, the library was not run")
     notes += [result.tuning] if result.tuning else []
     notes += [found.plan.note] if found.plan.note else []

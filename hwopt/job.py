@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hwopt.backends.tvm.tune.database import Database
+from hwopt.emit.products import Form
 from hwopt.errors import UsageError
 from hwopt.ir import Graph
 from hwopt.pipeline import Context, Pass, PassManager, Phase, parse_list
@@ -21,6 +22,7 @@ from hwopt.plugins import find_passes, find_target
 from hwopt.samples import Samples, checked, load_samples
 from hwopt.target import Target
 
+FORM = Form()
 Data = Samples | Mapping[str, np.ndarray] | Path | str | None
 
 
@@ -43,6 +45,8 @@ class Job:
     user_score: str | None
     progress: Progress
     database: Database | None = None  # of tuned schedules
+    measure: bool = True  # nothing is timed without, and the same inputs give the same bytes
+    form: Form = FORM  # of what is delivered
 
 
 def prepare(

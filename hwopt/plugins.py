@@ -8,6 +8,7 @@ import inspect
 import pkgutil
 from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import MappingProxyType, ModuleType
 
 from hwopt.errors import UsageError, did_you_mean
@@ -46,6 +47,14 @@ def find_target(name: str) -> Target:
     if name not in targets:
         raise UsageError(f"unknown target {name!r}", hint=did_you_mean(name, targets))
     return targets[name]
+
+
+def plugin_files() -> tuple[Path, ...]:
+    """The sources of all plug-ins and of the helpers beside them."""
+    packages = [entry.load() for group in ("hwopt.passes", "hwopt.targets") for entry in entry_points(group=group)]
+    files = [Path(str(package.__file__)) for package in packages]
+    found = [path for file in files for path in (file.parent.rglob("*") if file.name == "__init__.py" else (file,))]
+    return tuple(sorted({path for path in found if path.is_file() and path.suffix != ".pyc"}))
 
 
 def _add(found: dict, name: str, value: object) -> None:

@@ -16,7 +16,7 @@ FLAGS = {  # what /proc/cpuinfo shows of it, as far as the micro-kernels ask
 }
 
 
-def level(name: str, processor: str, hertz: float, cores: int, memories: tuple[Memory, ...]) -> Target:
+def level(name: str, processor: str, hertz: float, memories: tuple[Memory, ...]) -> Target:
     """The target called after a level; `processor` says whose clock and caches its prices are for."""
     features = frozenset(FLAGS[name])
     kernels, llvm = _isa_x86.microkernels(features), _isa_x86.llvm(features)
@@ -27,7 +27,7 @@ def level(name: str, processor: str, hertz: float, cores: int, memories: tuple[M
         name=name,
         summary=f"any {name} processor, priced as {processor}",
         kind="cpu",
-        cores=cores,
+        cores=1,  # nobody knows how many it will be: a program may ask for more threads when it runs
         peak=peak,
         memories=memories,
         granule=granule,

@@ -14,6 +14,5 @@ TARGET = level(
     "x86-64-v2",
     "an Intel Celeron J4105 at 2 GHz",
     HERTZ,
-    4,
     (Memory("l1", 24 << 10, 16 * HERTZ), Memory("l2", 4 << 20, 8 * HERTZ), Memory("ddr4", 4 << 30, 8e9)),
 )

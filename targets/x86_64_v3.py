@@ -14,7 +14,6 @@ TARGET = level(
     "x86-64-v3",
     "an Intel Core i5-6500 at 3 GHz",
     HERTZ,
-    4,
     (
         Memory("l1", 32 << 10, 64 * HERTZ),
         Memory("l2", 256 << 10, 32 * HERTZ),

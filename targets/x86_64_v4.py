@@ -14,7 +14,6 @@ TARGET = level(
     "x86-64-v4",
     "an Intel Xeon Gold 6148 at 2.4 GHz",
     HERTZ,
-    20,
     (
         Memory("l1", 32 << 10, 128 * HERTZ),
         Memory("l2", 1 << 20, 52 * HERTZ),

@@ -22,6 +22,7 @@ from hwopt.emit.driver import identifier, parameter_names
 from hwopt.emit.elf import machine_of, read_object
 from hwopt.emit.engine import aligned_empty
 from hwopt.emit.memory import bytes_of, least_bytes, lifetimes, root_of
+from hwopt.emit.products import PRODUCTS, Form, parse_emit
 from hwopt.emit.toolchain import find_compiler
 from hwopt.emit.weights import pack_weights
 from hwopt.errors import HwoptError, ToolchainError, UnsupportedError, UsageError, VerifyError
@@ -219,7 +220,8 @@ def test_bad_pointers_are_refused_with_a_code(tmp_path):
 
 
 def test_a_run_stays_inside_of_the_callers_workspace(tmp_path):
-    model = Model(program(("scratch", "x", "a"), ("scratch", "a", "y")), tmp_path / "m", scratch_bytes=2 * 192)
+    made = dataclasses.replace(program(("scratch", "x", "a"), ("scratch", "a", "y")), scratch_bytes=2 * 192)
+    model = Model(made, tmp_path / "m", form=Form(parallel="serial", heap=False))
     size = model.built.workspace_bytes
     workspace = aligned_empty((size + 64,), np.dtype("uint8"))
     workspace[:] = 0xA5
@@ -274,7 +276,7 @@ def test_info_describes_the_model(tmp_path):
 
 @pytest.mark.parametrize("parallel", ["pthread", "openmp", "serial"])
 def test_a_parallel_loop_runs_in_as_many_tasks_as_threads_were_asked_for(parallel, tmp_path):
-    model = Model(program(("tasks", "x", "y")), tmp_path / "m", parallel=parallel, threads=2)
+    model = Model(program(("tasks", "x", "y")), tmp_path / "m", form=Form(parallel=parallel), threads=2)
     assert set(model.outputs(ramp())[0]) == {1.0 if parallel == "serial" else 2.0}
     for threads in (3, 1, 2):
         assert model.c.m_set_threads(threads) == 0
@@ -285,7 +287,7 @@ def test_a_parallel_loop_runs_in_as_many_tasks_as_threads_were_asked_for(paralle
 @pytest.mark.parametrize("parallel", ["pthread", "openmp", "serial"])
 def test_a_fixed_number_of_tasks_is_kept_and_barriers_hold(parallel, tmp_path):
     made = program(("seven", "x", "t"), ("barrier", "t", "y"), shape=(7,))
-    model = Model(made, tmp_path / "m", parallel=parallel, threads=3)
+    model = Model(made, tmp_path / "m", form=Form(parallel=parallel), threads=3)
     np.testing.assert_array_equal(model.outputs(ramp(7))[0], np.arange(7) + 7)
 
 
@@ -417,7 +419,7 @@ def test_a_missing_kernel_and_a_dtype_without_a_c_type_are_refused(tmp_path):
 
 
 def test_options_out_of_range_are_refused(tmp_path):
-    for options in ({"threads": 0}, {"threads": 1000}, {"parallel": "tbb"}):
+    for options in ({"threads": 0}, {"threads": 1000}, {"form": Form(parallel="tbb")}, {"form": Form(heap=False)}):
         with pytest.raises(UsageError):
             build_library(program(("double", "x", "y")), tmp_path / "m", **options)
     with pytest.raises(UsageError, match="cannot begin the name of a C function"):
@@ -544,12 +546,10 @@ def test_two_models_in_one_program_share_one_runtime(tmp_path):
 
 
 def test_a_heap_free_build_lives_in_the_callers_workspace(tmp_path):
-    made = program(("scratch", "x", "a"), ("scratch", "a", "y"))
-    built = build_library(made, tmp_path / "m", parallel="serial", scratch_bytes=2 * 192)
-    flags = ["-std=c11", "-O1", "-fPIC", "-shared", "-DHWOPT_SERIAL", "-DHWOPT_NO_HEAP", "-o", "free.so"]
-    subprocess.run(["cc", *flags, "m.c", "hwopt_runtime.c", "m_weights.S", "m_kernels0.o"], cwd=built.folder, check=True)
-    assert not {"malloc", "calloc", "aligned_alloc", "free"} & dynamic_symbols(built.folder / "free.so", "--undefined-only")
-    run = ctypes.CDLL(str(built.folder / "free.so")).m_run
+    made = dataclasses.replace(program(("scratch", "x", "a"), ("scratch", "a", "y")), scratch_bytes=2 * 192)
+    built = build_library(made, tmp_path / "m", form=Form(parallel="serial", heap=False))
+    assert not {"malloc", "calloc", "aligned_alloc", "free"} & dynamic_symbols(built.folder / built.shared, "--undefined-only")
+    run = ctypes.CDLL(str(built.folder / built.shared)).m_run
     x, y, workspace = ramp(), ramp(), aligned_empty((built.workspace_bytes,), np.dtype("uint8"))
     point = lambda array: ctypes.c_void_p(array.ctypes.data)  # noqa: E731
     assert run(point(x), point(y), point(workspace)) == 0

@@ -162,7 +162,8 @@ def _document(layout: Layout) -> str:
         buffer = program.buffers[key]
         role = "input" if index < len(program.inputs) else "output"
         shown = f' ("{_comment(name)}")' if name != names[index] else ""
-        lines.append(f" *   {role:6} {names[index]}{shown}: {buffer.dtype}[{', '.join(map(str, buffer.shape))}]\n")
+        note = f", {_comment(program.notes[name])}" if name in program.notes else ""
+        lines.append(f" *   {role:6} {names[index]}{shown}: {buffer.dtype}[{', '.join(map(str, buffer.shape))}]{note}\n")
     return "".join(lines) + " *"
 
 

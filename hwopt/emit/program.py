@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -43,3 +43,5 @@ class Program:
     inputs: tuple[tuple[str, str], ...]
     outputs: tuple[tuple[str, str], ...]
     objects: tuple[bytes, ...]  # relocatable object files with the kernels, in TVM's packed calling convention
+    scratch_bytes: int = 0  # of temporaries that a kernel asks the runtime for, at most, when it runs serially
+    notes: Mapping[str, str] = field(default_factory=dict)  # what the header says of an input or output, by its name in the model

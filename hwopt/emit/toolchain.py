@@ -43,6 +43,24 @@ def find_compiler(machine: str = "", environment: Mapping[str, str] = os.environ
     )
 
 
+def binutil(compiler: Sequence[str], name: str) -> str:
+    """`ar` or `objcopy` for what this compiler makes: its own, else the one with its prefix.
+
+    Raises ToolchainError that says what to install.
+    """
+    try:
+        asked = subprocess.run(
+            [*compiler, f"-print-prog-name={name}"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+    except OSError as error:
+        raise ToolchainError(f"cannot run {compiler[0]}: {error.strerror}") from error
+    prefix = compiler[0].rpartition("-")[0]
+    for found in (asked, f"{prefix}-{name}" if prefix else name, name):
+        if found and shutil.which(found):
+            return found
+    raise ToolchainError(f"no {name} for {compiler[0]}", hint="install its binutils (apt install binutils)")
+
+
 def run_compiler(command: Sequence[str], folder: Path) -> None:
     """One step of a build, inside `folder`; raises ToolchainError with what the compiler said."""
     environment = {**os.environ, "LC_ALL": "C"}

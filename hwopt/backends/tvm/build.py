@@ -14,16 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hwopt.analysis.qdq import quantization
 from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.fold import folded
 from hwopt.backends.tvm.generic import scheduled
 from hwopt.backends.tvm.lower import lower
 from hwopt.backends.tvm.read import Reading, read
+from hwopt.backends.tvm.scratch import scratch_bytes
 from hwopt.backends.tvm.support import needs_runtime, refuse, refuse_unsupported
 from hwopt.backends.tvm.templates import Choose
 from hwopt.emit.program import Program
 from hwopt.errors import HwoptError, ToolchainError, UnsupportedError
-from hwopt.ir import Graph
+from hwopt.ir import Graph, of_op
 from hwopt.target import Target
 
 
@@ -35,7 +37,16 @@ def compile_program(
     `choose` gives the schedules of template kernels: the analytical default, or a tuning database's (tune.database.Tuned).
     Raises UnsupportedError that lists every node TVM cannot run, or that only its runtime can (see compile_vm).
     """
-    return assemble(reading(graph, target, threads, choose), target, name)
+    program = assemble(reading(graph, target, threads, choose), target, name)
+    return dataclasses.replace(program, notes=quantized_ends(graph))
+
+
+def quantized_ends(graph: Graph) -> dict[str, str]:
+    """What the integers at the model's ends mean, where the model says so."""
+    made = {node.inputs[0]: node for node in of_op(graph, "DequantizeLinear") if node.inputs[0] in graph.inputs}
+    made |= {node.output: node for node in of_op(graph, "QuantizeLinear") if node.output in graph.outputs}
+    found = {name: quantization(graph, node) for name, node in made.items()}
+    return {name: f"real = (value - {one.zero_point}) * {one.scale}" for name, one in found.items() if one and one.whole}
 
 
 def reading(graph: Graph, target: Target, threads: int = 1, choose: Choose = kernels.default_schedule) -> Reading:
@@ -80,7 +91,8 @@ def tvm_target(target: Target) -> Any:
 def assemble(reading: Reading, target: Target, name: str) -> Program:
     """Compile what was read."""
     program, functions = named(reading, name)
-    return dataclasses.replace(program, objects=build_objects(functions, target))
+    scratch = max(map(scratch_bytes, functions.values()), default=0)
+    return dataclasses.replace(program, objects=build_objects(functions, target), scratch_bytes=scratch)
 
 
 def named(reading: Reading, name: str) -> tuple[Program, dict[str, Any]]:

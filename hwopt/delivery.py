@@ -1,0 +1,73 @@
+"""Compiling inside of a build system: a file that lists the inputs, and a cache of what was built before."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hwopt.artifact import Artifact, check_destination
+from hwopt.cache import Cache, key_of
+from hwopt.compiler import compile_model
+from hwopt.depends import dependencies, write_depfile
+from hwopt.emit.toolchain import find_compiler
+from hwopt.errors import HwoptError, UsageError
+
+UNKEYED = ("progress",)  # arguments that change nothing in the result
+
+
+def deliver(
+    model: Path, out: Path, *, depfile: Path | None = None, cache: Cache | None = None, **options: Any
+) -> tuple[Artifact, bool]:
+    """compile_model with the files that it read written to `depfile`; the artifact, and whether it came from the cache.
+
+    A build that measures nothing (`measure=False`) is looked up in `cache` first and kept there afterwards.
+    """
+    if depfile is not None and not depfile.parent.is_dir():
+        raise UsageError("the folder does not exist", place=str(depfile.parent), hint="make it first")
+    key = _key(model, options) if cache is not None and not options.get("measure", True) else ""
+    kept = cache.find(key) if cache is not None and key else None
+    if kept is not None:
+        check_destination(out)
+        artifact = kept.publish(out)
+    else:
+        artifact = compile_model(model, out=out, **options)
+        if cache is not None and key:
+            cache.keep(key, artifact.path)
+    if depfile is not None:
+        outputs = tuple(out / name for name in products(artifact))
+        write_depfile(depfile, outputs, dependencies(model, options))
+    return artifact, kept is not None
+
+
+def products(artifact: Artifact) -> tuple[str, ...]:
+    """The files that a build system links or installs, the library first."""
+    name = artifact.manifest["name"]
+    known = (f"lib{name}.a", f"{name}.o", f"lib{name}.so", f"{name}.h", f"{name}.c", f"{name}.pc")
+    return tuple(file for file in known if file in artifact.manifest["files"])
+
+
+def _key(model: Path, options: Mapping[str, Any]) -> str:
+    """The cache's key, or nothing where an input cannot be read (compiling says what is wrong with it)."""
+    stated = {name: _plain(value) for name, value in options.items() if name not in UNKEYED}
+    try:
+        return key_of(dependencies(model, options), {**stated, "model": model.name}, _compiler())
+    except (OSError, ValueError, ImportError, HwoptError):
+        return ""
+
+
+def _plain(value: Any) -> Any:
+    """Paths by name: their contents are in the key."""
+    if isinstance(value, Path):
+        return value.name
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+
+
+def _compiler() -> str:
+    """What $CC, or the compiler found, says of itself."""
+    command = find_compiler()
+    said = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
+    return f"{shlex.join(command)} {said.partition(chr(10))[0]}"

@@ -1,0 +1,58 @@
+"""The files that a compilation reads: for build systems, which must know when to build again, and for the cache."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from hwopt.plugins import plugin_files
+
+FILES = ("plan", "tuning_db", "calibrate", "evaluate", "target")  # options that may name one
+
+
+def dependencies(model: Path, options: Mapping[str, Any]) -> tuple[Path, ...]:
+    """The model with its external weights, the files that options name, and the compiler itself with all plug-ins; absolute."""
+    given = [path for name in FILES if (path := _file(options.get(name))) is not None]
+    own = Path(__file__).parent
+    sources = sorted(path for path in own.rglob("*") if path.suffix in (".py", ".c", ".h"))
+    found = [model, *external_files(model), *given, *sources, *plugin_files()]
+    return tuple(dict.fromkeys(path.resolve() for path in found))
+
+
+def _file(value: Any) -> Path | None:
+    """The file behind an option: a path, or the module of `module:function`."""
+    if not isinstance(value, str | Path):
+        return None
+    if re.fullmatch(r"[\w.]+:\w+", str(value)):
+        module = importlib.import_module(str(value).partition(":")[0])
+        return Path(module.__file__) if module.__file__ else None
+    return Path(value) if Path(value).is_file() else None
+
+
+def external_files(model: Path) -> Iterator[Path]:
+    """Where an ONNX model keeps weights beside it."""
+    if model.suffix != ".onnx":
+        return
+    graph = onnx.load(model, load_external_data=False).graph
+    for tensor in graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                yield model.parent / entry.value
+
+
+def write_depfile(path: Path, outputs: tuple[Path, ...], inputs: tuple[Path, ...]) -> None:
+    """`outputs: inputs` as make reads it, written whole or not at all."""
+    text = f"{' '.join(map(escaped, outputs))}: \\\n " + " \\\n ".join(escaped(path) for path in inputs) + "\n"
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def escaped(path: Path | str) -> str:
+    """A path in a makefile: blanks, # and $ mean something there."""
+    return re.sub(r"([ #])", r"\\\1", str(path)).replace("$", "$$")
