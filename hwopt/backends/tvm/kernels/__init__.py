@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hwopt.backends.tvm.kernels import conv_transpose, depthwise, gemm, pool, schedule
+from hwopt.backends.tvm.kernels import amx, amx_layout, amx_schedule, conv_transpose, depthwise, gemm, pool, schedule
 from hwopt.backends.tvm.kernels.geometry import geometry
 from hwopt.backends.tvm.kernels.schedule import Schedule
 from hwopt.backends.tvm.kernels.spec import ConvSpec, ConvTransposeSpec, MatmulSpec, PoolSpec
@@ -29,14 +29,20 @@ def supports(spec: Spec, micro: MicroKernel) -> str:
         return ""
     if spec.accumulator != micro.accumulator:
         return f"the micro-kernel accumulates {micro.accumulator}, the operator {spec.accumulator}"
-    widened = spec.data_dtype == "bfloat16" and depthwise.is_depthwise(spec)
-    if spec.data_dtype != micro.activation and not (widened and micro.activation == "float32"):
+    if spec.data_dtype != micro.activation:
         return f"the micro-kernel takes {micro.activation} data, not {spec.data_dtype}"
     if spec.weight_dtype != micro.dtype:
         return f"the micro-kernel takes {micro.dtype} weights, not {spec.weight_dtype}"
     if micro.rows > 1 and (depthwise.is_depthwise(spec) or _single(spec)):
         return f"the micro-kernel multiplies {micro.rows} output positions that share their weights"
-    return ""
+    return _tiles(spec, micro) if amx_schedule.is_tile(micro) else ""
+
+
+def _tiles(spec: ConvSpec | ConvTransposeSpec | MatmulSpec, micro: MicroKernel) -> str:
+    """Why a matrix unit should not compute `spec`, or ""."""
+    if isinstance(spec, ConvTransposeSpec) or (isinstance(spec, MatmulSpec) and not spec.constant):
+        return "tiles take constant weights of convolutions and matmuls"
+    return amx_schedule.reason_for_vectors(geometry(spec), micro)
 
 
 def _single(spec: ConvSpec | ConvTransposeSpec | MatmulSpec) -> bool:
@@ -51,7 +57,8 @@ def pack(spec: ConvSpec | ConvTransposeSpec | MatmulSpec, weights: np.ndarray, m
     if depthwise.is_depthwise(spec):
         return depthwise.pack(spec, weights, micro)
     rows = weights.transpose(0, 2, 3, 1) if isinstance(spec, ConvSpec) else weights.T
-    return gemm.pack(geometry(spec), rows, micro)
+    layout = amx_layout if amx_schedule.is_tile(micro) else gemm
+    return layout.pack(geometry(spec), rows, micro)
 
 
 def default_schedule(spec: Spec, micro: MicroKernel, cores: int = 1) -> Schedule:
@@ -60,7 +67,8 @@ def default_schedule(spec: Spec, micro: MicroKernel, cores: int = 1) -> Schedule
         return pool.default_schedule(spec, micro, cores)
     if depthwise.is_depthwise(spec):
         return depthwise.default_schedule(spec, micro, cores)
-    return schedule.default_schedule(geometry(spec), micro, cores)
+    model = amx_schedule if amx_schedule.is_tile(micro) else schedule
+    return model.default_schedule(geometry(spec), micro, cores)
 
 
 def build(spec: Spec, schedule: Schedule, micro: MicroKernel, symbol: str) -> Any:
@@ -71,6 +79,8 @@ def build(spec: Spec, schedule: Schedule, micro: MicroKernel, symbol: str) -> An
         return depthwise.Depthwise(spec, schedule, micro).build(symbol)
     if isinstance(spec, ConvTransposeSpec):
         return conv_transpose.ConvTranspose(spec, schedule, micro).build(symbol)
+    if amx_schedule.is_tile(micro):
+        return amx.TileGemm(geometry(spec), schedule, micro).build(symbol)
     kernel = gemm.Gemm(geometry(spec), schedule, micro)
     if isinstance(spec, MatmulSpec) and not spec.constant:
         return kernel.build_computed(spec, symbol)

@@ -29,6 +29,7 @@ class Schedule:
     block_columns: int
     block_tiles: int
     parallel: bool = False
+    prefetch: int = 0  # on a matrix unit: cache lines of the next channel tile's weights asked for beside each chunk of products
 
     def counts(self, shape: Geometry, vectors: int) -> tuple[int, int, int, int]:
         """Images, row blocks, column blocks, channel blocks."""
@@ -135,7 +136,7 @@ def _round(size: int, tile: int) -> int:
 
 def _rows_in_workspace(shape: Geometry, tile_rows: int) -> int:
     """Output rows whose padded input fits the workspace, a multiple of the tile's."""
-    size = {"float32": 4, "bfloat16": 2}.get(shape.data_dtype, 1)
+    size = 4 if shape.data_dtype == "float32" else 1
     row = shape.padded_width * shape.channels * size * shape.strides[0]
     whole = _round(shape.rows, tile_rows)
     return min(whole, max(tile_rows, WORKSPACE // row // tile_rows * tile_rows))
