@@ -43,6 +43,7 @@ BUILDING = (
     click.option("--parallel", type=click.Choice(["pthread", "openmp", "serial"]), default="pthread", show_default=True),
     click.option("--no-heap", is_flag=True, help="A run lives in the caller's workspace alone (with --parallel serial)."),
     click.option("--no-measure", is_flag=True, help="Time nothing: same inputs, same bytes, and the cache is used."),
+    click.option("--install", type=click.Path(path_type=Path), help="Copy the libraries and the header to this folder, too."),
     click.option("--depfile", type=click.Path(path_type=Path), help="Write what was read, for make and Ninja."),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,14 +21,22 @@ UNKEYED = ("progress",)  # arguments that change nothing in the result
 
 
 def deliver(
-    model: Path, out: Path, *, depfile: Path | None = None, cache: Cache | None = None, **options: Any
+    model: Path,
+    out: Path,
+    *,
+    install: Path | None = None,
+    depfile: Path | None = None,
+    cache: Cache | None = None,
+    **options: Any,
 ) -> tuple[Artifact, bool]:
-    """compile_model with the files that it read written to `depfile`; the artifact, and whether it came from the cache.
+    """compile_model for build systems; the artifact, and whether it came from the cache.
 
-    A build that measures nothing (`measure=False`) is looked up in `cache` first and kept there afterwards.
+    Libraries and header are copied to `install`, the files that were read listed in `depfile`. A build that measures nothing
+    (`measure=False`) is looked up in `cache` first and kept there afterwards.
     """
-    if depfile is not None and not depfile.parent.is_dir():
-        raise UsageError("the folder does not exist", place=str(depfile.parent), hint="make it first")
+    for folder in (install, depfile.parent if depfile else None):
+        if folder is not None and not folder.is_dir():
+            raise UsageError("the folder does not exist", place=str(folder), hint="make it first")
     key = _key(model, options) if cache is not None and not options.get("measure", True) else ""
     kept = cache.find(key) if cache is not None and key else None
     if kept is not None:
@@ -37,8 +46,11 @@ def deliver(
         artifact = compile_model(model, out=out, **options)
         if cache is not None and key:
             cache.keep(key, artifact.path)
+    if install is not None:
+        for name in products(artifact):
+            _copy(artifact.path / name, install / name)
     if depfile is not None:
-        outputs = tuple(out / name for name in products(artifact))
+        outputs = tuple((install or out) / name for name in products(artifact))
         write_depfile(depfile, outputs, dependencies(model, options))
     return artifact, kept is not None
 
@@ -48,6 +60,13 @@ def products(artifact: Artifact) -> tuple[str, ...]:
     name = artifact.manifest["name"]
     known = (f"lib{name}.a", f"{name}.o", f"lib{name}.so", f"{name}.h", f"{name}.c", f"{name}.pc")
     return tuple(file for file in known if file in artifact.manifest["files"])
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Under another name first: who reads it sees the old file or the new one."""
+    part = target.with_name(f".{target.name}.part")
+    shutil.copyfile(source, part)
+    part.replace(target)
 
 
 def _key(model: Path, options: Mapping[str, Any]) -> str:
