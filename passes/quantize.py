@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 from hwopt.analysis.ranges import CALIBRATORS, Grid, Histogram, Observations, Probe, check_calibrator, grid_of, observed
 from hwopt.errors import PassError
@@ -37,6 +38,7 @@ class Quantize(Pass):
     name: ClassVar[str] = "quantize"
     summary: ClassVar[str] = "static int8: weights per channel, activations calibrated"
     phase: ClassVar[Phase] = Phase.QUANTIZE
+    knobs: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"calibrator": tuple(CALIBRATORS)})
 
     calibrator: str = "minmax"
     percent: float = 99.99  # what the percentile calibrator keeps
