@@ -19,11 +19,11 @@ from hwopt.ir import Graph
 from hwopt.job import Job
 from hwopt.measure import interleaved
 from hwopt.pipeline import Refusal
-from hwopt.plan.budget import exceeded
+from hwopt.plan.budget import Amounts, exceeded
 from hwopt.plan.plan import Decision, Plan, apply_plan
 from hwopt.plan.search import Found, Search, price, search, versions
 from hwopt.plugins import find_passes
-from hwopt.target import total
+from hwopt.target import Cost, total
 
 CORES = psutil.cpu_count() or 1
 TURNS = 3  # searches, each corrected by what the last result measured
@@ -62,7 +62,8 @@ def decided_and_built(job: Job, replay: Plan | None, baseline: Built, build: Bui
 
 def _broken(job: Job, result: Built, seconds: float) -> str:
     """Which limit the built library breaks; empty if none."""
-    return exceeded(job.budget, seconds, weight_bytes(result.graph), result.library.arena_bytes)
+    joules = predicted(job, result.graph).joules
+    return exceeded(job.budget, Amounts(seconds, weight_bytes(result.graph), result.library.arena_bytes, joules))
 
 
 def _time_scale(job: Job, baseline: Built) -> float:
@@ -73,7 +74,12 @@ def _time_scale(job: Job, baseline: Built) -> float:
 
 def predicted_seconds(job: Job, graph: Graph) -> float:
     """One run by the target's cost model."""
-    return total(job.target.cost.estimate(work, job.threads) for work in workloads(graph)).seconds
+    return predicted(job, graph).seconds
+
+
+def predicted(job: Job, graph: Graph) -> Cost:
+    """The same with its energy."""
+    return total(job.target.cost.estimate(work, job.threads) for work in workloads(graph))
 
 
 def _memory_scale(built: Built) -> float:

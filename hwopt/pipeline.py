@@ -10,6 +10,7 @@ import time
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from hwopt.errors import HwoptError, PassError, UsageError, VerifyError, did_you_mean
@@ -62,6 +63,7 @@ class Pass:
     phase: ClassVar[Phase] = Phase.CLEAN
     exact: ClassVar[bool] = False  # True if outputs stay equal to float rounding
     saves: ClassVar[frozenset[str]] = frozenset({"seconds", "bytes"})  # what a family can make less of
+    knobs: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({})  # fields for --search, the usual value first
     order: ClassVar[int] = 50  # among the passes of one phase that run together: low numbers first, then by name
 
     site: tuple[str, ...] = ()
@@ -74,6 +76,10 @@ class Pass:
     def candidates(cls, graph: Graph, target: Target) -> Iterator[Pass | Refusal]:
         """The instances of itself worth considering on this graph and target, and the places where it declines."""
         return iter(())
+
+    def turned(self, **knobs: Any) -> Pass:
+        """This candidate with some of its `knobs` set; a pass may ignore those that mean nothing to it."""
+        return dataclasses.replace(self, **knobs)
 
     def covers(self, node: Node) -> bool:
         """True if the node is in `site`, was split off a node in `site`, or there is no `site`."""

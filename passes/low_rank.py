@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -37,6 +38,7 @@ class LowRank(Pass):
     name: ClassVar[str] = "low-rank"
     summary: ClassVar[str] = "factor Gemm, MatMul and Conv by (whitened) SVD and Tucker-2"
     phase: ClassVar[Phase] = Phase.FACTOR
+    knobs: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"damping": (0.01, 0.001, 0.1)})
 
     rank: int = 0
     rank_in: int = 0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -31,6 +32,7 @@ class PruneChannels(Pass):
     name: ClassVar[str] = "prune-channels"
     summary: ClassVar[str] = "remove the least important channels, heads or groups, in all layers that share them"
     phase: ClassVar[Phase] = Phase.PRUNE
+    knobs: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"criterion": ("activation", "l1", "l2")})
 
     keep: int = 0
     ratio: float = 0.0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -44,6 +45,7 @@ class ShareWeights(Pass):
     summary: ClassVar[str] = "store weights as 2 to 8 bit indices into k-means codebooks"
     saves: ClassVar[frozenset[str]] = frozenset({"bytes"})  # kernels read the weights looked up
     phase: ClassVar[Phase] = Phase.SHARE
+    knobs: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"sensitivity": SENSITIVITIES, "group": GROUPS})
 
     bits: int = 4
     axis: str = "tensor"
@@ -80,6 +82,10 @@ class ShareWeights(Pass):
             grouped = GROUPED_BITS if group and node.op in LAYERS else ()
             found += [cls((node.name,), bits, "channel-group", group) for bits in grouped]
             yield from (one for one in found if not one._reason(graph, node))
+
+    def turned(self, **knobs: Any) -> Pass:
+        """One codebook for the whole tensor has no group size to turn."""
+        return super().turned(**{name: value for name, value in knobs.items() if name != "group" or self.group})
 
     def _check(self, graph: Graph) -> None:
         self.check_site(graph)

@@ -1,4 +1,4 @@
-"""What the user allows: a drop of the score, and limits on latency, size and memory."""
+"""What the user allows: a drop of the score, and limits on latency, size, memory and energy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ _UNITS = {
     "size": {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30},
 }
 _UNITS["memory"] = _UNITS["size"]
-_FIELDS = {"latency": "latency_seconds", "size": "weight_bytes", "memory": "activation_bytes"}
+_UNITS["energy"] = {"J": 1.0, "mJ": 1e-3, "uJ": 1e-6, "nJ": 1e-9}
+_FIELDS = {"latency": "latency_seconds", "size": "weight_bytes", "memory": "activation_bytes", "energy": "joules"}
+_AMOUNTS = {"latency_seconds": "seconds", "weight_bytes": "bytes", "activation_bytes": "peak_bytes", "joules": "joules"}
+_SHOWN = {
+    "seconds": ("latency", 1e3, "ms"), "bytes": ("weights", 1e-6, "MB"), "peak_bytes": ("memory", 1e-6, "MB"),
+    "joules": ("energy", 1e3, "mJ"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -24,25 +30,41 @@ class Budget:
     weight_bytes: float | None = None
     activation_bytes: float | None = None
 
+    joules: float | None = None
+
     @property
     def limited(self) -> bool:
         """True if anything but the score is limited."""
-        return any(limit is not None for limit in (self.latency_seconds, self.weight_bytes, self.activation_bytes))
+        return bool(self.limits())
+
+    def limits(self) -> dict[str, float]:
+        """The limits that are stated, by the names of `Amounts`."""
+        found = ((amount, getattr(self, name)) for name, amount in _AMOUNTS.items())
+        return {amount: limit for amount, limit in found if limit is not None}
 
 
-def exceeded(budget: Budget, seconds: float, weights: float, activations: float) -> str:
+@dataclass(frozen=True)
+class Amounts:
+    """What one run of a model takes: seconds, bytes of weights, peak bytes of activations, joules."""
+
+    seconds: float
+    bytes: float
+    peak_bytes: float
+    joules: float = 0.0
+
+
+def exceeded(budget: Budget, amounts: Amounts) -> str:
     """Which limit these figures break, with the numbers; empty if none."""
-    if budget.latency_seconds is not None and seconds > budget.latency_seconds:
-        return f"latency {seconds * 1e3:.4g} ms of {budget.latency_seconds * 1e3:.4g} ms"
-    if budget.weight_bytes is not None and weights > budget.weight_bytes:
-        return f"weights {weights / 1e6:.4g} MB of {budget.weight_bytes / 1e6:.4g} MB"
-    if budget.activation_bytes is not None and activations > budget.activation_bytes:
-        return f"memory {activations / 1e6:.4g} MB of {budget.activation_bytes / 1e6:.4g} MB"
+    for name, limit in budget.limits().items():
+        kind, factor, unit = _SHOWN[name]
+        found = getattr(amounts, name)
+        if found > limit:
+            return f"{kind} {found * factor:.4g} {unit} of {limit * factor:.4g} {unit}"
     return ""
 
 
 def parse_budget(max_drop: str | float, limits: tuple[str, ...] = ()) -> Budget:
-    """`1%` (or 0.01) and `latency=2ms`, `size=1MB`, `memory=4MB`, several in one text joined by commas."""
+    """`1%` (or 0.01) and `latency=2ms`, `size=1MB`, `memory=4MB`, `energy=2mJ`, several in one text joined by commas."""
     found: dict[str, float] = {}
     for limit in (part for text in limits for part in re.split(r"[,|]", text) if part.strip()):
         kind, _, amount = limit.strip().partition("=")

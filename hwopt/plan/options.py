@@ -3,116 +3,163 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from hwopt.analysis.liveness import peak_activation_bytes
 from hwopt.analysis.size import weight_bytes
 from hwopt.analysis.workload import kernels
-from hwopt.backends.ort import Session
 from hwopt.errors import PassError
-from hwopt.evaluate import divergence
 from hwopt.ir import Graph
 from hwopt.pipeline import Context, Pass, Phase, Refusal, run_pass
 from hwopt.plan.budget import Budget
-from hwopt.samples import Samples
-from hwopt.target import Target
+from hwopt.target import Cost, Target, Workload, total
 
-CONVERSIONS = {"QuantizeLinear", "DequantizeLinear"}
+CONVERSIONS = {"QuantizeLinear", "DequantizeLinear", "Cast"}
 PER_GROUP = 4  # options of one family that are measured for one group: enough for a convex staircase
 Progress = Callable[[str, int, int], None]
+Work = Mapping[str, tuple[Workload, ...]]  # the kernels at each place: several where a layer was factored
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to change one group. `seconds` maps each kernel that changes to its new time; the other fields are differences."""
+    """One way to change one group. `seconds` maps each kernel that changes to its new time; the other figures are differences.
+
+    `form` is the dtype that the layer computes in, "" where that stays; `work` are the kernels behind `seconds`.
+    """
 
     group: str
     passes: tuple[Pass, ...]
-    seconds: Mapping[str, float]
+    gain: float  # seconds that it saves by itself (negative: costs)
     bytes: int
     peak_bytes: int
     error: float = 0.0
-    integer: bool = False
+    joules: float = 0.0
+    form: str = ""
+    work: Work = field(default_factory=dict)
 
     @property
     def text(self) -> str:
         return " + ".join(map(str, self.passes))
 
+    @property
+    def prunes(self) -> bool:
+        """True if it changes widths: of all layers that share the group."""
+        return self.passes[0].phase == Phase.PRUNE
+
+    @property
+    def likeness(self) -> tuple:
+        """Equal for options of isomorphic groups: the same passes elsewhere with the same prices."""
+        passes = tuple(str(dataclasses.replace(one, site=())) for one in self.passes)
+        return passes, round(self.gain * 1e9, 1), self.bytes, self.peak_bytes
+
+    def amount(self, resource: str) -> float:
+        """What it adds to the whole model's sum of a resource."""
+        return -self.gain if resource == "seconds" else float(getattr(self, resource))
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """What two options of different groups cost together beyond their sum."""
+
+    one: Option
+    other: Option
+    seconds: float = 0.0
+    joules: float = 0.0
+    bytes: float = 0.0
+    error: float = 0.0
+
+    def amounts(self) -> Iterator[tuple[str, float]]:
+        """(resource, extra) where there is any."""
+        return ((name, getattr(self, name)) for name in ("seconds", "joules", "bytes", "error") if getattr(self, name))
+
 
 @dataclass(frozen=True)
 class Base:
-    """The unchanged graph: kernel times, weight bytes, peak activation bytes."""
+    """The unchanged graph: kernels by name, what they cost, weight bytes, peak activation bytes."""
 
-    seconds: Mapping[str, float]
+    work: Work
+    total_seconds: float
     bytes: int
     peak_bytes: int
+    joules: float = 0.0
 
-    def gain(self, option: Option) -> float:
-        """Seconds that the option saves by itself (negative: costs)."""
-        return sum(self.seconds.get(kernel, 0.0) - time for kernel, time in option.seconds.items())
+    def amount(self, resource: str) -> float:
+        values = {"seconds": self.total_seconds, "error": 0.0, "bytes": self.bytes, "peak_bytes": self.peak_bytes}
+        return float(values.get(resource, self.joules))
 
 
-def base_of(graph: Graph, target: Target, threads: int) -> Base:
-    return Base(_kernel_seconds(graph, target, threads), weight_bytes(graph), peak_activation_bytes(graph))
+class Pricer:
+    """A target's cost model that remembers what it was asked."""
+
+    def __init__(self, target: Target, threads: int) -> None:
+        self.target, self.threads = target, threads
+        self._known: dict[Workload, Cost] = {}
+
+    def cost(self, work: Iterable[Workload]) -> Cost:
+        """The sum over kernels."""
+        return total(self._one(dataclasses.replace(one, name="")) for one in work)
+
+    def graph(self, graph: Graph) -> Cost:
+        """One run of the whole graph."""
+        return self.cost(work for _, work in kernels(graph))
+
+    def _one(self, work: Workload) -> Cost:
+        if work not in self._known:
+            self._known[work] = self.target.cost.estimate(work, self.threads)
+        return self._known[work]
+
+
+def base_of(graph: Graph, pricer: Pricer) -> Base:
+    work: dict[str, tuple[Workload, ...]] = {}
+    for _, one in kernels(graph):
+        work[one.name] = (*work.get(one.name, ()), one)
+    cost = pricer.graph(graph)
+    return Base(work, cost.seconds, weight_bytes(graph), peak_activation_bytes(graph), cost.joules)
 
 
 def collect(
-    graph: Graph, ctx: Context, passes: Iterable[type[Pass]], threads: int, budget: Budget, progress: Progress
-) -> tuple[Base, list[Option], list[Refusal]]:
+    graph: Graph, ctx: Context, passes: Iterable[type[Pass]], pricer: Pricer, budget: Budget, progress: Progress,
+    knobs: Mapping[str, Any] | None = None,
+) -> tuple[Base, list[Option], list[Refusal]]:  # fmt: skip
     """Every option that gains something on this target, priced but without its error; and every refusal."""
-    target = _target(ctx)
-    base = base_of(graph, target, threads)
+    if ctx.target is None:
+        raise PassError("planning needs a target", place="plan")
+    base = base_of(graph, pricer)
+    instances, refused = _instances(graph, passes, ctx.target, budget, knobs or {})
+    cheap = dataclasses.replace(ctx, calibration=ctx.calibration.head(1) if ctx.calibration else None, refused=refused)
+    options: list[Option] = []
+    chains = _combinations(instances)
+    for done, combination in enumerate(chains):
+        progress("pricing", done, len(chains))
+        option = _priced(combination, graph, base, cheap, pricer, budget)
+        if isinstance(option, Refusal):
+            refused.append(option)
+        else:
+            options.append(option)
+    return base, _right_edges(options, refused), list(dict.fromkeys(refused))
+
+
+def _instances(
+    graph: Graph, passes: Iterable[type[Pass]], target: Target, budget: Budget, knobs: Mapping[str, Any]
+) -> tuple[list[Pass], list[Refusal]]:
+    """What the families propose, with the knobs (`family.field`) turned as asked, and what they decline."""
     refused: list[Refusal] = []
     instances: list[Pass] = []
     for kind in passes:
         if budget.weight_bytes is None and kind.saves == {"bytes"}:
             refused.append(Refusal(kind.name, graph.name, "makes weights smaller, not faster, and no size budget asks for that"))
             continue
+        turned = {key.partition(".")[2]: value for key, value in knobs.items() if key.partition(".")[0] == kind.name}
         for found in kind.candidates(graph, target):
-            (refused if isinstance(found, Refusal) else instances).append(found)  # type: ignore[arg-type]
-    cheap = dataclasses.replace(ctx, calibration=ctx.calibration.head(1) if ctx.calibration else None, refused=refused)
-    options: list[Option] = []
-    for done, combination in enumerate(chains := _combinations(instances)):
-        progress("pricing", done, len(chains))
-        option = _priced(combination, graph, base, cheap, target, threads)
-        if isinstance(option, Refusal):
-            refused.append(option)
-        elif reason := _useless(option, base, budget):
-            refused.append(Refusal(combination[-1].name, option.group, f"{option.text}: {reason}"))
-        else:
-            options.append(option)
-    kept = _right_edges(options, base)
-    return base, kept, list(dict.fromkeys(refused))
-
-
-def measure_errors(
-    graph: Graph, ctx: Context, options: Sequence[Option], samples: Samples, workers: int, progress: Progress
-) -> list[Option]:
-    """The options with the divergence of the outputs that each pass causes alone; those of a combination add up."""
-    session = Session(graph)
-    reference = _outputs(session, graph, samples)
-    single = list(dict.fromkeys(one for option in options for one in option.passes))
-    errors: dict[Pass, float] = {}
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(_error, one, graph, ctx, samples, reference) for one in single]
-        try:
-            for done, (one, future) in enumerate(zip(single, futures, strict=True)):
-                progress("measuring sensitivity", done, len(single))
-                errors[one] = future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return [dataclasses.replace(option, error=sum(errors[one] for one in option.passes)) for option in options]
-
-
-def _target(ctx: Context) -> Target:
-    if ctx.target is None:
-        raise PassError("planning needs a target", place="plan")
-    return ctx.target
+            if isinstance(found, Refusal):
+                refused.append(found)
+            else:
+                instances.append(found.turned(**turned))
+    return list(dict.fromkeys(instances)), refused
 
 
 def _combinations(instances: Sequence[Pass]) -> list[tuple[Pass, ...]]:
@@ -140,8 +187,9 @@ def _group(combination: tuple[Pass, ...]) -> str:
 
 
 def _priced(
-    combination: tuple[Pass, ...], graph: Graph, base: Base, ctx: Context, target: Target, threads: int
+    combination: tuple[Pass, ...], graph: Graph, base: Base, ctx: Context, pricer: Pricer, budget: Budget
 ) -> Option | Refusal:
+    """The option, or why it is none."""
     changed = graph
     for one in combination:
         known = len(ctx.refused)
@@ -150,71 +198,77 @@ def _priced(
             reason = ctx.refused[-1].reason if len(ctx.refused) > known else "changes nothing"
             return Refusal(one.name, _site(one), f"{one}: {reason}")
         changed = after
-    seconds = dict(_kernel_seconds(changed, target, threads))
     site = _site(combination[0])
-    for kernel in [kernel for kernel in seconds if kernel not in base.seconds]:  # the parts of a factored layer
-        seconds[site] = seconds.get(site, 0.0) + seconds.pop(kernel)
-    gone = {kernel: 0.0 for kernel in base.seconds if kernel not in seconds}
-    differing = {kernel: time for kernel, time in (seconds | gone).items() if time != base.seconds.get(kernel)}
-    integer = any(one.phase == Phase.QUANTIZE for one in combination)
-    size = weight_bytes(changed) - base.bytes
-    return Option(
-        _group(combination), combination, differing, size, peak_activation_bytes(changed) - base.peak_bytes, 0.0, integer
+    work, conversions = _changed_work(changed, base, site)
+    before = pricer.cost(one for name in work for one in base.work.get(name, ()))
+    after_cost, extra = pricer.cost(one for parts in work.values() for one in parts), pricer.cost(conversions)
+    option = Option(
+        group=_group(combination), passes=combination, gain=before.seconds - after_cost.seconds - extra.seconds,
+        bytes=weight_bytes(changed) - base.bytes, peak_bytes=peak_activation_bytes(changed) - base.peak_bytes,
+        joules=after_cost.joules + extra.joules - before.joules, form=_form(base, work, site), work=work,
+    )  # fmt: skip
+    reason = _useless(option, extra, before, budget)
+    return Refusal(combination[-1].name, option.group, f"{option.text}: {reason}") if reason else option
+
+
+def _changed_work(changed: Graph, base: Base, site: str) -> tuple[Work, list[Workload]]:
+    """Kernels that differ from before, by the name of the place (`site` for new ones), and conversions of their own."""
+    now: dict[str, tuple[Workload, ...]] = {}
+    conversions: list[Workload] = []
+    for region, one in kernels(changed):
+        if one.name not in base.work and all(node.op in CONVERSIONS for node in region.nodes):
+            conversions.append(one)
+            continue
+        name = one.name if one.name in base.work else site
+        now[name] = (*now.get(name, ()), one)
+    names = dict.fromkeys((*base.work, *now))
+    return {name: now.get(name, ()) for name in names if now.get(name, ()) != base.work.get(name, ())}, conversions
+
+
+def _form(base: Base, work: Work, site: str) -> str:
+    """The dtype that a layer computes in, if that changed."""
+    before, after = base.work.get(site, ()), work.get(site, ())
+    return after[-1].dtype if before and after and after[-1].dtype != before[-1].dtype else ""
+
+
+def _useless(option: Option, conversions: Cost, before: Cost, budget: Budget) -> str:
+    """Why an option gains nothing that anybody asked for; empty if it does. Neighbours may make its conversions needless."""
+    inside = option.gain + (conversions.seconds if option.form else 0.0)
+    if inside > 0:
+        return ""
+    wanted = (
+        (budget.weight_bytes, option.bytes),
+        (budget.activation_bytes, option.peak_bytes),
+        (budget.joules, option.joules - (conversions.joules if option.form else 0.0)),
     )
-
-
-def _kernel_seconds(graph: Graph, target: Target, threads: int) -> Mapping[str, float]:
-    """Time of each kernel by name. Conversions that stand alone are left out: the solver prices them on the edges."""
-    seconds: dict[str, float] = {}
-    for region, workload in kernels(graph):
-        if not all(node.op in CONVERSIONS for node in region.nodes):
-            time = target.cost.estimate(workload, threads).seconds
-            seconds[workload.name] = seconds.get(workload.name, 0.0) + time
-    return seconds
-
-
-def _useless(option: Option, base: Base, budget: Budget) -> str:
-    """Why an option gains nothing that anybody asked for; empty if it does."""
-    gain = base.gain(option)
-    if gain > 0:
+    if any(limit is not None and change < 0 for limit, change in wanted):
         return ""
-    if budget.weight_bytes is not None and option.bytes < 0:
-        return ""
-    if budget.activation_bytes is not None and option.peak_bytes < 0:
-        return ""
-    before = sum(base.seconds.get(kernel, 0.0) for kernel in option.seconds)
-    return f"not faster on this target ({before * 1e6:.2f} us -> {(before - gain) * 1e6:.2f} us)"
+    return f"not faster on this target ({before.seconds * 1e6:.2f} us -> {(before.seconds - inside) * 1e6:.2f} us)"
 
 
-def _right_edges(options: Sequence[Option], base: Base) -> list[Option]:
+def _right_edges(options: Sequence[Option], refused: list[Refusal]) -> list[Option]:
     """Of each group and family at most PER_GROUP options, evenly spread, and none that costs the time of a gentler one.
 
-    Candidates come gentlest first or last; latency is a staircase, so of equal times only the one that removes least is kept.
+    Candidates come gentlest first or last; latency is a staircase, so of equal times only the one that removes least is kept:
+    the right edge of its step.
     """
-    families: dict[tuple[str, tuple[str, ...]], list[Option]] = {}
+    families: dict[tuple, list[Option]] = {}
     for option in options:
-        families.setdefault((option.group, tuple(one.name for one in option.passes)), []).append(option)
+        families.setdefault((option.group, option.form, tuple(one.name for one in option.passes)), []).append(option)
     kept: list[Option] = []
     for family in families.values():
         steps: list[Option] = []
-        for option in sorted(family, key=lambda o: (-o.bytes, base.gain(o))):  # least removed first
-            if not steps or base.gain(option) > base.gain(steps[-1]) or option.bytes < steps[-1].bytes:
+        for option in sorted(family, key=lambda o: (-o.bytes, o.gain)):  # least removed first
+            if not steps or option.gain > steps[-1].gain or option.bytes < steps[-1].bytes:
                 steps.append(option)
+            else:
+                refused.append(_refusal(option, f"removes more than {steps[-1].text} and is not faster"))
         picked = np.unique(np.linspace(0, len(steps) - 1, PER_GROUP).round().astype(int))
         kept.extend(steps[index] for index in picked)
+        passed_over = (step for index, step in enumerate(steps) if index not in picked)
+        refused.extend(_refusal(option, f"between two of the {PER_GROUP} steps that were looked at") for option in passed_over)
     return kept
 
 
-def _outputs(session: Session, graph: Graph, samples: Samples) -> list[np.ndarray]:
-    """Every floating-point output over all samples."""
-    runs = [session.run(feeds) for feeds in samples.feeds(graph)]
-    found = [np.concatenate([np.atleast_1d(run[name]) for run in runs]) for name in graph.outputs]
-    return [output for output in found if np.issubdtype(output.dtype, np.floating)]
-
-
-def _error(one: Pass, graph: Graph, ctx: Context, samples: Samples, reference: list[np.ndarray]) -> float:
-    changed = run_pass(one, graph, ctx)
-    if changed is graph:
-        return 0.0
-    found = _outputs(Session(changed), changed, samples)
-    return sum(divergence(before, after) for before, after in zip(reference, found, strict=True))
+def _refusal(option: Option, reason: str) -> Refusal:
+    return Refusal(option.passes[-1].name, option.group, f"{option.text}: {reason}")

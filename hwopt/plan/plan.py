@@ -44,6 +44,22 @@ class Round:
     score: float
     drop: float
     feasible: bool
+    joules: float = 0.0
+    solved_seconds: float = 0.0  # what the solver's sums and pairs promised; predicted_seconds prices the graph itself
+    gap: float = 0.0  # proven: (cost of the solution - bound) / cost
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One option that was priced: what it would save alone (negative: costs), and whether it was taken."""
+
+    text: str
+    group: str
+    seconds: float
+    bytes: float
+    joules: float
+    error: float
+    chosen: bool
 
 
 @dataclass(frozen=True)
@@ -60,6 +76,10 @@ class Plan:
     rounds: tuple[Round, ...] = ()
     seconds_before: float = 0.0  # of the whole model, predicted
     seconds_after: float = 0.0
+    joules_before: float = 0.0  # 0 where the target states no energy
+    joules_after: float = 0.0
+    offers: tuple[Offer, ...] = ()
+    knobs: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of whole families, as a search set them
     calibration_digest: str = ""  # of the data that chose ranges and scores; others give other weights
     note: str = ""  # what a reader must know, such as an interrupted search
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -83,8 +103,8 @@ def plan_from_json(text: str, place: str = "plan") -> Plan:
         if raw.pop("format") != FORMAT:
             raise UsageError("written by another version of hwopt", place=place, hint="make the plan again")
         raw["budget"] = Budget(**raw["budget"])
-        for key, kind in (("decisions", Decision), ("refused", Refusal), ("rounds", Round)):
-            raw[key] = tuple(kind(**item) for item in raw[key])
+        for key, kind in (("decisions", Decision), ("refused", Refusal), ("rounds", Round), ("offers", Offer)):
+            raw[key] = tuple(kind(**item) for item in raw.get(key, ()))
         raw["decisions"] = tuple(dataclasses.replace(one, by=tuple(one.by)) for one in raw["decisions"])
         return Plan(**raw)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:

@@ -1,202 +1,211 @@
-"""The solver: one option for each group, fastest within an error allowance, as a mixed-integer linear program (HiGHS).
+"""The solver: one option for each group, the best within the limits; HiGHS proves it, prices on the limits where it is too large.
 
-Multiple-choice knapsack with pairwise terms: two options that speed up the same kernel save less together than apart, and a
-value between an integer and a float layer pays for its conversion.
+Two options that change the same kernel, or conversions between the same two layers, have a price together: a `Pair`.
 """
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array
 
-from hwopt.plan.options import Base, Option
+from hwopt.errors import HwoptError
+from hwopt.plan.lagrange import solve_by_prices
+from hwopt.plan.options import Base, Option, Pair
+from hwopt.plan.problem import RESOURCES, Choice, Problem, solve_exactly
 
-SECONDS_LIMIT = 10.0
-GAP = 1e-3
-
-
-@dataclass(frozen=True)
-class Edge:
-    """A value from one layer to another; `seconds` for quantizing or dequantizing it. "" is the outside world, in float."""
-
-    source: str
-    target: str
-    seconds: float
+GAP = 1e-3  # a solution this close to the bound needs no second solver
+ROUNDING = 1e-6  # relative, of recomputed sums
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Constraints of one solve; None means free."""
+    """Constraints of one solve, of the whole model; None means free."""
 
-    error: float
+    error: float | None = None
     seconds: float | None = None
     bytes: float | None = None
     peak_bytes: float | None = None
+    joules: float | None = None
+
+    def stated(self) -> dict[str, float]:
+        return {name: limit for name, limit in dataclasses.asdict(self).items() if limit is not None}
 
 
 @dataclass(frozen=True)
 class Solution:
-    """The chosen options (groups that stay as they are do not appear) and the model's prediction for them."""
+    """The chosen options (groups that stay as they are do not appear) and the model's prediction for them.
+
+    `gap` is (cost - proven bound) / cost of the objective, `by` the solver that found it.
+    """
 
     options: tuple[Option, ...]
     seconds: float
     bytes: int
+    peak_bytes: int
+    joules: float
     error: float
     gap: float
+    by: str = "milp"
+
+    def amount(self, resource: str) -> float:
+        return float(getattr(self, resource))
 
 
-class _Program:
-    """Columns and rows of the linear program as they are collected."""
-
-    def __init__(self) -> None:
-        self.objective: list[float] = []
-        self.integral: list[int] = []
-        self.rows: list[tuple[dict[int, float], float, float]] = []
-
-    def column(self, *, integral: bool) -> int:
-        self.objective.append(0.0)
-        self.integral.append(int(integral))
-        return len(self.objective) - 1
-
-    def row(self, terms: Mapping[int, float], low: float, high: float) -> None:
-        self.rows.append((dict(terms), low, high))
-
-    def solve(self) -> tuple[np.ndarray, float] | None:
-        entries = [(r, c, value) for r, (terms, _, _) in enumerate(self.rows) for c, value in terms.items()]
-        rows, columns, values = zip(*entries, strict=True) if entries else ((), (), ())
-        matrix = coo_array((values, (rows, columns)), shape=(len(self.rows), len(self.objective))).tocsr()
-        constraint = LinearConstraint(matrix, [low for _, low, _ in self.rows], [high for _, _, high in self.rows])
-        limits = {"time_limit": SECONDS_LIMIT, "mip_rel_gap": GAP}
-        found = milp(self.objective, integrality=self.integral, bounds=Bounds(0, 1), constraints=constraint, options=limits)
-        return None if found.x is None else (found.x, float(found.mip_gap or 0.0))
-
-
-def solve(base: Base, options: Sequence[Option], edges: Sequence[Edge], limits: Limits) -> Solution | None:
+def solve(
+    base: Base, options: Sequence[Option], pairs: Sequence[Pair], limits: Limits, aim: str = "", tie: bool = True
+) -> Solution | None:
     """The best choice within the limits, or None if there is none.
 
-    Minimises seconds; if seconds are limited, minimises error instead. Constraints are checked again on the choice.
+    Minimises `aim` (one of problem.RESOURCES): seconds if not stated, or the error where the seconds are limited. With `tie`,
+    groups that look alike are decided once, if the proven gap says that this loses nothing. Raises HwoptError if a solver's
+    answer does not keep the limits when it is computed again.
     """
+    aim = aim or ("seconds" if limits.seconds is None else "error")
     if not options:
-        empty = Solution((), float(sum(base.seconds.values())), base.bytes, 0.0, 0.0)
-        return empty if not _broken(empty, base, limits) else None
-    program = _Program()
-    column = [program.column(integral=True) for _ in options]
-    groups: dict[str, list[int]] = {}
-    for index, option in enumerate(options):
-        groups.setdefault(option.group, []).append(index)
-    for members in groups.values():
-        program.row({column[i]: 1.0 for i in members}, 0, 1)
-    seconds: dict[int, float] = {column[i]: -base.gain(option) for i, option in enumerate(options)}
-    _overlaps(program, base, options, column, seconds)
-    _conversions(program, options, edges, column, seconds)
-    _objective(program, base, options, column, seconds, limits)
-    start = sum(base.seconds.values())
-    program.row({column[i]: option.error for i, option in enumerate(options)}, -np.inf, limits.error)
-    if limits.seconds is not None:
-        program.row(seconds, -np.inf, limits.seconds - start)
-    if limits.bytes is not None:
-        program.row({column[i]: float(option.bytes) for i, option in enumerate(options)}, -np.inf, limits.bytes - base.bytes)
-    if limits.peak_bytes is not None:
-        peaks = {column[i]: float(option.peak_bytes) for i, option in enumerate(options)}
-        program.row(peaks, -np.inf, limits.peak_bytes - base.peak_bytes)
-    found = program.solve()
-    return None if found is None else _checked(found, base, options, edges, column, limits)
+        kept = all(base.amount(name) <= limit for name, limit in limits.stated().items())
+        return _checked(base, (), (), (), limits, 0.0, "milp") if kept else None
+    menus = _menus(options)
+    bundles = _tied(menus, pairs) if tie else []
+    problem = make_problem(menus, pairs)
+    weights, room = _weights(base, problem, aim), _room(base, limits)
+    if bundles:
+        few = make_problem(bundles, pairs)
+        choice, _ = _solved(few, weights, room)
+        spread = None if choice is None else _untied(menus, bundles, choice)
+        bound = solve_by_prices(problem, weights, room)[1] if spread is not None else -np.inf
+        if spread is not None and _gap(base, problem, weights, aim, spread, bound) <= GAP:
+            return _checked(base, menus, pairs, spread, limits, _gap(base, problem, weights, aim, spread, bound), "tied")
+    choice, (bound, by) = _solved(problem, weights, room)
+    if choice is None:
+        return None
+    return _checked(base, menus, pairs, choice, limits, _gap(base, problem, weights, aim, choice, bound), by)
 
 
-def _overlaps(program: _Program, base: Base, options: Sequence[Option], column: list[int], seconds: dict[int, float]) -> None:
-    """Times on one kernel multiply: t(a and b) = t(a) t(b) / t; the sum of the two gains is too large by gain(a) gain(b) / t."""
-    touching: dict[str, list[int]] = {}
-    for index, option in enumerate(options):
-        for kernel in option.seconds:
-            if base.seconds.get(kernel, 0.0) > 0:
-                touching.setdefault(kernel, []).append(index)
-    excess: dict[tuple[int, int], float] = {}
-    for kernel, indices in touching.items():
-        time = base.seconds[kernel]
-        for a, b in itertools.combinations(indices, 2):
-            if options[a].group != options[b].group:
-                both = (time - options[a].seconds[kernel]) * (time - options[b].seconds[kernel]) / time
-                excess[a, b] = excess.get((a, b), 0.0) + both
-    for (a, b), amount in excess.items():
-        if amount > 0:  # a negative excess only makes the estimate careful
-            both = program.column(integral=False)
-            seconds[both] = amount
-            program.row({both: 1.0, column[a]: -1.0, column[b]: -1.0}, -1, np.inf)
+Menu = list[tuple[Option, ...]]  # each choice of a group: the options it stands for; the first is ()
 
 
-def _conversions(
-    program: _Program, options: Sequence[Option], edges: Sequence[Edge], column: list[int], seconds: dict[int, float]
-) -> None:
-    integer: dict[str, list[int]] = {}
-    for index, option in enumerate(options):
-        if option.integer:
-            integer.setdefault(option.group, []).append(column[index])
-    for edge in edges:
-        ends = [integer.get(end, []) for end in (edge.source, edge.target)]
-        if not any(ends):
-            continue
-        differs = program.column(integral=False)
-        seconds[differs] = edge.seconds
-        for plus, minus in (ends, ends[::-1]):
-            program.row({differs: 1.0, **dict.fromkeys(plus, -1.0), **dict.fromkeys(minus, 1.0)}, 0, np.inf)
+def _menus(options: Sequence[Option]) -> list[Menu]:
+    groups: dict[str, Menu] = {}
+    for option in options:
+        groups.setdefault(option.group, [()]).append((option,))
+    return list(groups.values())
 
 
-def _objective(
-    program: _Program, base: Base, options: Sequence[Option], column: list[int], seconds: dict[int, float], limits: Limits
-) -> None:
-    """Seconds (or error), the other as a tie breaker; scaled to be near one."""
-    total = max(sum(base.seconds.values()), 1e-12)
-    worst = max((option.error for option in options), default=1.0) or 1.0
-    time_weight, error_weight = (1e-3, 1.0) if limits.seconds is not None else (1.0, 1e-4)
-    for index, amount in seconds.items():
-        program.objective[index] += time_weight * amount / total
-    for index, option in enumerate(options):
-        program.objective[column[index]] += error_weight * option.error / worst
-        program.objective[column[index]] += 1e-6 * option.bytes / max(base.bytes, 1)
+def make_problem(menus: Sequence[Menu], pairs: Sequence[Pair]) -> Problem:
+    """Menus and pair prices as arrays; a pair inside of one (tied) choice counts to that choice."""
+    places: dict[int, list[tuple[int, int]]] = {}
+    for g, menu in enumerate(menus):
+        for c, chosen in enumerate(menu):
+            for option in chosen:
+                places.setdefault(id(option), []).append((g, c))
+    single = {
+        name: [np.array([float(sum(option.amount(name) for option in chosen)) for chosen in menu]) for menu in menus]
+        for name in RESOURCES
+    }
+    tables: dict[str, dict[tuple[int, int], np.ndarray]] = {name: {} for name in RESOURCES}
+    for pair in pairs:
+        for g, c in places.get(id(pair.one), ()):
+            for h, d in places.get(id(pair.other), ()):
+                if g == h and c != d:
+                    continue  # two choices of one group are never made together
+                for name, extra in pair.amounts():
+                    if g == h:
+                        single[name][g][c] += extra
+                        continue
+                    key = (g, h) if g < h else (h, g)
+                    table = tables[name].setdefault(key, np.zeros((len(menus[key[0]]), len(menus[key[1]]))))
+                    table[(c, d) if g < h else (d, c)] += extra
+    return Problem(tuple(map(len, menus)), single, {name: found for name, found in tables.items() if found})
+
+
+def _weights(base: Base, problem: Problem, aim: str) -> dict[str, float]:
+    """The aim, with the other side of the bargain and the bytes as tie breakers; scaled to be near one."""
+    sizes = {
+        "seconds": base.total_seconds, "error": problem.scale("error"), "bytes": float(base.bytes),
+        "peak_bytes": float(base.peak_bytes), "joules": base.joules,
+    }  # fmt: skip
+    breakers = {"error": 1e-5} if aim != "error" else {"seconds": 1e-3}
+    parts = {"bytes": 1e-7, **breakers, aim: 1.0}
+    return {name: weight / (sizes[name] or 1.0) for name, weight in parts.items()}
+
+
+def _room(base: Base, limits: Limits) -> dict[str, float]:
+    """Limits on the differences to the unchanged model."""
+    return {name: limit - base.amount(name) for name, limit in limits.stated().items()}
+
+
+def _solved(problem: Problem, weights: Mapping[str, float], room: Mapping[str, float]) -> tuple[Choice | None, tuple[float, str]]:
+    choice, bound = solve_exactly(problem, weights, room)
+    if bound == np.inf:  # proven: nothing keeps the limits
+        return None, (bound, "milp")
+    cost = problem.weighted(weights)
+    if choice is not None and problem.keeps(choice, room):
+        found = cost.amount("cost", choice)
+        if found - bound <= GAP * max(1.0, abs(found)):
+            return choice, (bound, "milp")
+    other, second = solve_by_prices(problem, weights, room)
+    kept = [(c, by) for c, by in ((choice, "milp"), (other, "lagrangian")) if c is not None and problem.keeps(c, room)]
+    if not kept:
+        return None, (max(bound, second), "lagrangian")
+    best, by = min(kept, key=lambda one: cost.amount("cost", one[0]))
+    return best, (max(bound, second), by)
+
+
+def _gap(base: Base, problem: Problem, weights: Mapping[str, float], aim: str, choice: Choice, bound: float) -> float:
+    """Relative to the cost of the whole model, whose unchanged part is no decision."""
+    offset = weights[aim] * base.amount(aim)
+    cost = problem.weighted(weights).amount("cost", choice)
+    return max(0.0, cost - bound) / max(abs(cost + offset), 1e-12)
+
+
+def _tied(menus: Sequence[Menu], pairs: Sequence[Pair]) -> list[Menu]:
+    """Menus in which groups that look alike choose together; empty if no two do."""
+    partners: dict[int, list[float]] = {}
+    for pair in pairs:
+        for option in (pair.one, pair.other):
+            partners.setdefault(id(option), []).append(round(pair.seconds * 1e9, 1))
+    alike: dict[tuple, list[Menu]] = {}
+    for menu in menus:
+        key = tuple((choice[0].likeness, tuple(sorted(partners.get(id(choice[0]), ())))) for choice in menu[1:])
+        alike.setdefault(key, []).append(menu)
+    if all(len(members) == 1 for members in alike.values()):
+        return []
+    return [[tuple(option for one in row for option in one) for row in zip(*members, strict=True)] for members in alike.values()]
+
+
+def _untied(menus: Sequence[Menu], bundles: Sequence[Menu], choice: Choice) -> Choice:
+    """The same options as choices of the single groups."""
+    chosen = {id(option) for bundle, c in zip(bundles, choice, strict=True) for option in bundle[c]}
+    return tuple(next((c for c, one in enumerate(menu) if one and id(one[0]) in chosen), 0) for menu in menus)
 
 
 def _checked(
-    found: tuple[np.ndarray, float],
-    base: Base,
-    options: Sequence[Option],
-    edges: Sequence[Edge],
-    column: list[int],
-    limits: Limits,
-) -> Solution | None:
-    """The solution with every figure computed again from the choice itself; None if it breaks a constraint."""
-    values, gap = found
-    chosen = tuple(option for option, index in zip(options, column, strict=True) if values[index] > 0.5)
+    base: Base, menus: Sequence[Menu], pairs: Sequence[Pair], choice: Choice, limits: Limits, gap: float, by: str
+) -> Solution:
+    """The solution with every figure computed again from the chosen options themselves."""
+    chosen = tuple(option for menu, c in zip(menus, choice, strict=True) for option in menu[c])
+    figures = predicted(base, chosen, pairs)
     if len({option.group for option in chosen}) < len(chosen):
-        return None
-    size = base.bytes + sum(option.bytes for option in chosen)
-    solution = Solution(chosen, predicted(base, chosen, edges), size, sum(option.error for option in chosen), gap)
-    return None if _broken(solution, base, limits) else solution
+        raise HwoptError("the solver chose two options of one group", place="plan", hint="this is an error in hwopt")
+    for name, limit in limits.stated().items():
+        if figures[name] > limit + ROUNDING * (abs(limit) + abs(base.amount(name))):
+            hint = "this is an error in hwopt"
+            raise HwoptError(f"the solver's choice has {name} {figures[name]:.6g} of {limit:.6g}", place="plan", hint=hint)
+    return Solution(
+        chosen, figures["seconds"], round(figures["bytes"]), round(figures["peak_bytes"]), figures["joules"],
+        figures["error"], gap, by,
+    )  # fmt: skip
 
 
-def predicted(base: Base, chosen: Sequence[Option], edges: Sequence[Edge]) -> float:
-    """Seconds of the whole model with these options, by the definitions of the terms."""
-    seconds = sum(base.seconds.values()) - sum(base.gain(option) for option in chosen)
-    for one, other in itertools.combinations(chosen, 2):
-        shared = [kernel for kernel in one.seconds if kernel in other.seconds and base.seconds.get(kernel, 0.0) > 0]
-        times = [(base.seconds[kernel], one.seconds[kernel], other.seconds[kernel]) for kernel in shared]
-        seconds += max(sum((time - first) * (time - second) / time for time, first, second in times), 0.0)
-    integer = {option.group for option in chosen if option.integer}
-    return float(seconds + sum(edge.seconds for edge in edges if (edge.source in integer) != (edge.target in integer)))
-
-
-def _broken(solution: Solution, base: Base, limits: Limits) -> bool:
-    """True if a limit is exceeded by more than rounding."""
-    slack = 1 + 1e-6
-    peak = base.peak_bytes + sum(option.peak_bytes for option in solution.options)
-    found = (
-        (solution.error, limits.error + 1e-12),
-        (solution.seconds, limits.seconds),
-        (solution.bytes, limits.bytes),
-        (peak, limits.peak_bytes),
-    )
-    return any(limit is not None and value > limit * slack for value, limit in found)
+def predicted(base: Base, chosen: Sequence[Option], pairs: Sequence[Pair]) -> dict[str, float]:
+    """Every resource of the whole model with these options, by the definitions of the terms."""
+    inside = {id(option) for option in chosen}
+    totals = {name: base.amount(name) + sum(option.amount(name) for option in chosen) for name in RESOURCES}
+    for pair in pairs:
+        if id(pair.one) in inside and id(pair.other) in inside:
+            for name, extra in pair.amounts():
+                totals[name] += extra
+    return totals

@@ -1,0 +1,145 @@
+"""One solution applied for real: what the search works with, and what it measured of one choice."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from hwopt.analysis.liveness import peak_activation_bytes
+from hwopt.analysis.size import weight_bytes
+from hwopt.backends.ort import Session
+from hwopt.errors import DataError
+from hwopt.evaluate import Comparison, Scorer, compare
+from hwopt.ir import Graph
+from hwopt.pipeline import Context, Pass, PassManager, Refusal, merged
+from hwopt.plan.budget import Amounts, Budget, exceeded
+from hwopt.plan.errors import Known, measure_errors
+from hwopt.plan.options import Base, Option, Pair, Pricer, Progress, collect
+from hwopt.plan.pairs import pairs_of
+from hwopt.plan.plan import Plan, Round
+from hwopt.plan.solve import Limits, Solution
+from hwopt.target import Target
+
+SENSITIVITY_SAMPLES = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """Everything one search works with. The scales are measured over predicted time and memory, 1 where nothing was measured.
+
+    `knobs` sets options of whole families (`quantize.calibrator`), `known` keeps errors from search to search, `tie` lets
+    isomorphic layers be decided together where that is proven to lose nothing.
+    """
+
+    graph: Graph
+    ctx: Context
+    target: Target
+    passes: tuple[type[Pass], ...]
+    scorer: Scorer
+    budget: Budget
+    threads: int
+    workers: int
+    progress: Progress
+    scale: float = 1.0
+    memory_scale: float = 1.0
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+    known: Known = field(default_factory=dict)
+    tie: bool = True
+
+    @cached_property
+    def pricer(self) -> Pricer:
+        return Pricer(self.target, self.threads)
+
+    def amounts(self, graph: Graph) -> Amounts:
+        """What a graph is predicted to cost, in measured units."""
+        cost, peak = self.pricer.graph(graph), peak_activation_bytes(graph) * self.memory_scale
+        return Amounts(cost.seconds * self.scale, weight_bytes(graph), peak, cost.joules)
+
+    def exceeded(self, amounts: Amounts) -> str:
+        """Which limit is broken, with the numbers; empty if none."""
+        return exceeded(self.budget, amounts)
+
+    def first_limits(self) -> Limits:
+        """The budget in the cost model's units."""
+        budget = self.budget
+        seconds = None if budget.latency_seconds is None else budget.latency_seconds / self.scale
+        peak = None if budget.activation_bytes is None else budget.activation_bytes / self.memory_scale
+        return Limits(None, seconds, budget.weight_bytes, peak, budget.joules)
+
+
+@dataclass(frozen=True, eq=False)
+class Priced:
+    """What does not depend on the limits: the options with their prices and errors, and the scores of the unchanged model."""
+
+    base: Base
+    options: tuple[Option, ...]
+    pairs: tuple[Pair, ...]
+    refused: tuple[Refusal, ...]
+    baseline: np.ndarray
+
+    def only(self, *families: str) -> Priced:
+        """The same with the options that use no other family."""
+        options = tuple(o for o in self.options if all(one.name in families for one in o.passes))
+        inside = {id(option) for option in options}
+        pairs = tuple(pair for pair in self.pairs if id(pair.one) in inside and id(pair.other) in inside)
+        return dataclasses.replace(self, options=options, pairs=pairs)
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The best plan, the graph it makes, and how that compares with the original (None without evaluation data)."""
+
+    plan: Plan
+    graph: Graph
+    comparison: Comparison | None
+
+
+@dataclass(frozen=True, eq=False)
+class Attempt:
+    """One solution that was applied and scored."""
+
+    solution: Solution
+    graph: Graph
+    comparison: Comparison
+    amounts: Amounts
+    round: Round
+
+
+def price(task: Search) -> Priced:
+    """Collect the options, price them on the target, measure what each does to the outputs."""
+    samples = task.ctx.calibration
+    if samples is None:
+        raise DataError("planning needs calibration data", place="plan", hint="give --calibrate data.npz")
+    base, options, refused = collect(task.graph, task.ctx, task.passes, task.pricer, task.budget, task.progress, task.knobs)
+    head = samples.head(SENSITIVITY_SAMPLES)
+    options = measure_errors(task.graph, task.ctx, options, head, task.workers, task.progress, task.known)
+    finite = tuple(option for option in options if math.isfinite(option.error))
+    pairs = pairs_of(task.graph, task.ctx, base, finite, task.pricer)
+    return Priced(base, finite, pairs, tuple(refused), task.scorer(Session(task.graph).run))
+
+
+def measured(task: Search, priced: Priced, solution: Solution, allowed: float) -> Attempt:
+    """Apply a solution and score what comes out."""
+    passes = merged(one for option in solution.options for one in option.passes)
+    changed = PassManager(passes).run(task.graph, task.ctx).graph
+    comparison = compare(task.scorer.metric, priced.baseline, task.scorer(Session(changed).run))
+    amounts = task.amounts(changed)
+    feasible = comparison.drop <= task.budget.max_drop and not task.exceeded(amounts)
+    entry = Round(
+        allowed, len(solution.options), amounts.seconds, round(amounts.bytes), comparison.score, comparison.drop, feasible,
+        joules=amounts.joules, solved_seconds=solution.seconds * task.scale, gap=solution.gap,
+    )  # fmt: skip
+    return Attempt(solution, changed, comparison, amounts, entry)
+
+
+def versions() -> dict[str, str]:
+    """What decided: the versions that can change a plan or a kernel."""
+    names = ("hwopt", "apache-tvm", "apache-tvm-ffi", "numpy", "onnx", "onnxruntime", "scipy")
+    return {name: importlib.metadata.version(name) for name in names}

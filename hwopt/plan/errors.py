@@ -1,0 +1,60 @@
+"""What each option does to the outputs: one currency for all families."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import MutableMapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from hwopt.backends.ort import Session
+from hwopt.evaluate import divergence
+from hwopt.ir import Graph
+from hwopt.pipeline import Context, Pass, run_pass
+from hwopt.plan.options import Option, Progress
+from hwopt.samples import Samples
+
+Known = MutableMapping[str, float]  # by the pass's text: searches over knobs ask for most of them again
+
+
+def measure_errors(
+    graph: Graph, ctx: Context, options: Sequence[Option], samples: Samples, workers: int, progress: Progress, known: Known
+) -> list[Option]:
+    """The options with the divergence of the outputs that each pass causes alone; those of a combination add up."""
+    single = [one for one in dict.fromkeys(one for option in options for one in option.passes) if str(one) not in known]
+    if single:
+        known.update(_divergences(graph, ctx, single, samples, workers, progress))
+    return [dataclasses.replace(option, error=sum(known[str(one)] for one in option.passes)) for option in options]
+
+
+def _divergences(
+    graph: Graph, ctx: Context, single: Sequence[Pass], samples: Samples, workers: int, progress: Progress
+) -> dict[str, float]:
+    reference = _outputs(Session(graph), graph, samples)
+    errors: dict[str, float] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(_error, one, graph, ctx, samples, reference) for one in single]
+        try:
+            for done, (one, future) in enumerate(zip(single, futures, strict=True)):
+                progress("measuring sensitivity", done, len(single))
+                errors[str(one)] = future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return errors
+
+
+def _outputs(session: Session, graph: Graph, samples: Samples) -> list[np.ndarray]:
+    """Every floating-point output over all samples."""
+    runs = [session.run(feeds) for feeds in samples.feeds(graph)]
+    found = [np.concatenate([np.atleast_1d(run[name]) for run in runs]) for name in graph.outputs]
+    return [output for output in found if np.issubdtype(output.dtype, np.floating)]
+
+
+def _error(one: Pass, graph: Graph, ctx: Context, samples: Samples, reference: list[np.ndarray]) -> float:
+    changed = run_pass(one, graph, ctx)
+    if changed is graph:
+        return 0.0
+    found = _outputs(Session(changed), changed, samples)
+    return sum(divergence(before, after) for before, after in zip(reference, found, strict=True))

@@ -1,0 +1,154 @@
+"""What two changes cost together: widths on both sides of a layer, and conversions between neighbours.
+
+    conv[64 -> 64] with half of its inputs and half of its outputs:  t(32, 32), not t(32, 64) + t(64, 32) - t(64, 64)
+
+A width that changes is composed with whatever else happens to the kernel, and the composed kernel is priced. Neighbours that
+compute in another dtype are priced by making both of them so: the Q and DQ that remain, and only they, are in that graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+from hwopt.analysis.regions import regions
+from hwopt.analysis.workload import kernels
+from hwopt.ir import Graph
+from hwopt.pipeline import Context, Pass, PassManager, merged
+from hwopt.plan.options import Base, Option, Pair, Pricer
+from hwopt.target import Cost, Workload
+
+NEIGHBOURS = 300  # more than this many are not priced one by one: what all of them save together is shared out evenly
+SCALED = ("m", "n", "k", "groups", "elements", "read_bytes", "write_bytes", "weight_bytes")
+
+
+def pairs_of(graph: Graph, ctx: Context, base: Base, options: Sequence[Option], pricer: Pricer) -> tuple[Pair, ...]:
+    """All pairs of options whose prices do not simply add up."""
+    return (*width_pairs(base, options, pricer), *form_pairs(graph, ctx, base, options, pricer))
+
+
+def width_pairs(base: Base, options: Sequence[Option], pricer: Pricer) -> Iterator[Pair]:
+    """Two-dimensional prices: a width (of inputs or outputs) together with another width, a rank, a codebook or a dtype."""
+    for one, other in itertools.combinations(options, 2):
+        if one.group == other.group or not (one.prunes or other.prunes):
+            continue
+        width, rest = (one, other) if one.prunes else (other, one)
+        shared = [name for name in width.work if name in rest.work and base.work.get(name)]
+        if not shared:
+            continue
+        costs = [_excess(base.work[name], width.work[name], rest.work[name], pricer) for name in shared]
+        size = sum(_excess_bytes(base, width, rest, name) for name in shared)
+        pair = Pair(one, other, sum(c.seconds for c in costs), sum(c.joules for c in costs), size)
+        if any(True for _ in pair.amounts()):
+            yield pair
+
+
+def _excess(before: Sequence[Workload], width: Sequence[Workload], rest: Sequence[Workload], pricer: Pricer) -> Cost:
+    """The price of both changes to one kernel, less that of each, plus that of none."""
+    both = pricer.cost(compose(before[0], rest, width[0]) if width else ())
+    none, first, second = (pricer.cost(work) for work in (before, width, rest))
+    seconds = both.seconds + none.seconds - first.seconds - second.seconds
+    return Cost(seconds, both.joules + none.joules - first.joules - second.joules)
+
+
+def compose(before: Workload, parts: Sequence[Workload], width: Workload) -> tuple[Workload, ...]:
+    """The kernels that `parts` become when `before` becomes `width`: inputs shrink in the first, outputs in the last."""
+    ratio = {f: getattr(width, f) / getattr(before, f) if getattr(before, f) else 1.0 for f in SCALED}
+    if len(parts) == 1:
+        return (_scaled(parts[0], ratio),)
+    ends = dict.fromkeys(("k", "read_bytes"), 0) | dict.fromkeys(("n", "write_bytes", "elements"), len(parts) - 1)
+    found = []
+    for place, part in enumerate(parts):
+        own = {name: value for name, value in ratio.items() if ends.get(name, place) == place}
+        own["weight_bytes"] = own.get("n", 1.0) * own.get("k", 1.0)
+        found.append(_scaled(part, own))
+    return tuple(found)
+
+
+def _scaled(work: Workload, ratio: Mapping[str, float]) -> Workload:
+    return dataclasses.replace(work, **{name: round(getattr(work, name) * factor) for name, factor in ratio.items()})
+
+
+def _excess_bytes(base: Base, width: Option, rest: Option, name: str) -> float:
+    """Of stored weights: two widths multiply; of what a layer's own change saves only the share that is still there counts."""
+    before = sum(work.weight_bytes for work in base.work[name])
+    if not before or not width.work[name]:
+        return 0.0
+    share = sum(work.weight_bytes for work in width.work[name]) / before
+    if rest.prunes:
+        other = sum(work.weight_bytes for work in rest.work[name]) / before
+        return before * (share - 1) * (other - 1)
+    return rest.bytes * (share - 1) if rest.group == name else 0.0
+
+
+def form_pairs(graph: Graph, ctx: Context, base: Base, options: Sequence[Option], pricer: Pricer) -> list[Pair]:
+    """What neighbours save if both of them change their dtype: conversions that nobody needs any more."""
+    forms: dict[str, dict[str, list[Option]]] = {}
+    for option in options:
+        if option.form and not option.prunes:
+            forms.setdefault(option.group, {}).setdefault(option.form, []).append(option)
+    for menu in forms.values():
+        for members in menu.values():
+            members.sort(key=lambda option: len(option.passes))  # the first one stands for its form
+    links = [
+        (forms[a][f], forms[b][g])
+        for a, b in neighbours(graph) if a in forms and b in forms
+        for f, g in itertools.product(forms[a], forms[b])
+    ]  # fmt: skip
+    cheap = dataclasses.replace(ctx, calibration=ctx.calibration.head(1) if ctx.calibration else None, refused=[])
+    few = len(links) <= NEIGHBOURS
+    savings = [_saving(graph, cheap, base, (one[0], other[0]), pricer) if few else Cost() for one, other in links]
+    savings = _completed(graph, cheap, base, forms, links, savings, pricer)
+    return [
+        Pair(one, other, saving.seconds, saving.joules)
+        for (first, second), saving in zip(links, savings, strict=True) if saving.seconds or saving.joules
+        for one, other in itertools.product(first, second)
+    ]  # fmt: skip
+
+
+Link = tuple[list[Option], list[Option]]
+
+
+def _completed(
+    graph: Graph, ctx: Context, base: Base, forms: Mapping[str, Mapping[str, Sequence[Option]]], links: Sequence[Link],
+    savings: Sequence[Cost], pricer: Pricer,
+) -> list[Cost]:  # fmt: skip
+    """The savings, corrected so that the model in which all layers change to one dtype is priced as it is.
+
+    Conversions of a value with several readers disappear only with the last of them, which no pair can see.
+    """
+    found = list(savings)
+    for form in dict.fromkeys(form for menu in forms.values() for form in menu):
+        firsts = [menu[form][0] for menu in forms.values() if form in menu]
+        inside = [i for i, (one, other) in enumerate(links) if one[0].form == form == other[0].form]
+        if not inside:
+            continue
+        rest = _saving(graph, ctx, base, firsts, pricer)
+        missing = [getattr(rest, f) - sum(getattr(found[i], f) for i in inside) for f in ("seconds", "joules")]
+        for i in inside:
+            found[i] = Cost(found[i].seconds + missing[0] / len(inside), found[i].joules + missing[1] / len(inside))
+    return found
+
+
+def _saving(graph: Graph, ctx: Context, base: Base, options: Sequence[Option], pricer: Pricer) -> Cost:
+    """The graph with all of these options, less what they cost one by one."""
+    passes: Sequence[Pass] = merged(one for option in options for one in option.passes)
+    both = pricer.graph(PassManager(tuple(passes)).run(graph, ctx).graph)
+    seconds = both.seconds - base.total_seconds + sum(option.gain for option in options)
+    return Cost(seconds, both.joules - base.joules - sum(option.joules for option in options))
+
+
+def neighbours(graph: Graph) -> list[tuple[str, str]]:
+    """Kernels with weights that hand values to each other, seen through those without."""
+    weighted = {region.output: work.name for region, work in kernels(graph) if work.macs}
+    origin: dict[str, frozenset[str]] = {}
+    links: dict[tuple[str, str], None] = {}
+    for region in regions(graph):
+        name = weighted.get(region.output)
+        sources = frozenset(source for value in region.inputs for source in origin.get(value, frozenset()))
+        if name:
+            links.update(((source, name), None) for source in sorted(sources) if source != name)
+        for node in region.nodes:
+            origin.update(dict.fromkeys(node.outputs, frozenset({name}) if name else sources))
+    return list(links)

@@ -1,0 +1,55 @@
+"""Files of a long search: written whole or not at all, and never mixed up with those of another search."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from hwopt.errors import UsageError
+from hwopt.plan.attempt import Search
+from hwopt.plan.plan import Plan
+
+PLAN = "plan.json"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Under another name first: whoever stops or fails in between leaves the old file."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def keep_plan(folder: Path, plan: Plan) -> None:
+    """The best plan so far."""
+    write_whole(folder / PLAN, plan.to_json())
+
+
+def identity(task: Search, purpose: str) -> str:
+    """What a search depends on, as one short word: model, data, target, threads, families, seed and budget."""
+    calibration = task.ctx.calibration
+    parts = [
+        purpose, task.graph.digest, calibration.digest if calibration else "", task.target.name, str(task.threads),
+        str(task.ctx.seed), str(task.budget), ",".join(kind.name for kind in task.passes), task.scorer.metric,
+    ]  # fmt: skip
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def open_folder(folder: Path, name: str, key: str) -> dict[str, Any]:
+    """What an earlier run of the same search left in `folder`/`name`; {} if nothing. Raises UsageError for another search's."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError("is a file", place=str(folder), hint="--search and --pareto write a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        same = found["search"] == key
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UsageError("damaged", place=str(path), hint="remove it, or name another folder") from error
+    if not same:
+        hint = "name another folder, or remove it to begin again"
+        raise UsageError("is of another model, target, budget or data", place=str(path), hint=hint)
+    return dict(found)

@@ -1,0 +1,121 @@
+"""Search over the knobs that one solve does not see: criteria, calibrators, group sizes. Each trial is a whole plan.
+
+Optuna proposes, the planner decides, the study is a file in the output folder: whoever goes on later goes on from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hwopt.errors import BudgetError, UsageError, did_you_mean
+from hwopt.plan.attempt import Found, Search, price
+from hwopt.plan.plan import Plan, plan_from_json
+from hwopt.plan.search import search
+from hwopt.plan.store import PLAN, identity, keep_plan, open_folder, write_whole
+
+if TYPE_CHECKING:
+    import optuna
+
+METHODS = ("bayesian", "random", "grid")
+TRIALS, JOURNAL = "trials.json", "trials.journal"
+
+
+def knobs_of(task: Search) -> dict[str, tuple[Any, ...]]:
+    """`family.field` -> values, the usual one first, of all families that the search may use."""
+    return {f"{kind.name}.{name}": tuple(values) for kind in task.passes for name, values in kind.knobs.items()}
+
+
+def search_knobs(task: Search, method: str, trials: int, folder: Path) -> Plan:
+    """The best plan of `trials` searches in all, those of earlier runs included; it is in `folder` as soon as it is known.
+
+    Raises UsageError for an unknown method or if Optuna is missing, BudgetError if no trial met the budget.
+    """
+    if method not in METHODS:
+        raise UsageError(f"unknown search {method!r}", place="--search", hint=did_you_mean(method, METHODS))
+    space = knobs_of(task)
+    if not space:
+        raise UsageError("the families have no knobs to turn", place="--search", hint="name more families with --passes")
+    key = identity(task, "trials")
+    known = open_folder(folder, TRIALS, key)
+    write_whole(folder / TRIALS, json.dumps({"search": key, **known}, indent=1) + "\n")
+    study = _study(method, space, folder, key, task.ctx.seed)
+    done = len(_finished(study))
+    for number in range(done, trials):
+        task.progress(f"trial {number + 1} of {trials}", number, trials)
+        trial = study.ask({name: _categories(values) for name, values in space.items()})
+        study.tell(trial, *_result(task, trial, space, folder, study))
+        write_whole(folder / TRIALS, json.dumps({"search": key, "trials": _table(study)}, indent=1) + "\n")
+    if not (folder / PLAN).exists():
+        reasons = [trial.user_attrs.get("reason", "") for trial in _finished(study)]
+        raise BudgetError(reasons[-1] if reasons else "no trial was made", place="--search", hint="relax the budget")
+    return plan_from_json((folder / PLAN).read_text(), str(folder / PLAN))
+
+
+def _study(method: str, space: Mapping[str, tuple], folder: Path, key: str, seed: int) -> optuna.Study:
+    try:
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+    except ImportError as error:
+        raise UsageError("needs the package optuna", place="--search", hint="pip install 'hwopt[search]'") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+    study = optuna.create_study(storage=storage, study_name=key, direction="minimize", load_if_exists=True)
+    seed += len(study.trials)  # a search that goes on must not draw the same again
+    names = {name: list(range(len(values))) for name, values in space.items()}
+    study.sampler = {
+        "bayesian": lambda: optuna.samplers.TPESampler(seed=seed, n_startup_trials=5),
+        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
+        "grid": lambda: optuna.samplers.GridSampler(names, seed=seed),
+    }[method]()
+    if not study.trials and method != "grid":
+        study.enqueue_trial(dict.fromkeys(space, 0))  # what a plain search does comes first
+    return study
+
+
+def _categories(values: tuple) -> Any:
+    from optuna.distributions import CategoricalDistribution
+
+    return CategoricalDistribution(list(range(len(values))))
+
+
+def _result(task: Search, trial: optuna.Trial, space: Mapping[str, tuple], folder: Path, study: optuna.Study) -> tuple:
+    """(value, state) of one trial; the plan is kept if it is the best."""
+    from optuna.trial import TrialState
+
+    turned = {name: space[name][place] for name, place in trial.params.items()}
+    trial.set_user_attr("knobs", {name: str(value) for name, value in turned.items()})
+    one = dataclasses.replace(task, knobs=turned)
+    try:
+        found = search(one, price(one))
+    except BudgetError as error:
+        trial.set_user_attr("reason", error.message)
+        return None, TrialState.PRUNED
+    value = worth(found)
+    trial.set_user_attr("drop", found.comparison.drop if found.comparison else 0.0)
+    trial.set_user_attr("seconds", found.plan.seconds_after)
+    best = min((t.value for t in _finished(study) if t.value is not None), default=math.inf)
+    if value < best or not (folder / PLAN).exists():
+        keep_plan(folder, found.plan)
+    return value, None
+
+
+def worth(found: Found) -> float:
+    """Less is better: predicted seconds, or the drop of the score where the seconds are limited and kept anyway."""
+    limited = found.plan.budget.latency_seconds is not None
+    return found.comparison.drop if limited and found.comparison else found.plan.seconds_after
+
+
+def _finished(study: optuna.Study) -> list[Any]:
+    from optuna.trial import TrialState
+
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+
+
+def _table(study: optuna.Study) -> list[dict[str, Any]]:
+    return [{"number": t.number, "value": t.value, **t.user_attrs} for t in _finished(study)]
