@@ -39,6 +39,15 @@ class MicroKernel:
 
 
 @dataclass(frozen=True)
+class Coded:
+    """Weights that the kernel could read as codes and decode itself: `bytes` of codes, codebooks and scales; `bits` of a code."""
+
+    bytes: int
+    bits: int
+    looked_up: bool  # in a codebook; else codes are numbers
+
+
+@dataclass(frozen=True)
 class Workload:
     """One fused kernel as a cost model sees it: `groups` independent [m, k] x [k, n] products, or elementwise work.
 
@@ -57,7 +66,8 @@ class Workload:
     elements: int = 0  # scalar results outside of the products: epilogues, activations, pooling windows
     read_bytes: int = 0  # activations
     write_bytes: int = 0
-    weight_bytes: int = 0
+    weight_bytes: int = 0  # decoded, as the arithmetic takes them
+    coded: Coded | None = None  # the other form of the weights; a cost model prices the cheaper one
 
     @property
     def macs(self) -> int:

@@ -6,9 +6,11 @@ Williams, Waterman, Patterson, "Roofline: an insightful visual performance model
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from hwopt.target import Cost, Memory, Workload
+from hwopt.target import Coded, Cost, Memory, Workload
+
+INSTRUCTIONS = 8  # vector instructions in the time of one epilogue step: four cycles, two a cycle
 
 
 def round_up(size: int, granule: int) -> int:
@@ -32,7 +34,29 @@ class Roofline:
     joules_per_op: Mapping[str, float] = field(default_factory=dict)
 
     def estimate(self, workload: Workload, threads: int) -> Cost:
-        """Cost of one kernel on `threads` cores; dtypes without a peak of their own run as float32."""
+        """Cost of one kernel on `threads` cores; dtypes without a peak of their own run as float32.
+
+        Of weights that are stored as codes: decoded beforehand or in the kernel, whichever is faster.
+        """
+        plain = self._estimate(replace(workload, coded=None), threads)
+        if workload.coded is None:
+            return plain
+        return min(plain, self._estimate(self.decoding(workload, workload.coded), threads), key=lambda cost: cost.seconds)
+
+    def decoding(self, workload: Workload, coded: Coded) -> Workload:
+        """The same work with weights that are decoded in the kernel: fewer bytes, more instructions.
+
+        Up to 12 rows are computed in tiles of four, each of which decodes again; for more rows there is one copy in the cache.
+        """
+        lanes = self.granule.get("float32", 4)
+        registers = max(1.0, 2.0**coded.bits / lanes) if coded.looked_up else 1.0  # that hold a codebook
+        planes = coded.bits.bit_count()
+        steps = 2.0 + 3.0 * (planes - 1) + 1.5 * (registers - 1) if registers <= 16 else 2.0 * lanes
+        passes = -(-workload.m // 4) if workload.m <= 12 else 1.5
+        elements = int(workload.n * workload.k * workload.groups * passes * steps / INSTRUCTIONS)
+        return replace(workload, weight_bytes=coded.bytes, elements=workload.elements + elements, coded=None)
+
+    def _estimate(self, workload: Workload, threads: int) -> Cost:
         dtype = workload.dtype if workload.dtype in self.peak else "float32"
         compute = self._operations(workload, dtype) / (self.peak[dtype] * self.efficiency.get(workload.kind, 0.7) * threads)
         compute += workload.elements / (self.elements_per_second * threads)

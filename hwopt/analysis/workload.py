@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from hwopt.analysis.compressed import Compressed, compressed
 from hwopt.analysis.regions import VIEWS, Region, constant_nodes, regions
 from hwopt.ir import Graph, Node, TensorType
-from hwopt.target import Workload
+from hwopt.target import Coded, Workload
 
 
 def kernels(graph: Graph) -> tuple[tuple[Region, Workload], ...]:
@@ -22,13 +23,15 @@ def workloads(graph: Graph) -> tuple[Workload, ...]:
 
 def workload(graph: Graph, region: Region) -> Workload:
     """The work of one region. Dimensions that are not static count as 1."""
-    read, weights = _read_bytes(graph, region)
+    weight = coded_weights(graph, region)
+    read, weights = _read_bytes(graph, region, weight)
     written = sum(_bytes(graph.tensor(value)) for value in region.outputs)
     m, n, k, groups, taps = _product(graph, region.anchor)
     kind = region.kind if region.kind != "other" else "reduce"
     return Workload(
         name=region.name, kind=kind, dtype=_dtype(graph, region), m=m, n=n, k=k, groups=groups, taps=taps,
         elements=_extra_elements(graph, region), read_bytes=read, write_bytes=written, weight_bytes=weights,
+        coded=None if weight is None else Coded(weight.bytes, weight.bits, weight.books is not None),
     )  # fmt: skip
 
 
@@ -44,15 +47,49 @@ def _dtype(graph: Graph, region: Region) -> str:
     return graph.tensor(region.anchor.inputs[0] if region.anchor.inputs else region.output).dtype
 
 
-def _read_bytes(graph: Graph, region: Region) -> tuple[int, int]:
-    """Bytes of activations and of weights that the region reads; weights as the kernel has them, looked up and unpacked."""
+def coded_weights(graph: Graph, region: Region) -> Compressed | None:
+    """The weights of a region's anchor as codes, where they are stored as such and its arithmetic takes other numbers."""
+    anchor = region.anchor
+    if anchor.op not in ("Conv", "Gemm", "MatMul") or anchor.domain:
+        return None
+    found = compressed(graph, anchor)
+    if isinstance(found, str) or (region.integer and found.bits == 8 and found.books is None):
+        return None
+    return found
+
+
+def _read_bytes(graph: Graph, region: Region, coded: Compressed | None) -> tuple[int, int]:
+    """Bytes of activations and of weights that the region reads; weights as the arithmetic takes them, decoded."""
     folded = constant_nodes(graph)
+    if coded is not None:
+        return _activation_bytes(graph, region), coded.codes.size * (1 if region.integer else 4) + _others(graph, region)
     decoding = [node for node in region.nodes if node.name in folded and node.op != "DequantizeLinear"]
     inside = {value for node in decoding for value in (*node.reads, *node.outputs)}
     results = {value for node in decoding for value in node.outputs if _leaves(graph, value, decoding)}
     weights = sum(_bytes(graph.tensor(value)) for value in results)
     weights += sum(_bytes(graph.tensor(value)) for value in region.inputs if value in graph.params and value not in inside)
-    return sum(_bytes(graph.tensor(value)) for value in region.inputs if value not in graph.params), weights
+    return _activation_bytes(graph, region), weights
+
+
+def _activation_bytes(graph: Graph, region: Region) -> int:
+    return sum(_bytes(graph.tensor(value)) for value in region.inputs if value not in graph.params)
+
+
+def _others(graph: Graph, region: Region) -> int:
+    """Bytes of the parameters that the region reads besides its coded weights: biases and the like."""
+    inside = _behind(graph, region.anchor.inputs[1])
+    return sum(_bytes(graph.tensor(value)) for value in region.inputs if value in graph.params and value not in inside)
+
+
+def _behind(graph: Graph, value: str) -> set[str]:
+    """Every value that a constant one is computed from."""
+    found, waiting = set(), [value]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting.extend(graph.producer[name].reads if name in graph.producer else ())
+    return found
 
 
 def _leaves(graph: Graph, value: str, decoding: list[Node]) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from hwopt.analysis.compressed import compressed
 from hwopt.analysis.regions import constant_nodes
 from hwopt.backends import ort
 from hwopt.ir import Graph, Node, of_op
@@ -32,7 +33,8 @@ def constant_values(graph: Graph) -> Mapping[str, np.ndarray]:
 
 def _round(graph: Graph) -> Graph:
     names = constant_nodes(graph)
-    nodes = [node for node in graph.nodes if node.name in names and node.op != "DequantizeLinear"]
+    kept = decoding(graph)
+    nodes = [node for node in graph.nodes if node.name in names - kept and node.op != "DequantizeLinear"]
     known = _evaluated(graph, [node for node in graph.nodes if node.name in names]) if nodes else {}
     found = {value: known[value] for node in nodes for value in node.outputs if value in known}
     for node in of_op(graph, "Shape", "Size"):
@@ -47,6 +49,12 @@ def _round(graph: Graph) -> Graph:
     for value, array in found.items():
         edit.forward(value, edit.param(value, np.asarray(array)))
     return edit.finish("fold")
+
+
+def decoding(graph: Graph) -> frozenset[str]:
+    """The nodes that decode weights which kernels can read as codes."""
+    found = (compressed(graph, node) for node in of_op(graph, "Conv", "Gemm", "MatMul") if not node.domain)
+    return frozenset(name for one in found if not isinstance(one, str) for name in one.nodes)
 
 
 def _evaluated(graph: Graph, nodes: list[Node]) -> Mapping[str, np.ndarray]:

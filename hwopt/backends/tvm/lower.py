@@ -10,6 +10,7 @@ from typing import Any
 
 from hwopt.analysis.regions import ELEMENTWISE, Region, constant_nodes, regions
 from hwopt.backends.tvm import convert, integer, kernels, pooling
+from hwopt.backends.tvm.coded import coded_kernel, expanded_because
 from hwopt.backends.tvm.fold import constant_values, folded
 from hwopt.backends.tvm.layout import Values, dims_of, reordered, to_first, to_last
 from hwopt.backends.tvm.templates import Choose, Templates
@@ -63,6 +64,8 @@ class Lowering:
     def region(self, region: Region) -> None:
         """Emit one region, as one kernel where there is one for it, else node by node."""
         if region.anchor.op in WEIGHTED and region.anchor.domain == "" and region.anchor.name not in self.constant:
+            if self._coded(region):
+                return
             kernel = weighted_kernel(self.graph, region, self.values)
             result = self.templates.call(kernel, region.name) if kernel else None
             if kernel and result is not None:
@@ -73,6 +76,17 @@ class Lowering:
         for node in region.nodes:
             if node.name not in self.constant:
                 self.node(node)
+
+    def _coded(self, region: Region) -> bool:
+        """Emit the region as a kernel that decodes its weights, where that is faster; False for all others."""
+        if expanded_because(self.graph, region, self.templates.target, self.templates.threads):
+            return False
+        kernel = coded_kernel(self.graph, region, self.values)
+        result = self.templates.call_coded(kernel, region.name) if kernel else None
+        if kernel is None or result is None:
+            return False
+        self.values.put(region.output, result, kernel.last)
+        return True
 
     def node(self, node: Node) -> None:
         """Emit one node by TVM's converter, in the order of axes that costs least."""

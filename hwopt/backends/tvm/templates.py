@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 
 from hwopt.backends.tvm import kernels
+from hwopt.backends.tvm.coded import CodedKernel
+from hwopt.backends.tvm.kernels import packed
+from hwopt.backends.tvm.kernels.packed import PackedSpec
 from hwopt.backends.tvm.layout import Expr, constant, dims_of
 from hwopt.backends.tvm.weighted import Kernel, Spec
 from hwopt.target import MicroKernel, Target
@@ -30,7 +33,7 @@ class Templates:
         self.builder, self.target, self.threads, self.choose = builder, target, threads, choose
         self.calls: Counter[tuple[Spec, MicroKernel]] = Counter()  # what tuning works on
         self.labels: dict[str, str] = {}  # variable -> region
-        self._functions: dict[Spec, Any] = {}
+        self._functions: dict[Spec | PackedSpec, Any] = {}
         self._rows: dict[tuple[int, int], Any] = {}
 
     def call(self, kernel: Kernel, label: str) -> Expr | None:
@@ -48,6 +51,32 @@ class Templates:
         found = self.builder.emit(relax.call_tir(self._function(kernel.spec, micro), arguments, result), label)
         self.labels[found.name] = label  # Relax makes an identifier of it
         return found
+
+    def call_coded(self, kernel: CodedKernel, label: str) -> Expr | None:
+        """The same for a kernel that decodes its weights (kernels.packed); None where no micro-kernel reads such codes."""
+        from tvm import relax
+
+        micro = self._coded_micro(kernel.spec)
+        if micro is None:
+            return None
+        if kernel.spec not in self._functions:
+            symbol = f"kernel_{len(self._functions)}"
+            built = packed.build(kernel.spec, packed.schedule_of(kernel.spec, micro, self.threads), micro, symbol)
+            marked = built.with_attr({"hwopt.template": 1, "op_pattern": OPAQUE})
+            self._functions[kernel.spec] = self.builder.add_func(marked, symbol)
+        weights = [constant(one) for one in packed.pack(kernel.spec, kernel.weights, micro)]
+        arguments = relax.Tuple([kernel.data, *weights, *kernel.tensors])
+        result = relax.TensorType(list(kernel.shape), kernel.dtype)
+        found = self.builder.emit(relax.call_tir(self._functions[kernel.spec], arguments, result), label)
+        self.labels[found.name] = label
+        return found
+
+    def _coded_micro(self, spec: PackedSpec) -> MicroKernel | None:
+        """The target's first micro-kernel that takes the codes, or plain multiplications."""
+        first = self.target.microkernels.get(spec.weight_dtype, PLAIN[spec.weight_dtype])
+        plain = dataclasses.replace(PLAIN[spec.weight_dtype], activation=spec.data_dtype, lanes=first.lanes)
+        able = (one for one in (first, *first.others, plain) if one.rows == 1 and not packed.supports(spec, one))
+        return next(able, None)
 
     def softmax(self, data: Expr, label: str) -> Expr:
         """Softmax over the last axis of a float32 expression."""

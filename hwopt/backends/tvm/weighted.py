@@ -76,8 +76,8 @@ def _conv(graph: Graph, region: Region, values: Values, operands: IntegerOperand
     pads = _pads(anchor, image[1:3], kernel, strides, dilations)
     fused = Fused()
     full = weight.reshape(*weight.shape[:2], *kernel)
-    zero_point = _bias_and_scale(region, values, operands, full, 0, fused)
-    _epilogue(graph, region, values, fused, channel=1, last=True)
+    zero_point = bias_and_scale(region, values, operands, full, 0, fused)
+    fused_epilogue(graph, region, values, fused, channel=1, last=True)
     spec = step.ConvSpec(
         batch=image[0], height=image[1], width=image[2], in_channels=image[3], out_channels=out[1], kernel=kernel,
         strides=strides, dilations=dilations, pads=pads, groups=anchor.attr("group", 1),
@@ -102,8 +102,8 @@ def _conv_transpose(graph: Graph, region: Region, values: Values, operands: Inte
     operands = transposed.per_group(operands, spec.groups)
     fused = Fused()
     sums = tap_sums(spec, weight) if operands else None
-    zero_point = _bias_and_scale(region, values, operands, grouped, 0, fused, sums=sums)
-    _epilogue(graph, region, values, fused, channel=1, last=True)
+    zero_point = bias_and_scale(region, values, operands, grouped, 0, fused, sums=sums)
+    fused_epilogue(graph, region, values, fused, channel=1, last=True)
     out_dtype = graph.tensor(region.output).dtype
     spec = dataclasses.replace(spec, pad_value=zero_point, out_dtype=out_dtype, epilogue=tuple(fused.steps))
     tensors = transposed.by_phase(spec, fused.steps, fused.tensors)
@@ -143,15 +143,15 @@ def _gemm(graph: Graph, region: Region, values: Values, operands: IntegerOperand
     data = operands.data if operands else anchor.inputs[0]
     rows, depth = graph.tensor(data).dims
     beta = anchor.attr("beta", 1.0)
-    if len(anchor.inputs) > 2 and anchor.inputs[2] and not _is_row(values, anchor.inputs[2], weight.shape[1], beta):
+    if len(anchor.inputs) > 2 and anchor.inputs[2] and not is_row(values, anchor.inputs[2], weight.shape[1], beta):
         return None
     fused = Fused()
-    _bias_and_scale(region, values, operands, weight, 1, fused, beta)
-    _epilogue(graph, region, values, fused, channel=1, last=False)
+    bias_and_scale(region, values, operands, weight, 1, fused, beta)
+    fused_epilogue(graph, region, values, fused, channel=1, last=False)
     return _product(graph, region, values.get(data), weight, (1, rows, weight.shape[1], depth), fused, data)
 
 
-def _is_row(values: Values, value: str, channels: int, beta: float) -> bool:
+def is_row(values: Values, value: str, channels: int, beta: float) -> bool:
     """True if a Gemm's addend is one constant row."""
     array = values.constant(value)
     return array is not None and beta == 1.0 and array.size in (1, channels) and (array.ndim < 2 or array.shape[0] == 1)
@@ -167,15 +167,15 @@ def _matmul(graph: Graph, region: Region, values: Values, operands: IntegerOpera
     fused = Fused()
     if weight is not None and math.prod(right[:-2]) == 1:
         weight = weight.reshape(right[-2:])
-        _bias_and_scale(region, values, operands, weight, 1, fused)
-        _epilogue(graph, region, values, fused, channel=len(left) - 1, last=False)
+        bias_and_scale(region, values, operands, weight, 1, fused)
+        fused_epilogue(graph, region, values, fused, channel=len(left) - 1, last=False)
         return _product(graph, region, values.get(data), weight, (1, math.prod(left[:-1]), right[-1], right[-2]), fused, data)
     if left[:-2] != right[:-2] or (operands and operands.right_quantization is None):
         return None
     if operands and operands.right_quantization is not None:
         scale = operands.data_quantization.scale * operands.right_quantization.scale
         fused.add(step.Scale(), constant(np.full(right[-1], scale, np.float32)))
-    _epilogue(graph, region, values, fused, channel=len(left) - 1, last=False)
+    fused_epilogue(graph, region, values, fused, channel=len(left) - 1, last=False)
     other = values.get(operands.right if operands else anchor.inputs[1])
     shape = (math.prod(left[:-2]), left[-2], right[-1], left[-1])
     return _product(graph, region, values.get(data), other, shape, fused, data)
@@ -193,7 +193,7 @@ def _product(graph: Graph, region: Region, data: Expr, weight: Any, shape: tuple
     return Kernel(spec, data, weight, tuple(fused.tensors), out, spec.out_dtype, False)
 
 
-def _bias_and_scale(
+def bias_and_scale(
     region: Region, values: Values, operands: IntegerOperands | None, weight: np.ndarray, axis: int, fused: Fused,
     beta: float = 1.0, sums: np.ndarray | None = None,
 ) -> int:  # fmt: skip
@@ -240,7 +240,7 @@ def _constant_row(values: Values, node: Node, value: str, channels: int) -> np.n
     return _row(-array if node.op == "Sub" else array, channels)
 
 
-def _epilogue(graph: Graph, region: Region, values: Values, fused: Fused, channel: int, last: bool) -> None:
+def fused_epilogue(graph: Graph, region: Region, values: Values, fused: Fused, channel: int, last: bool) -> None:
     nodes, value, index = region.epilogue, region.anchor.output, 0
     channels = graph.tensor(value).dims[channel]
     absorbed = region.integer and len(fused.steps) > 0 and bool(nodes)

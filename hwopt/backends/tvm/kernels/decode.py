@@ -58,12 +58,7 @@ class Decoder:
         self.steps = max(self.word // narrowest, 4)  # vectors of weights in a chunk
         self.chunk = self.steps * self.depth
         self.row = self.lanes * self.depth  # weights in one step
-        registers = {
-            width: self.row if width == 8 else self.lanes * self.depth * self.word // 8 for width, _ in self.coding.planes
-        }
-        self.sizes = [
-            (self.steps if width == 8 else self.steps * width // self.word) * registers[width] for width, _ in self.coding.planes
-        ]
+        self.sizes = [self.row * (self.steps if width == 8 else self.steps * width // 8) for width, _ in self.coding.planes]
         self.chunk_bytes = sum(self.sizes)
 
     @staticmethod
@@ -97,7 +92,7 @@ class Decoder:
         many, kind = self.word // width, np.uint8 if self.integer else np.uint32
         split = codes.reshape(vectors, lanes, chunks, steps // many, many, depth).astype(kind)
         shifts = (width * np.arange(many)).astype(kind)[:, None]
-        words = np.bitwise_or.reduce(split << shifts, axis=4)  # [vectors, lanes, chunks, registers, depth]
+        words = np.bitwise_or.reduce(np.left_shift(split, shifts), axis=4)  # [vectors, lanes, chunks, registers, depth]
         return np.ascontiguousarray(words.transpose(0, 2, 3, 1, 4)).view(np.uint8).reshape(vectors, chunks, -1)
 
     @property
@@ -140,7 +135,7 @@ class Decoder:
         if "avx512f" in features:
             return True
         if "avx2" in features:
-            return self.coding.bits <= 5
+            return self.coding.bits <= 6
         return "neon" in features and self.coding.bits <= 4
 
     def operands(self, code: Code, codes: Value, at: Value, table: Value, registers: list[Value], steps: int) -> Iterator[Value]:
@@ -150,7 +145,7 @@ class Decoder:
             yield code.bind("weight", self._operand(code, codes, at, table, registers, step, loaded))
 
     def _operand(
-        self, code: Code, codes: Value, at: Value, table: Value, registers: list[Value], step: int, loaded: Any
+        self, code: Code, codes: Value, at: Value, table: Value, registers: list[Value], step: int, loaded: dict
     ) -> Value:
         if self.coding.planes == [(8, 0)] and not self.coding.books:
             raw = tirx.reinterpret(vector("int8", self.row), load(codes, at + step * self.row, self.row))

@@ -34,7 +34,7 @@ WORKSPACE = 512 << 10  # bytes of decoded weights per task: a share of the secon
 
 @dataclass(frozen=True)
 class PackedSpec:
-    """[m, k] x decoded [k, n] -> [m, n]. `block` neighbours along k share a scale and, with `zeros`, a zero point; 0: no scales."""
+    """[m, k] x decoded [k, n] -> [m, n]. `block` neighbours along k share a scale and, with `zeros`, a zero point; 0: none."""
 
     m: int
     n: int
@@ -220,14 +220,16 @@ class Packed:
         def begin(outer: Code, index: Value) -> Any:
             return None if self.scales is None else (self.zero(outer, vector, index), self.scale(outer, vector, index))
 
-        self.walk(code, begin, chunk, lambda outer, index, state: None)
+        self.walk(code, begin, chunk)
 
     def operands(self, code: Code, vector: Value, chunk: Value, registers: list[Value], steps: int) -> Iterator[Value]:
         """The weights of the first steps of a chunk."""
         at = code.bind("at", vector * self.panel + chunk * self.decoder.chunk_bytes)
         return self.decoder.operands(code, self.codes, at, self.table, registers, steps)
 
-    def walk(self, code: Code, begin: Callable[..., Any], chunk: Callable[..., None], end: Callable[..., None]) -> None:
+    def walk(
+        self, code: Code, begin: Callable[..., Any], chunk: Callable[..., None], end: Callable[..., None] | None = None
+    ) -> None:
         """Along k: state = begin(code, block), chunk(code, number, steps, state) for its chunks, end(code, block, state)."""
         size, spec = self.decoder.chunk, self.spec
         rest = -(-(spec.k % size) // self.micro.depth)  # steps of an incomplete chunk
@@ -239,7 +241,8 @@ class Packed:
             outer.loop("chunk", many, lambda inner, number: chunk(inner, number, self.decoder.steps, state), start=first)
             if short:
                 chunk(outer, whole, rest, state)
-            end(outer, index, state)
+            if end is not None:
+                end(outer, index, state)
 
         full = whole // per_block
         code.loop("block", full, lambda inner, index: block(inner, index, index * per_block, per_block, False))
