@@ -29,7 +29,8 @@ def supports(spec: Spec, micro: MicroKernel) -> str:
         return ""
     if spec.accumulator != micro.accumulator:
         return f"the micro-kernel accumulates {micro.accumulator}, the operator {spec.accumulator}"
-    if spec.data_dtype != micro.activation:
+    widened = spec.data_dtype == "bfloat16" and depthwise.is_depthwise(spec)
+    if spec.data_dtype != micro.activation and not (widened and micro.activation == "float32"):
         return f"the micro-kernel takes {micro.activation} data, not {spec.data_dtype}"
     if spec.weight_dtype != micro.dtype:
         return f"the micro-kernel takes {micro.dtype} weights, not {spec.weight_dtype}"

@@ -136,7 +136,7 @@ def _round(size: int, tile: int) -> int:
 
 def _rows_in_workspace(shape: Geometry, tile_rows: int) -> int:
     """Output rows whose padded input fits the workspace, a multiple of the tile's."""
-    size = 4 if shape.data_dtype == "float32" else 1
+    size = {"float32": 4, "bfloat16": 2}.get(shape.data_dtype, 1)
     row = shape.padded_width * shape.channels * size * shape.strides[0]
     whole = _round(shape.rows, tile_rows)
     return min(whole, max(tile_rows, WORKSPACE // row // tile_rows * tile_rows))
