@@ -21,6 +21,7 @@ CPUINFO_NAMES = {
     "neon": "asimd",
     "dotprod": "asimddp",
 }
+CPUINFO_NAMES_ARM32 = {"vfp4": "vfpv4"}
 _V2 = ("sse4_1", "sse4_2", "ssse3", "popcnt")
 _V3 = (*_V2, "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe")
 LEVELS = {  # System V psABI, x86-64 microarchitecture levels
@@ -39,7 +40,8 @@ def operations_per_cycle(kernel: MicroKernel) -> float:
 def needed_features(llvm: Mapping[str, object]) -> tuple[str, ...]:
     """What /proc/cpuinfo must show for code that LLVM compiled for this target."""
     attributes = (str(name).removeprefix("+") for name in cast(list, llvm.get("mattr", [])))
-    names = {CPUINFO_NAMES.get(name, name) for name in attributes} | set(LEVELS.get(str(llvm["mcpu"]), ()))
+    known = CPUINFO_NAMES_ARM32 if str(llvm["mtriple"]).startswith("arm") else CPUINFO_NAMES
+    names = {known.get(name, name) for name in attributes} | set(LEVELS.get(str(llvm["mcpu"]), ()))
     return tuple(sorted(names))
 
 

@@ -7,8 +7,9 @@ import platform
 
 import psutil
 
+from hwopt.emit.cpu import host_machine
 from hwopt.target import Memory, MicroKernel, Target
-from targets import _isa_arm, _isa_x86
+from targets import _isa_arm, _isa_arm32, _isa_riscv, _isa_x86
 from targets._cpu import cpu_features, cpu_hertz, cpu_memories, needed_features, operations_per_cycle
 from targets._roofline import Roofline
 
@@ -19,9 +20,9 @@ JOULES_PER_OP = {"float32": 12e-12, "bfloat16": 6e-12, "int8": 3e-12}  # about 5
 def TARGET() -> Target:
     """Detects this machine; works on any processor, with plain vector code where nothing better is known."""
     features = cpu_features()
-    isa = _isa_arm if platform.machine() in ("aarch64", "arm64") else _isa_x86
-    kernels = isa.microkernels(features)
-    llvm = isa.llvm(features)
+    isa = {"aarch64": _isa_arm, "arm": _isa_arm32, "riscv": _isa_riscv}.get(host_machine(), _isa_x86)
+    kernels: dict[str, MicroKernel] = isa.microkernels(features)
+    llvm: dict[str, object] = isa.llvm(features)
     hertz, memories = cpu_hertz(), cpu_memories(cpu_hertz())
     peak = {dtype: operations_per_cycle(kernel) * hertz for dtype, kernel in kernels.items()}
     granule = {dtype: kernel.lanes for dtype, kernel in kernels.items()}

@@ -334,3 +334,17 @@ def test_an_artifact_for_the_virtual_machine_runs_by_the_same_call(write, tmp_pa
 
 def test_the_features_of_this_machine_are_known():
     assert len(host_features()) > 3
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("processor : 0\nflags\t\t: fpu avx2\nprocessor : 1\nflags : fpu\n", "fpu avx2"),
+        ("processor : 0\nFeatures : half neon vfpv4\n", "half neon vfpv4"),
+        ("hart : 0\nisa : rv64imafdc_zicsr_zba\nmmu : sv39\n", "i m a f d c"),
+        ("nothing", ""),
+    ],
+)
+def test_the_features_of_other_machines_are_read(tmp_path, text, wanted):
+    (tmp_path / "cpuinfo").write_text(text)
+    assert host_features(tmp_path / "cpuinfo") == frozenset(wanted.split())

@@ -23,7 +23,7 @@ from hwopt.emit.build import build_library
 from hwopt.target import MicroKernel
 from targets import _isa_arm, _isa_arm32, _isa_riscv, _isa_x86
 from targets._cpu import needed_features
-from tests._machines import Machine, execute
+from tests._machines import Machine, RunError, execute
 from tests.test_kernels import FLAGS, accumulators, pooled, quantized, random
 
 
@@ -35,11 +35,10 @@ class Level:
     instruction: str  # in the assembly
     tvm: Mapping[str, Any]
     machine: Machine
-    named: tuple[str, ...] = ()  # the features, where the names are not those of x86 or 64-bit Arm
 
     @property
     def features(self) -> tuple[str, ...]:
-        return self.named or needed_features(self.tvm)
+        return needed_features(self.tvm)
 
 
 def x86(level: str, integer: str, instruction: str, cpu: str = "") -> dict[str, Level]:
@@ -75,10 +74,10 @@ LEVELS = {
 }
 ARM32, RV64 = Machine("arm", "cortex-a7"), Machine("riscv", "rv64")
 LEVELS |= {
-    "armv7 float": Level(_isa_arm32.NEON_FLOAT, "vfma.f32", _isa_arm32.llvm(), ARM32, _isa_arm32.FEATURES),
-    "armv7 vmull": Level(_isa_arm32.NEON_INT8, "vmull.s8", _isa_arm32.llvm(), ARM32, _isa_arm32.FEATURES),
-    "riscv64 float": Level(_isa_riscv.FLOAT, "fmadd.s", _isa_riscv.llvm(), RV64, _isa_riscv.FEATURES),
-    "riscv64 int8": Level(_isa_riscv.INT8, "mul", _isa_riscv.llvm(), RV64, _isa_riscv.FEATURES),
+    "armv7 float": Level(_isa_arm32.NEON_FLOAT, "vfma.f32", _isa_arm32.llvm(), ARM32),
+    "armv7 vmull": Level(_isa_arm32.NEON_INT8, "vmull.s8", _isa_arm32.llvm(), ARM32),
+    "riscv64 float": Level(_isa_riscv.FLOAT, "fmadd.s", _isa_riscv.llvm(), RV64),
+    "riscv64 int8": Level(_isa_riscv.INT8, "mul", _isa_riscv.llvm(), RV64),
 }
 CONVS = {
     "conv 3x3": {"height": 8, "width": 9, "in_channels": 16, "out_channels": 38, "kernel": (3, 3), "pads": (1, 1, 1, 1)},
@@ -251,6 +250,25 @@ def test_every_microkernel_computes_what_numpy_does(name: str, kind: str) -> Non
         assert np.abs(got - wanted).max() < 2e-5 * np.abs(wanted).max()
     else:  # a product next to a tie may round to the other side
         assert np.abs(got - wanted).max() <= 1 and (got != wanted).mean() < 0.01 and len(np.unique(wanted)) > 5
+
+
+LESSER = {
+    "i8mm smmla": Machine("aarch64", "cortex-a76"),
+    "dotprod sdot": Machine("aarch64", "cortex-a72"),
+    "avx512-vnni vpdpbusd": Machine("x86_64", "Haswell"),
+    "avx2 vpmaddwd": Machine("x86_64", "Nehalem"),
+    "armv7 float": Machine("arm", "cortex-a9"),
+}
+
+
+@pytest.mark.parametrize("name", LESSER)
+def test_a_processor_without_the_instructions_gets_an_error_code(name: str) -> None:
+    machine = LESSER[name]
+    if machine.missing():
+        pytest.skip(machine.missing())
+    with pytest.raises(RunError) as caught:
+        run(name, machine)
+    assert caught.value.status == 256 - 4  # HWOPT_ERROR_CPU, no illegal instruction
 
 
 @pytest.mark.parametrize("name", LEVELS)

@@ -129,5 +129,7 @@ def host_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
         lines = cpuinfo.read_text(errors="replace").splitlines()
     except OSError:
         return frozenset()
-    found = (value for key, _, value in (line.partition(":") for line in lines) if key.strip().lower() in ("flags", "features"))
-    return frozenset(next(found, "").split())
+    stated = {key.strip().lower(): value.split() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    if stated.get("isa"):  # RISC-V: rv64imafdc_zicsr, one letter for each of the first extensions
+        return frozenset(stated["isa"][0].partition("_")[0][4:])
+    return frozenset(stated.get("flags", stated.get("features", [])))
