@@ -8,6 +8,7 @@ from typing import cast
 
 import psutil
 
+from hwopt.emit.cpu import request_tiles
 from hwopt.target import Memory, MicroKernel
 
 DRAM_BYTES_PER_SECOND = 12e9  # one core of a current server or desktop reading main memory; measured tables replace it
@@ -18,6 +19,9 @@ CPUINFO_NAMES = {
     "avx512vnni": "avx512_vnni",
     "avx512bf16": "avx512_bf16",
     "avxvnni": "avx_vnni",
+    "amx-tile": "amx_tile",
+    "amx-int8": "amx_int8",
+    "amx-bf16": "amx_bf16",
     "neon": "asimd",
     "dotprod": "asimddp",
 }
@@ -32,8 +36,13 @@ LEVELS = {  # System V psABI, x86-64 microarchitecture levels
 
 
 def operations_per_cycle(kernel: MicroKernel) -> float:
-    """Of one core: two vector instructions a cycle, half of that where a product needs a second instruction to be added."""
+    """Of one core: two vector instructions a cycle, half of that where a product needs a second instruction to be added.
+
+    A product of tiles takes 16 cycles (Intel, "Optimization reference manual", chapter "Intel AMX").
+    """
     products = kernel.lanes * kernel.depth * 2
+    if ".tdp" in kernel.intrinsic:
+        return products * kernel.rows / 16
     return float(products if "pmadd" in kernel.intrinsic or "smull" in kernel.intrinsic else 2 * products)
 
 
@@ -46,11 +55,16 @@ def needed_features(llvm: Mapping[str, object]) -> tuple[str, ...]:
 
 
 def cpu_features() -> frozenset[str]:
-    """Flags of the first processor in /proc/cpuinfo; none where the system has no such file."""
+    """Flags of the first processor in /proc/cpuinfo; none where the system has no such file.
+
+    Those of AMX only if Linux lets this process use tiles.
+    """
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    return frozenset(flags.partition(":")[2].split())
+    found = frozenset(flags.partition(":")[2].split())
+    tiles = {name for name in found if name.startswith("amx")}
+    return found if not tiles or request_tiles() else found - tiles
 
 
 def cpu_hertz() -> float:

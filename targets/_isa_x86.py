@@ -32,6 +32,16 @@ AVX512_BF16 = MicroKernel(
     "bfloat16", 16, 2, 32, "float32", "bfloat16", "llvm.x86.avx512bf16.dpbf16ps.512", AVX512_BF16_FEATURES
 )  # fmt: skip
 
+# Products of tiles: 16 positions x 64 bytes of data, 64 bytes x 16 channels of weights. Intel SDM volume 2, TDPBUSD, TDPBF16PS.
+_TILE = ("amx-tile",)
+AMX_INT8 = MicroKernel(
+    "int8", 16, 64, 8, "int32", "uint8", "llvm.x86.tdpbusd", (*AVX512_VNNI.features, *_TILE, "amx-int8"), 16, (AVX512_VNNI,)
+)  # fmt: skip
+AMX_BF16 = MicroKernel(
+    "bfloat16", 16, 32, 8, "float32", "bfloat16", "llvm.x86.tdpbf16ps", (*AVX512_BF16_FEATURES, *_TILE, "amx-bf16"), 16,
+    (AVX512_BF16,),
+)  # fmt: skip
+
 _CPUINFO = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 
 
@@ -40,7 +50,7 @@ def microkernels(features: Set[str]) -> dict[str, MicroKernel]:
     kernels = {"float32": _float(features), "int8": _integer(features)}
     if features >= _CPUINFO and "avx512_bf16" in features:
         kernels["float32"] = dataclasses.replace(AVX512_FLOAT, features=AVX512_BF16_FEATURES)
-        kernels["bfloat16"] = AVX512_BF16
+        kernels["bfloat16"] = AMX_BF16 if {"amx_tile", "amx_bf16"} <= features else AVX512_BF16
     return kernels
 
 
@@ -72,6 +82,8 @@ def _float(features: Set[str]) -> MicroKernel:
 
 def _integer(features: Set[str]) -> MicroKernel:
     if features >= _CPUINFO:
+        if {"amx_tile", "amx_int8", "avx512_vnni"} <= features:
+            return AMX_INT8
         return AVX512_VNNI if "avx512_vnni" in features else AVX512_INT16
     if {"avx2", "fma"} <= features:
         return AVX_VNNI if "avx_vnni" in features else AVX2_INT16

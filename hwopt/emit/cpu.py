@@ -5,6 +5,7 @@ Names are those of /proc/cpuinfo. Bits: Intel SDM volume 2 (CPUID) and AMD APM v
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from collections.abc import Iterable
 from pathlib import Path
@@ -113,6 +114,16 @@ def _state(wanted: list[str]) -> int:
     if any(name.startswith("amx") for name in wanted):
         bits |= 0x60000
     return bits
+
+
+def request_tiles() -> bool:
+    """Ask Linux for AMX's tile registers, for this process; False where there are none. What `supported` does in the library.
+
+    arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA); Linux, Documentation/arch/x86/xstate.rst.
+    """
+    if platform.machine() not in ("x86_64", "AMD64") or platform.system() != "Linux":
+        return False
+    return bool(ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0)
 
 
 def host_machine() -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hwopt.emit.cpu import request_tiles
 from hwopt.emit.program import Program
 from hwopt.emit.toolchain import find_compiler, run_compiler
 from hwopt.errors import DataError
@@ -70,6 +71,7 @@ def load_objects(objects: tuple[bytes, ...]) -> Any | None:
 
     if not objects:
         return None
+    request_tiles()
     with tempfile.TemporaryDirectory() as folder:
         paths = []
         for index, data in enumerate(objects):

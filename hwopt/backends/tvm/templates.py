@@ -106,7 +106,8 @@ class Templates:
             if micro.activation == spec.data_dtype and not kernels.supports(spec, micro):
                 return micro
         plain = dataclasses.replace(PLAIN[family], activation=spec.data_dtype, dtype=spec.weight_dtype)
-        return dataclasses.replace(plain, lanes=found.lanes, registers=found.registers)
+        last = (found, *found.others)[-1]
+        return dataclasses.replace(plain, lanes=last.lanes, registers=last.registers)
 
     def _bfloat16(self, spec: Spec) -> MicroKernel:
         """The target's dot products; float32 products of widened numbers without them, and where data alone are bfloat16."""

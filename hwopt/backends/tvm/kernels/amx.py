@@ -24,9 +24,10 @@ from typing import Any
 
 from tvm import tirx
 
+from hwopt.backends.tvm.kernels import bfloat16
 from hwopt.backends.tvm.kernels.amx_layout import SIZES, WORD, layout_of, packed_size
 from hwopt.backends.tvm.kernels.amx_stage import stage
-from hwopt.backends.tvm.kernels.code import Code, Value, function, load, pieces
+from hwopt.backends.tvm.kernels.code import Code, Value, function, load, pieces, stored
 from hwopt.backends.tvm.kernels.epilogue import Epilogue, Place
 from hwopt.backends.tvm.kernels.geometry import Geometry
 from hwopt.backends.tvm.kernels.micro import fused_multiply_add
@@ -69,14 +70,17 @@ class TileGemm:
         self.weights = tirx.decl_buffer((packed_size(shape, micro),), shape.weight_dtype, "weights")
         self.out = tirx.decl_buffer((count,), shape.out_dtype, "out")
         self.epilogue = Epilogue(
-            shape.epilogue, shape.accumulator, shape.out_dtype, shape.out_channels, shape.images, count, fused_multiply_add(micro)
-        )
+            shape.epilogue, shape.accumulator, shape.out_dtype, shape.out_channels, shape.images, count,
+            fused_multiply_add(micro), micro,
+        )  # fmt: skip
 
     def build(self, symbol: str) -> tirx.PrimFunc:
         """PrimFunc(data, packed weights, *epilogue tensors, out)."""
         code = Code()
         code.loop("task", self.schedule.tasks(self.shape, self.vectors), self._task, parallel=self.schedule.parallel)
-        return function(symbol, [self.data, self.weights, *self.epilogue.parameters, self.out], code)
+        return function(
+            symbol, [self.data, self.weights, *self.epilogue.parameters, self.out], code, bfloat16.library(self.micro)
+        )
 
     def _task(self, code: Code, number: Value) -> None:
         image, row, column, tile = self.schedule.place(number, self.shape, self.vectors)
@@ -85,7 +89,7 @@ class TileGemm:
         source = self.data
         if self.layout.staged:
             size = self.layout.space(self.shape, self.height, self.across * self.micro.rows)
-            source = code.alloc("staged", size, self.shape.data_dtype)
+            source = code.alloc("staged", size, stored(self.shape.data_dtype))
         self._configure(code)
         total, first = (self.shape.rows, row) if self.shape.rows > 1 else (self.shape.columns, column)
         rest = total % self.block

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from tvm import tirx
 
 from hwopt.backends.tvm.kernels.amx_layout import SIZES, Layout
-from hwopt.backends.tvm.kernels.code import Code, Value, load, pieces, splat
+from hwopt.backends.tvm.kernels.code import Code, Value, load, pieces, splat, stored
 from hwopt.backends.tvm.kernels.geometry import Geometry
 from hwopt.backends.tvm.kernels.schedule import split
 
@@ -44,9 +44,9 @@ class _Filler:
     """Writes the padding value."""
 
     def __init__(self, shape: Geometry, space: Value) -> None:
-        self.space, self.dtype = space, shape.data_dtype
-        self.value = float(shape.pad_value) if self.dtype == "bfloat16" else int(shape.pad_value)
-        self.widest = 64 // SIZES[self.dtype]
+        self.space, self.dtype = space, stored(shape.data_dtype)
+        self.value = int(shape.pad_value)  # zero for bfloat16, of which the bits are moved
+        self.widest = 64 // SIZES[shape.data_dtype]
 
     def emit(self, code: Code, target: Value, size: int) -> None:
         def store(inner: Code, at: Value, lanes: int) -> None:

@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from hwopt.emit.cpu import request_tiles
+
 TENSOR = 7  # kTVMFFIDLTensorPtr
 CODES = {"i": 0, "u": 1, "f": 2}  # DLPack's type codes by numpy's kind
 COLD = 4 << 20  # bytes of weights to go through before the first ones come again: beyond second level caches
@@ -142,6 +144,7 @@ class Batch:
 
 def main() -> None:
     """Answer commands until the input ends."""
+    request_tiles()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a kernel prints is no answer
 
