@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -48,7 +49,34 @@ def responses(graph: Graph, samples: Samples) -> Mapping[tuple[str, int], np.nda
     return mean_magnitudes(graph, samples.head(max(SCORED_SAMPLES, batch_of(graph))), sorted(wanted))
 
 
-CRITERIA: Mapping[str, Criterion] = MappingProxyType({"activation": activation, "l1": l1, "l2": l2})
+def geometric_median(graph: Graph, groups: Sequence[Group], _: Context) -> list[Scores]:
+    """Sum of a unit's distances to the others of its group: what lies in the middle can be replaced (FPGM, arXiv:1811.00250)."""
+    return [_distances(graph, group) for group in groups]
+
+
+def random(_: Graph, groups: Sequence[Group], ctx: Context) -> list[Scores]:
+    """Random numbers: the control that every criterion must beat. The same for the same seed and group."""
+    return [np.random.default_rng([ctx.seed, zlib.crc32(group.name.encode())]).random(group.size) for group in groups]
+
+
+def _distances(graph: Graph, group: Group) -> Scores:
+    """Over all weights that write the unit, joined."""
+    squares = np.zeros((group.size, group.size))
+    for weight in (one for one in group.weights if one.writes):
+        array = weight_array(graph, weight.value).astype(np.float64, copy=False)
+        rows = np.moveaxis(array, weight.axis, 0).reshape(array.shape[weight.axis], -1)
+        for unit_rows in _slots(weight.unit, group.size):
+            parts = np.where(unit_rows[:, None] >= 0, rows[unit_rows], 0.0)
+            norms = (parts**2).sum(1)
+            squares += np.maximum(norms[:, None] + norms - 2 * parts @ parts.T, 0)
+    return np.sqrt(squares).sum(1)
+
+
+def _slots(unit: np.ndarray, units: int) -> Iterator[np.ndarray]:
+    """The first index of every unit, then the second ...: [units] each, -1 where a unit has no more."""
+    places = [np.flatnonzero(unit == one) for one in range(units)]
+    for slot in range(max(map(len, places))):
+        yield np.array([place[slot] if slot < len(place) else -1 for place in places])
 
 
 def _weighted(graph: Graph, group: Group, means: Mapping[tuple[str, int], np.ndarray]) -> Scores:
@@ -60,18 +88,18 @@ def _weighted(graph: Graph, group: Group, means: Mapping[tuple[str, int], np.nda
         size = _along(graph, weight, np.abs)
         # the groups of a grouped convolution share one axis of its weight: their inputs are averaged
         strength = means[weight.data, weight.data_axis].reshape(-1, len(size)).mean(0)
-        scores += _by_unit(weight, size * strength, group.size)
+        scores += by_unit(weight, size * strength, group.size)
     return scores
 
 
 def _summed(graph: Graph, weights: Sequence[Weight], units: int, measure: Callable) -> Scores:
     scores = np.zeros(units)
     for weight in weights:
-        scores += _by_unit(weight, _along(graph, weight, measure), units)
+        scores += by_unit(weight, _along(graph, weight, measure), units)
     return scores
 
 
-def _by_unit(weight: Weight, amounts: np.ndarray, units: int) -> Scores:
+def by_unit(weight: Weight, amounts: np.ndarray, units: int) -> Scores:
     inside = weight.unit >= 0
     return np.bincount(weight.unit[inside], amounts[inside], minlength=units)
 

@@ -14,8 +14,8 @@ from hwopt.errors import PassError, UsageError, did_you_mean
 from hwopt.ir import Graph
 from hwopt.pipeline import Context, Pass, Phase, Refusal
 from hwopt.target import Target
+from passes._prune_criteria import CRITERIA
 from passes._prune_cut import cut
-from passes._prune_scores import CRITERIA
 
 STEPS = 8  # candidates keep 1/8 .. 7/8 of a group, where that lies on the target's granule
 
@@ -25,7 +25,8 @@ class PruneChannels(Pass):
     """conv1[64] -> relu -> conv2[.., 64] becomes conv1[48] -> relu -> conv2[.., 48].
 
     `site` names coupling groups (see hwopt.analysis.coupling), each by the first node that writes it; none means all groups.
-    `keep` units stay in each of them, or `ratio` of the units goes. The least important ones by `criterion` are removed.
+    `keep` units stay in each of them, or `ratio` of the units goes. The least important ones by `criterion` are removed:
+    magnitude (l1), l2, activation, fpgm, random, or by gradients taylor, fisher, obd (these need torch; labels if there are).
     The result equals the model in which all who read these units multiply them by zero.
     """
 
