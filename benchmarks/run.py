@@ -14,7 +14,14 @@ from rich.table import Table
 from hwopt.errors import HwoptError
 
 # and the module that has it
-SUITES = {"demo": "demo", "tuning": "tuning", "models": "models", "kernels": "kernels", "accuracy": "accuracy"}
+SUITES = {
+    "demo": "demo",
+    "tuning": "tuning",
+    "models": "models",
+    "kernels": "kernels",
+    "accuracy": "accuracy",
+    "fidelity": "fidelity",
+}
 
 
 @click.command()

@@ -1,54 +1,173 @@
-"""A systolic array: cycles from folds, fill and drain, and DRAM transfers hidden behind compute by double buffering.
+"""A systolic array: cycles from folds with fill and drain, and from the traffic between three scratchpads and DRAM.
 
-Fold counts and cycles per fold follow SCALE-Sim (Samajdar et al., ISPASS 2020) for the weight-stationary dataflow.
-Energy per operation and access: Horowitz, "Computing's energy problem", ISSCC 2014 (45 nm).
+A product [m, k] x [k, n] is cut into folds that fit the array. Cycles of one fold are those of SCALE-Sim (Samajdar et al.,
+ISPASS 2020, equations 1 to 4; v3: Raj et al., ISPASS 2025), with R rows, C columns:
+
+    weight-stationary  a block of k x n stays, m rows stream     ceil(k/R) ceil(n/C) (2 R + C + m - 2)
+    input-stationary   a block of k x m stays, n columns stream  ceil(k/R) ceil(m/C) (2 R + C + n - 2)
+    output-stationary  a block of m x n stays, k steps stream    ceil(m/R) ceil(n/C) (  R + C + k - 2)
+
+Transfers run behind the compute where scratchpads are double buffered: half of each holds what is worked on.
+Energy: see _energy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hwopt.target import Cost, Workload
+from targets._energy import DRAM_JOULES_PER_BYTE, MAC_JOULES, sram_joules_per_byte
 
-MAC_JOULES = 0.23e-12  # 8-bit multiply 0.2 pJ + 8-bit add 0.03 pJ
-SRAM_JOULES_PER_BYTE = 1.25e-12  # 10 pJ for 64 bits from an 8 KB array
-DRAM_JOULES_PER_BYTE = 162.5e-12  # 1.3 nJ for 64 bits, the lower end
+DATAFLOWS = {"ws": "weight-stationary", "os": "output-stationary", "is": "input-stationary"}
+PARTIAL_BYTES = 4  # a partial sum is 32 bits wide
+
+
+def folds_of(size: int, granule: int) -> int:
+    return -(-size // granule)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes between each scratchpad and DRAM for one kernel."""
+
+    inputs: float
+    weights: float
+    outputs: float
+
+    @property
+    def bytes(self) -> float:
+        return self.inputs + self.weights + self.outputs
 
 
 @dataclass(frozen=True)
 class Systolic:
-    """`rows` x `columns` multiply-accumulate cells, weights resident; the rest runs on a vector unit of `columns` lanes."""
+    """`rows` x `columns` multiply-accumulate cells; what is no product runs on a vector unit of `vector_lanes`.
+
+    `partial_sums`: "tile" cuts m (or n) so that the sums stay in the output scratchpad until k is done, "spill" sends them to
+    DRAM and back after every fold.
+    """
 
     rows: int
     columns: int
     hertz: float
-    scratchpad_bytes: int
+    input_bytes: int
+    weight_bytes: int
+    output_bytes: int
     dram_bytes_per_second: float
+    dataflow: str = "ws"
+    double_buffered: bool = True
+    partial_sums: str = "tile"
+    vector_lanes: int = 0  # 0: as many as columns
     float_slowdown: float = 16.0  # cycles that a float operation takes on the control core, per int8 one
     launch_cycles: int = 500  # configuration and DMA descriptors of one kernel
+    uncertainty: float = 0.1  # SCALE-Sim's cycles: see benchmarks.run fidelity
 
     def estimate(self, workload: Workload, threads: int) -> Cost:
-        """Cost of one kernel: max(array and vector cycles, DRAM transfer) + launch; nothing overlaps across kernels."""
-        cycles = self.array_cycles(workload) + workload.elements / self.columns
-        if workload.dtype not in ("int8", "uint8"):
-            cycles *= self.float_slowdown
-        transfer = self.dram_bytes(workload) / self.dram_bytes_per_second
-        seconds = max(cycles / self.hertz, transfer) + self.launch_cycles / self.hertz
-        touched = workload.macs * (1 / self.rows + 1 / self.columns)  # operands that enter at the array's edges
-        joules = workload.macs * MAC_JOULES + touched * SRAM_JOULES_PER_BYTE
-        joules += self.dram_bytes(workload) * DRAM_JOULES_PER_BYTE
-        return Cost(seconds, joules, workload.weight_bytes, "analytical", 0.9 * seconds, 1.1 * seconds)
+        """Cost of one kernel: max(compute, transfers) + what nothing hides + launch; nothing overlaps across kernels."""
+        seconds = (self.cycles(workload) + self.launch_cycles) / self.hertz
+        low, high = (1 - self.uncertainty) * seconds, (1 + self.uncertainty) * seconds
+        return Cost(seconds, self.joules(workload), workload.weight_bytes, "analytical", low, high)
+
+    def cycles(self, workload: Workload) -> float:
+        """Of one kernel without its launch."""
+        slow = 1.0 if workload.dtype in ("int8", "uint8") else self.float_slowdown
+        elements = workload.elements / self._lanes * slow
+        compute, transfer = self.product_cycles(workload) * slow, self.transfer_cycles(workload)
+        hidden = max(compute, transfer) if self.double_buffered else compute + transfer
+        return hidden + elements + self.fill_cycles(workload)
+
+    def product_cycles(self, workload: Workload) -> float:
+        """Of the multiplications; depthwise layers run on the vector unit where that is faster."""
+        array = self.array_cycles(workload)
+        if workload.kind != "depthwise":
+            return array
+        return min(array, folds_of(workload.groups * workload.n, self._lanes) * float(workload.m * workload.k))
+
+    @property
+    def _lanes(self) -> int:
+        return self.vector_lanes or self.columns
 
     def array_cycles(self, workload: Workload) -> float:
-        """Weight-stationary: one fold per rows x columns block of weights; each streams m rows and fills and drains."""
+        """All folds with fill and drain, without a stall."""
+        m, n, k = workload.m, workload.n, workload.k
         if not workload.macs:
             return 0.0
-        folds = -(-workload.k // self.rows) * -(-workload.n // self.columns) * workload.groups
-        return float(folds * (2 * self.rows + self.columns + workload.m - 2))
+        skew = self.rows + self.columns - 2
+        if self.dataflow == "os":
+            folds = folds_of(m, self.rows) * folds_of(n, self.columns)
+            return float(workload.groups * folds * (k + skew))
+        streamed, kept = (m, n) if self.dataflow == "ws" else (n, m)
+        folds, parts = folds_of(k, self.rows) * folds_of(kept, self.columns), self._parts(workload)
+        return float(workload.groups * folds * (streamed + parts * (self.rows + skew)))
 
-    def dram_bytes(self, workload: Workload) -> int:
-        """Everything once, and the activations once more for every block of output channels if they do not stay on chip."""
-        if workload.read_bytes <= self.scratchpad_bytes // 2 or not workload.macs:
-            return workload.bytes
-        passes = -(-workload.n // self.columns)
-        return workload.weight_bytes + workload.write_bytes + workload.read_bytes * passes
+    def _parts(self, workload: Workload) -> int:
+        """Pieces of the streamed side whose partial sums fit half of the output scratchpad."""
+        streamed = workload.m if self.dataflow == "ws" else workload.n
+        if self.dataflow == "os" or self.partial_sums == "spill" or folds_of(workload.k, self.rows) == 1:
+            return 1
+        return folds_of(streamed, max(1, self._half(self.output_bytes) // (PARTIAL_BYTES * self.columns)))
+
+    def _half(self, size: int) -> int:
+        return size // 2 if self.double_buffered else size
+
+    def transfer_cycles(self, workload: Workload) -> float:
+        """Cycles that DRAM needs for the kernel."""
+        return self.traffic(workload).bytes * self.hertz / self.dram_bytes_per_second
+
+    def fill_cycles(self, workload: Workload) -> float:
+        """The first blocks, which nothing hides: two blocks as large as the array."""
+        first = 2 * self.rows * self.columns if workload.macs else 0
+        return min(first, workload.bytes) * self.hertz / self.dram_bytes_per_second
+
+    def traffic(self, workload: Workload) -> Traffic:
+        """What crosses the DRAM interface; groups run one after the other."""
+        if not workload.macs:
+            return Traffic(workload.read_bytes, workload.weight_bytes, workload.write_bytes)
+        return min(self._tiled(workload), key=lambda one: one.bytes)
+
+    def _tiled(self, workload: Workload) -> Iterator[Traffic]:
+        """The loop orders of the dataflow; a side that does not stay on chip is fetched again for every block of the other."""
+        inputs, weights = workload.read_bytes, workload.weight_bytes
+        groups = workload.groups
+        input_fits = inputs / groups <= self._half(self.input_bytes)
+        weight_fits = weights / groups <= self._half(self.weight_bytes)
+        across_n, parts = folds_of(workload.n, self.columns), self._parts(workload)
+        if self.dataflow == "os":
+            down, across = folds_of(workload.m, self.rows), across_n
+            input_block = inputs / groups / down <= self._half(self.input_bytes)
+            weight_block = weights / groups / across <= self._half(self.weight_bytes)
+            yield Traffic(inputs * (1 if input_fits else across), weights * (1 if weight_block else down), workload.write_bytes)
+            yield Traffic(inputs * (1 if input_block else across), weights * (1 if weight_fits else down), workload.write_bytes)
+            return
+        outputs = float(workload.write_bytes)
+        if self.partial_sums == "spill":  # read again and written after every fold but the last
+            outputs += PARTIAL_BYTES * 2 * (folds_of(workload.k, self.rows) - 1) * workload.m * workload.n * groups
+        if self.dataflow == "ws":
+            part_fits = inputs / groups / parts <= self._half(self.input_bytes)
+            yield Traffic(inputs * (1 if part_fits else across_n), weights * (1 if weight_fits else parts), outputs)
+            return
+        across_m = folds_of(workload.m, self.columns)
+        part_fits = weights / groups / parts <= self._half(self.weight_bytes)
+        yield Traffic(inputs * (1 if input_fits else parts), weights * (1 if part_fits else across_m), outputs)
+
+    def joules(self, workload: Workload) -> float:
+        """Multiply-adds, accesses of the scratchpads by the array, and DRAM."""
+        reads = self._scratchpad_bytes(workload)
+        sizes = (self.input_bytes, self.weight_bytes, self.output_bytes)
+        scratch = sum(count * sram_joules_per_byte(size) for count, size in zip(reads, sizes, strict=True))
+        vector = workload.elements * MAC_JOULES
+        return workload.macs * MAC_JOULES + scratch + vector + self.traffic(workload).bytes * DRAM_JOULES_PER_BYTE
+
+    def _scratchpad_bytes(self, workload: Workload) -> tuple[float, float, float]:
+        """Bytes that the array takes from, or gives to, its input, weight and output scratchpads."""
+        if not workload.macs:
+            return workload.read_bytes, workload.weight_bytes, workload.write_bytes
+        m, n, k, groups = workload.m, workload.n, workload.k, workload.groups
+        down, across = folds_of(k, self.rows), folds_of(n, self.columns)
+        if self.dataflow == "os":
+            return groups * m * k * across, groups * k * n * folds_of(m, self.rows), groups * PARTIAL_BYTES * m * n
+        sums = groups * PARTIAL_BYTES * m * n * (2 * down - 1)  # read and written, but for the first
+        if self.dataflow == "ws":
+            return groups * m * k * across, groups * k * n * self._parts(workload), sums
+        return groups * m * k * self._parts(workload), groups * k * n * folds_of(m, self.columns), sums

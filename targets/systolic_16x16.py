@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from hwopt.target import Memory, Target
-from targets._systolic import DRAM_JOULES_PER_BYTE, SRAM_JOULES_PER_BYTE, Systolic
+from targets._energy import DRAM_JOULES_PER_BYTE, sram_joules_per_byte
+from targets._systolic import Systolic
 
 HERTZ = 1e9
 SIDE = 16
-SCRATCHPAD = 256 * 1024  # Gemmini's default
+SCRATCHPAD = 256 * 1024  # Gemmini's default, shared by inputs and weights
+ACCUMULATORS = 64 * 1024  # Gemmini's default
 DRAM_BYTES_PER_SECOND = 16e9  # one 16-byte beat a cycle at 1 GHz, Gemmini's default system bus
 
 TARGET = Target(
@@ -17,10 +19,10 @@ TARGET = Target(
     cores=1,
     peak={"int8": 2 * SIDE * SIDE * HERTZ, "float32": 2 * SIDE * SIDE * HERTZ / 16},
     memories=(
-        Memory("scratchpad", SCRATCHPAD, 2 * SIDE * HERTZ, SRAM_JOULES_PER_BYTE),
+        Memory("scratchpad", SCRATCHPAD, 2 * SIDE * HERTZ, sram_joules_per_byte(SCRATCHPAD)),
         Memory("dram", 1 << 30, DRAM_BYTES_PER_SECOND, DRAM_JOULES_PER_BYTE),
     ),
     granule={"int8": SIDE, "float32": SIDE},
-    cost=Systolic(SIDE, SIDE, HERTZ, SCRATCHPAD, DRAM_BYTES_PER_SECOND),
+    cost=Systolic(SIDE, SIDE, HERTZ, SCRATCHPAD // 2, SCRATCHPAD // 2, ACCUMULATORS, DRAM_BYTES_PER_SECOND),
     tvm={"kind": "llvm", "mtriple": "riscv64-linux-gnu", "mcpu": "generic-rv64", "mattr": ["+m", "+a", "+f", "+d", "+c"]},
 )

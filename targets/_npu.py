@@ -1,0 +1,58 @@
+"""A microcontroller's NPU: blocks of pixels x channels x depth per cycle, accumulators inside, no ripple as in a systolic array.
+
+The shape of the cycles, max(multiplications, output unit, each memory) per kernel, is that of Vela's estimator (Arm, ethos-u-vela
+5.2.0, npu_performance.py): a pass over `depth` input channels for every block of pixels x channels; one cycle per output
+element and output unit; activations cross the SRAM port, weights the flash or DRAM port.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hwopt.target import Cost, Workload
+from targets._energy import DRAM_JOULES_PER_BYTE, MAC_JOULES, sram_joules_per_byte
+
+
+@dataclass(frozen=True)
+class BlockArray:
+    """`pixels` x `channels` accumulators, each adding `depth` products a cycle; `engines` of them share the work."""
+
+    pixels: int
+    channels: int
+    depth: int
+    hertz: float
+    sram_bytes: int
+    sram_bytes_per_second: float
+    weight_bytes_per_second: float
+    engines: int = 1
+    outputs_per_cycle: float = 4.0
+    float_slowdown: float = 64.0  # floats run on the controller's core
+    launch_cycles: int = 700  # commands, the first block in and the last one out, memory latencies
+    uncertainty: float = 0.25
+
+    def estimate(self, workload: Workload, threads: int) -> Cost:
+        """Cost of one kernel; weights stream while the multiplications run."""
+        slow = 1.0 if workload.dtype in ("int8", "uint8") else self.float_slowdown
+        compute = (self.product_cycles(workload) + workload.elements / (self.outputs_per_cycle * self.engines)) * slow
+        moved = workload.read_bytes + workload.write_bytes
+        outside = workload.weight_bytes + max(0, moved - self.sram_bytes)  # what SRAM does not hold lies beside the weights
+        near, far = moved / self.sram_bytes_per_second, outside / self.weight_bytes_per_second
+        seconds = max(compute / self.hertz, near, far) + self.launch_cycles / self.hertz
+        low, high = (1 - self.uncertainty) * seconds, (1 + self.uncertainty) * seconds
+        return Cost(seconds, self.joules(workload), workload.weight_bytes, "analytical", low, high)
+
+    def product_cycles(self, workload: Workload) -> float:
+        """Multiplications of the array; depthwise kernels use the depth for four taps of one channel every four cycles."""
+        blocks = -(-workload.m // self.pixels)
+        if not workload.macs:
+            return 0.0
+        if workload.kind == "depthwise":
+            return float(blocks * -(-workload.groups * workload.n // self.channels) * 4 * -(-workload.k // 4)) / self.engines
+        inner = -(-workload.k // self.depth)
+        return float(workload.groups * blocks * -(-workload.n // self.channels) * inner) / self.engines
+
+    def joules(self, workload: Workload) -> float:
+        """Multiply-adds; operands from SRAM once per block that shares them; weights from flash or DRAM."""
+        reused = workload.macs / self.channels + workload.macs / self.pixels
+        sram = (reused + workload.read_bytes + workload.write_bytes) * sram_joules_per_byte(32 << 10)
+        return workload.macs * MAC_JOULES + sram + workload.weight_bytes * DRAM_JOULES_PER_BYTE
