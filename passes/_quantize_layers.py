@@ -49,13 +49,13 @@ class Integers:
 
 def layer_of(graph: Graph, node: Node) -> Layer | str:
     """The layer, or why it must stay float."""
-    reason = _unfit(graph, node)
+    reason = unfit(graph, node)
     if reason:
         return reason
     weight = graph.constant(node.inputs[1])
     if weight is not None:
         return _constant(graph, node, weight)
-    lookup = _lookup(graph, node.inputs[1])
+    lookup = lookup_of(graph, node.inputs[1])
     if lookup:
         return _weighted(graph, node, graph.params[lookup[0].inputs[0]], None, lookup)
     if node.op != "MatMul":
@@ -66,7 +66,7 @@ def layer_of(graph: Graph, node: Node) -> Layer | str:
     return Layer(node, reach=depth * PRODUCT) if depth * PRODUCT <= ACCUMULATOR else _overflow(depth)
 
 
-def _lookup(graph: Graph, value: str) -> tuple[Node, ...]:
+def lookup_of(graph: Graph, value: str) -> tuple[Node, ...]:
     """The nodes that look a weight up in a float codebook, Gather first; () if it is computed in another way."""
     chain = [graph.producer.get(value)]
     while chain[0] is not None and chain[0].op in ("Reshape", "Transpose"):
@@ -78,7 +78,7 @@ def _lookup(graph: Graph, value: str) -> tuple[Node, ...]:
     return nodes if constant else ()
 
 
-def _unfit(graph: Graph, node: Node) -> str:
+def unfit(graph: Graph, node: Node) -> str:
     """What rules the node out, whatever its weights are."""
     if node.op not in OPS or node.domain not in ("", "ai.onnx"):
         return f"{node.op} has no integer kernel"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hwopt.analysis.bfloat16 import bfloat16_operands, narrows, widens
 from hwopt.analysis.memo import remembered
 from hwopt.analysis.qdq import Quantization, dequantized, quantization, quantized_weight
 from hwopt.ir import Graph, Node
@@ -55,7 +56,8 @@ class Region:
     """One kernel. `kind`: conv, depthwise, matmul, pool, elementwise, reduce, move or other.
 
     `nodes` are in graph order, `epilogue` those behind the anchor; `inputs` are the values read (parameters included) and
-    `outputs` the values that the rest of the graph can see. `integer` says that it computes on the quantized values.
+    `outputs` the values that the rest of the graph can see. `integer` says that it computes on the quantized values, `bfloat16`
+    that it multiplies bfloat16 values.
     """
 
     kind: str
@@ -65,6 +67,7 @@ class Region:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     integer: bool = False
+    bfloat16: bool = False
 
     @property
     def output(self) -> str:
@@ -83,7 +86,7 @@ def regions(graph: Graph) -> tuple[Region, ...]:
     owner: dict[str, int] = {}
     grown: list[Grown] = []
     for node in graph.nodes:
-        if node.name in owner or node.name in constant or node.op == "DequantizeLinear":
+        if node.name in owner or node.name in constant or node.op == "DequantizeLinear" or widens(graph, node):
             continue
         epilogue = tuple(_epilogue(graph, node, owner))
         owner.update((member.name, len(grown)) for member in (node, *epilogue))
@@ -125,6 +128,8 @@ def _adopt(graph: Graph, grown: list[Grown], members: list[list[Node]], owner: d
 
 def _reads_through(graph: Graph, grown: Grown, node: Node) -> bool:
     """True if the region takes the quantized value itself instead of this dequantization's result."""
+    if widens(graph, node):
+        return True
     if node.op != "DequantizeLinear" or dequantized(graph, node.output) is None:
         return False
     anchor, epilogue, integer = grown
@@ -151,7 +156,8 @@ def _region(graph: Graph, anchor: Node, epilogue: tuple, integer: bool, members:
         value for node in nodes if node is not last for value in node.outputs
         if value in graph.outputs or (node in body and any(u.name not in inside for u in graph.users.get(value, ())))
     ]  # fmt: skip
-    return Region(kind_of(graph, anchor), anchor, nodes, epilogue, tuple(dict.fromkeys(reads)), tuple(seen), integer)
+    narrow = bfloat16_operands(graph, anchor) is not None
+    return Region(kind_of(graph, anchor), anchor, nodes, epilogue, tuple(dict.fromkeys(reads)), tuple(seen), integer, narrow)
 
 
 def kind_of(graph: Graph, node: Node) -> str:
@@ -208,6 +214,8 @@ def _next(graph: Graph, value: str, kind: str, anchor: Node, owner: dict[str, in
         return (
             (user,) if user.inputs[0] == value and found is not None and found.whole and found.dtype in ("uint8", "int8") else ()
         )
+    if narrows(graph, user):
+        return (user,)
     if not graph.tensor(value).dtype.startswith("float") or graph.tensor(user.output).dtype != graph.tensor(value).dtype:
         return ()
     if kind in ("conv", "depthwise", "matmul"):

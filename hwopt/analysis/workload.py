@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from hwopt.analysis.bfloat16 import widens
 from hwopt.analysis.compressed import Compressed, compressed
 from hwopt.analysis.regions import VIEWS, Region, constant_nodes, regions
 from hwopt.ir import Graph, Node, TensorType
@@ -44,6 +45,8 @@ def is_view(graph: Graph, region: Region) -> bool:
 def _dtype(graph: Graph, region: Region) -> str:
     if region.integer:
         return "int8"
+    if region.bfloat16 and region.kind != "depthwise":  # those compute in float32
+        return "bfloat16"
     return graph.tensor(region.anchor.inputs[0] if region.anchor.inputs else region.output).dtype
 
 
@@ -63,7 +66,10 @@ def _read_bytes(graph: Graph, region: Region, coded: Compressed | None) -> tuple
     folded = constant_nodes(graph)
     if coded is not None:
         return _activation_bytes(graph, region), coded.codes.size * (1 if region.integer else 4) + _others(graph, region)
-    decoding = [node for node in region.nodes if node.name in folded and node.op != "DequantizeLinear"]
+    decoding = [
+        node for node in region.nodes
+        if node.name in folded and node.op != "DequantizeLinear" and not widens(graph, node)
+    ]  # fmt: skip
     inside = {value for node in decoding for value in (*node.reads, *node.outputs)}
     results = {value for node in decoding for value in node.outputs if _leaves(graph, value, decoding)}
     weights = sum(_bytes(graph.tensor(value)) for value in results)

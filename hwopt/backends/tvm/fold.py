@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 
+from hwopt.analysis.bfloat16 import widens
 from hwopt.analysis.compressed import compressed
 from hwopt.analysis.regions import constant_nodes
 from hwopt.backends import ort
-from hwopt.ir import Graph, Node, of_op
+from hwopt.ir import Graph, Node, numpy_dtype, of_op
 
 LIMIT = 8  # rounds: a shape that depends on a folded shape needs another one
 
@@ -34,7 +36,9 @@ def constant_values(graph: Graph) -> Mapping[str, np.ndarray]:
 def _round(graph: Graph) -> Graph:
     names = constant_nodes(graph)
     kept = decoding(graph)
-    nodes = [node for node in graph.nodes if node.name in names - kept and node.op != "DequantizeLinear"]
+    nodes = [
+        node for node in graph.nodes if node.name in names - kept and node.op != "DequantizeLinear" and not widens(graph, node)
+    ]
     known = _evaluated(graph, [node for node in graph.nodes if node.name in names]) if nodes else {}
     found = {value: known[value] for node in nodes for value in node.outputs if value in known}
     for node in of_op(graph, "Shape", "Size"):
@@ -63,5 +67,9 @@ def _evaluated(graph: Graph, nodes: list[Node]) -> Mapping[str, np.ndarray]:
     wanted = tuple(value for node in nodes for value in node.outputs if value and graph.tensor(value).dtype != "undefined")
     read = {value for node in nodes for value in node.reads}
     params = {name: array for name, array in graph.params.items() if name in read}
-    part = dataclasses.replace(graph, inputs=(), outputs=wanted, nodes=tuple(nodes), params=params)
-    return ort.run(part, {})
+    wide = {value: f"{value} as float32" for value in wanted if graph.tensor(value).dtype == "bfloat16"}  # numpy has none
+    casts = [Node("Cast", (value,), (name,), name, MappingProxyType({"to": 1})) for value, name in wide.items()]
+    outputs = tuple(wide.get(value, value) for value in wanted)
+    part = dataclasses.replace(graph, inputs=(), outputs=outputs, nodes=(*nodes, *casts), params=params)
+    found = dict(zip(wanted, ort.run(part, {}).values(), strict=True))
+    return {value: array.astype(numpy_dtype("bfloat16")) if value in wide else array for value, array in found.items()}

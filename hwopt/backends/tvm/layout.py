@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hwopt.analysis import bfloat16
 from hwopt.ir import Graph
 
 Expr = Any  # a Relax expression
@@ -39,14 +40,21 @@ class Values:
 
     def is_last(self, value: str) -> bool:
         """True if the value has been computed channels last."""
+        value = self.origin(value)
         return (value, True) in self._exprs and (value, False) not in self._exprs
 
     def known(self, value: str) -> bool:
         """True if the value has been computed in either order."""
+        value = self.origin(value)
         return (value, False) in self._exprs or (value, True) in self._exprs
 
     def has_last(self, value: str) -> bool:
+        value = self.origin(value)
         return (value, True) in self._exprs
+
+    def origin(self, value: str) -> str:
+        """The bfloat16 value behind a widened one, which every reader widens for itself; the value itself otherwise."""
+        return (value not in self.arrays and bfloat16.widened(self.graph, value)) or value
 
     def constant(self, value: str) -> np.ndarray | None:
         return self.arrays.get(value)
@@ -59,6 +67,8 @@ class Values:
         array = self.arrays.get(value)
         if array is not None:
             expr = constant(np.ascontiguousarray(array.transpose(to_last(array.ndim))) if last else array)
+        elif (source := self.origin(value)) != value:
+            return convert_bfloat16(self.builder, self.get(source, last))
         elif (value, not last) in self._exprs:
             expr = self.builder.emit(reordered(self._exprs[value, not last], last))
         else:
@@ -70,7 +80,26 @@ class Values:
         """Like `get`, but a transposition is made for this reader alone, such that its kernel can swallow it."""
         if (value, last) in self._exprs or value in self.arrays:
             return self.get(value, last)
+        if (source := self.origin(value)) != value:
+            return convert_bfloat16(self.builder, self.once(source, last))
         return self.builder.emit(reordered(self._exprs[value, not last], last))
+
+
+def convert_bfloat16(builder: Any, expr: Expr) -> Expr:
+    """float32 rounded to bfloat16 (to nearest even, NaN stays NaN: TVM's cast would lose it), or bfloat16 widened."""
+    from tvm import te, tirx
+
+    from hwopt.backends.tvm.kernels import bfloat16 as bits
+
+    def narrow(tensor: Any) -> Any:
+        return te.compute(tensor.shape, lambda *index: tirx.reinterpret("bfloat16", bits.narrow(tensor(*index), 1)), "narrowed")
+
+    def widen(tensor: Any) -> Any:
+        return te.compute(tensor.shape, lambda *index: bits.widen(tirx.reinterpret("uint16", tensor(*index)), 1), "widened")
+
+    if str(expr.ty.dtype) == "bfloat16":
+        return builder.emit_te(widen, expr, primfunc_name_hint="widen")
+    return builder.emit_te(narrow, expr, primfunc_name_hint="narrow")
 
 
 def constant(array: np.ndarray) -> Expr:

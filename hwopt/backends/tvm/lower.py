@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from hwopt.analysis import bfloat16
 from hwopt.analysis.regions import ELEMENTWISE, Region, constant_nodes, regions
 from hwopt.backends.tvm import convert, integer, kernels, pooling
 from hwopt.backends.tvm.coded import coded_kernel, expanded_because
 from hwopt.backends.tvm.fold import constant_values, folded
-from hwopt.backends.tvm.layout import Values, dims_of, reordered, to_first, to_last
+from hwopt.backends.tvm.layout import Values, convert_bfloat16, dims_of, reordered, to_first, to_last
 from hwopt.backends.tvm.templates import Choose, Templates
 from hwopt.backends.tvm.weighted import weighted_kernel
 from hwopt.errors import UnsupportedError
@@ -74,7 +75,7 @@ class Lowering:
         if region.integer and integer.emit(self, region):
             return
         for node in region.nodes:
-            if node.name not in self.constant:
+            if node.name not in self.constant and not bfloat16.widens(self.graph, node):  # readers widen for themselves
                 self.node(node)
 
     def _coded(self, region: Region) -> bool:
@@ -91,6 +92,10 @@ class Lowering:
     def node(self, node: Node) -> None:
         """Emit one node by TVM's converter, in the order of axes that costs least."""
         self._provide(node)
+        if bfloat16.narrows(self.graph, node):
+            last = self.values.is_last(node.inputs[0])
+            self.values.put(node.output, convert_bfloat16(self.builder, self.values.get(node.inputs[0], last)), last)
+            return
         if pooling.emit(self.graph, node, self.values, self.builder):
             return
         if self._softmax(node):

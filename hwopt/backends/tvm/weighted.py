@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from hwopt.analysis.bfloat16 import narrows, widened
 from hwopt.analysis.qdq import Quantization, dequantized, quantization
 from hwopt.analysis.regions import IntegerOperands, Region, integer_operands, self_gated
 from hwopt.backends.tvm import transposed
 from hwopt.backends.tvm.kernels import spec as step
 from hwopt.backends.tvm.kernels.conv_transpose import tap_sums
 from hwopt.backends.tvm.layout import Expr, Values, constant, to_last
-from hwopt.ir import Graph, Node, scalar
+from hwopt.ir import Graph, Node, numpy_dtype, scalar
 
 Spec = step.ConvSpec | step.ConvTransposeSpec | step.MatmulSpec
 
@@ -66,7 +67,7 @@ def _conv(graph: Graph, region: Region, values: Values, operands: IntegerOperand
     weight = operands.weight if operands else values.constant(anchor.inputs[1])
     if weight is None or weight.ndim not in (3, 4):
         return None
-    data = operands.data if operands else anchor.inputs[0]
+    data = operands.data if operands else _data(graph, region)
     one = weight.ndim == 3  # a convolution over a line is one over an image of height 1
     dims, out = graph.tensor(data).dims, graph.tensor(anchor.output).dims
     image = (dims[0], 1 if one else dims[2], dims[-1], dims[1])
@@ -75,13 +76,13 @@ def _conv(graph: Graph, region: Region, values: Values, operands: IntegerOperand
     kernel = (1, weight.shape[2]) if one else (weight.shape[2], weight.shape[3])
     pads = _pads(anchor, image[1:3], kernel, strides, dilations)
     fused = Fused()
-    full = weight.reshape(*weight.shape[:2], *kernel)
+    full = _rounded(region, weight.reshape(*weight.shape[:2], *kernel))
     zero_point = bias_and_scale(region, values, operands, full, 0, fused)
     fused_epilogue(graph, region, values, fused, channel=1, last=True)
     spec = step.ConvSpec(
         batch=image[0], height=image[1], width=image[2], in_channels=image[3], out_channels=out[1], kernel=kernel,
         strides=strides, dilations=dilations, pads=pads, groups=anchor.attr("group", 1),
-        data_dtype=graph.tensor(data).dtype, weight_dtype=str(weight.dtype), out_dtype=graph.tensor(region.output).dtype,
+        data_dtype=graph.tensor(data).dtype, weight_dtype=str(full.dtype), out_dtype=graph.tensor(region.output).dtype,
         pad_value=zero_point, epilogue=tuple(fused.steps),
     )  # fmt: skip
     if (spec.out_height, spec.out_width) != out_image[1:3]:
@@ -109,6 +110,17 @@ def _conv_transpose(graph: Graph, region: Region, values: Values, operands: Inte
     tensors = transposed.by_phase(spec, fused.steps, fused.tensors)
     out = graph.tensor(anchor.output).dims
     return Kernel(spec, values.get(data, True), full, tuple(tensors), (out[0], *out[2:], out[1]), out_dtype, True)
+
+
+def _data(graph: Graph, region: Region) -> str:
+    """What the kernel reads: of a layer on bfloat16, the values before they are widened."""
+    return widened(graph, region.anchor.inputs[0]) if region.bfloat16 else region.anchor.inputs[0]
+
+
+def _rounded(region: Region, weight: np.ndarray) -> np.ndarray:
+    """The weights as the kernel takes them, widened bfloat16 as bfloat16 again; but depthwise kernels compute in float32."""
+    deep = region.anchor.attr("group", 1) == len(weight) > 1 and weight.shape[1] == 1
+    return weight.astype(numpy_dtype("bfloat16")) if region.bfloat16 and not deep else weight
 
 
 def _pair(values: Sequence[int], rank: int) -> tuple[int, int]:
@@ -140,7 +152,7 @@ def _gemm(graph: Graph, region: Region, values: Values, operands: IntegerOperand
     weight = weight.T if anchor.attr("transB", 0) else weight
     if not operands:
         weight = weight * np.float32(anchor.attr("alpha", 1.0))
-    data = operands.data if operands else anchor.inputs[0]
+    data = operands.data if operands else _data(graph, region)
     rows, depth = graph.tensor(data).dims
     beta = anchor.attr("beta", 1.0)
     if len(anchor.inputs) > 2 and anchor.inputs[2] and not is_row(values, anchor.inputs[2], weight.shape[1], beta):
@@ -159,7 +171,7 @@ def is_row(values: Values, value: str, channels: int, beta: float) -> bool:
 
 def _matmul(graph: Graph, region: Region, values: Values, operands: IntegerOperands | None) -> Kernel | None:
     anchor = region.anchor
-    data = operands.data if operands else anchor.inputs[0]
+    data = operands.data if operands else _data(graph, region)
     left, right = graph.tensor(data).dims, graph.tensor(anchor.inputs[1]).dims
     if len(left) < 2 or len(right) < 2 or 0 in (*left, *right):
         return None
@@ -176,7 +188,8 @@ def _matmul(graph: Graph, region: Region, values: Values, operands: IntegerOpera
         scale = operands.data_quantization.scale * operands.right_quantization.scale
         fused.add(step.Scale(), constant(np.full(right[-1], scale, np.float32)))
     fused_epilogue(graph, region, values, fused, channel=len(left) - 1, last=False)
-    other = values.get(operands.right if operands else anchor.inputs[1])
+    right_side = anchor.inputs[1] if not region.bfloat16 else widened(graph, anchor.inputs[1])
+    other = values.get(operands.right if operands else right_side)
     shape = (math.prod(left[:-2]), left[-2], right[-1], left[-1])
     return _product(graph, region, values.get(data), other, shape, fused, data)
 
@@ -184,6 +197,7 @@ def _matmul(graph: Graph, region: Region, values: Values, operands: IntegerOpera
 def _product(graph: Graph, region: Region, data: Expr, weight: Any, shape: tuple, fused: Fused, value: str) -> Kernel:
     batch, rows, columns, depth = shape
     fixed = isinstance(weight, np.ndarray)
+    weight = _rounded(region, weight) if fixed else weight
     spec = step.MatmulSpec(
         batch=batch, m=rows, n=columns, k=depth, constant=fixed, data_dtype=graph.tensor(value).dtype,
         weight_dtype=str(weight.dtype) if fixed else str(weight.ty.dtype), out_dtype=graph.tensor(region.output).dtype,
@@ -267,6 +281,8 @@ def _gate(nodes: Sequence[Node]) -> step.Activation:
 
 
 def _step(graph: Graph, node: Node, value: str, region: Region, values: Values, fused: Fused, channel: int, last: bool) -> None:
+    if narrows(graph, node):
+        return  # the kernel rounds to the dtype that it writes
     found = activation(graph, node)
     if found is not None:
         fused.add(found)
@@ -308,6 +324,9 @@ def _binary(graph: Graph, node: Node, value: str, region: Region, values: Values
     shape = graph.tensor(other).dims
     if shape != dims and len(shape) == len(dims) and math.prod(shape) != math.prod(dims):
         fused.add(step.Multiply("image"), values.get(other))
+        return
+    if node.op == "Add" and (narrow := widened(graph, other)):
+        fused.add(step.Add("bfloat16"), values.get(narrow, last))
         return
     through = dequantized(graph, other) if node.op == "Add" else None
     source = through[0] if through else other
