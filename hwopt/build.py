@@ -52,10 +52,14 @@ class Built:
         )  # fmt: skip
 
 
-def build(graph: Graph, target: Target, threads: int, folder: Path, database: Database | None = None, form: Form = FORM) -> Built:
+def build(
+    graph: Graph, target: Target, threads: int, folder: Path, database: Database | None = None, form: Form = FORM,
+    compact: bool = False,
+) -> Built:  # fmt: skip
     """Compile one graph into `folder`: plain C where that can be, else for TVM's virtual machine (a shared library only).
 
-    Schedules come from the tuning database where it knows better ones than the default.
+    Schedules come from the tuning database where it knows better ones than the default. `compact` keeps coded weights small
+    even where decoding them in the kernels costs time.
     """
     from hwopt.backends.tvm.build import compile_program
     from hwopt.backends.tvm.kernels import default_schedule
@@ -71,7 +75,7 @@ def build(graph: Graph, target: Target, threads: int, folder: Path, database: Da
     if reason:
         library = _machine_library(graph, target, threads, folder / "library")
     else:
-        program = compile_program(graph, target, threads, identifier(graph.name), tuned or default_schedule)
+        program = compile_program(graph, target, threads, identifier(graph.name), tuned or default_schedule, compact)
         library = build_library(program, folder / "library", features=target.features, threads=threads, form=form)
     kind = "vm" if reason else "c"
     artifact = write_artifact(

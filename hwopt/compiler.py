@@ -115,7 +115,7 @@ def _name(model: Any, graph: Graph) -> str:
 
 def _build(graph: Graph, job: Job, folder: Path, form: Form = FORM) -> Built:
     job.progress("compiling", 0, 1)
-    return build(graph, job.target, job.threads, folder, job.database, form)
+    return build(graph, job.target, job.threads, folder, job.database, form, job.budget.weight_bytes is not None)
 
 
 def _watching(progress: Progress) -> Callable[[State], None]:

@@ -136,10 +136,10 @@ def _scale_places(dims: tuple[int, ...], scale: np.ndarray, node: Node, rows: bo
         return np.broadcast_to(scale.reshape(1, 1), (count, 1)).astype(np.float32), depth
     if not node.attr("block_size", 0):
         return (scale.reshape(-1, 1).astype(np.float32), depth) if axis == channel else "its scales differ along k"
-    if len(dims) != 2 or axis == channel:
+    if axis == channel or math.prod(dims[2:]) != 1:
         return "its blocks do not lie along k"
-    block = int(node.attr("block_size"))
-    return np.ascontiguousarray(scale if rows else scale.T).astype(np.float32), block
+    matrix = scale.reshape(scale.shape[:2])
+    return np.ascontiguousarray(matrix if rows else matrix.T).astype(np.float32), int(node.attr("block_size"))
 
 
 def _looked_up(graph: Graph, value: str, rows: bool) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]] | None:

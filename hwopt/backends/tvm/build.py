@@ -30,14 +30,16 @@ from hwopt.target import Target
 
 
 def compile_program(
-    graph: Graph, target: Target, threads: int = 1, name: str = "model", choose: Choose = kernels.default_schedule
-) -> Program:
+    graph: Graph, target: Target, threads: int = 1, name: str = "model", choose: Choose = kernels.default_schedule,
+    compact: bool = False,
+) -> Program:  # fmt: skip
     """The graph as kernels in machine code for `target` and the calls that run them, in order.
 
     `choose` gives the schedules of template kernels: the analytical default, or a tuning database's (tune.database.Tuned).
+    Weights that are stored as codes stay so where that is faster, with `compact` wherever a kernel can decode them.
     Raises UnsupportedError that lists every node TVM cannot run, or that only its runtime can (see compile_vm).
     """
-    program = assemble(reading(graph, target, threads, choose), target, name)
+    program = assemble(reading(graph, target, threads, choose, compact), target, name)
     return dataclasses.replace(program, notes=quantized_ends(graph))
 
 
@@ -49,7 +51,9 @@ def quantized_ends(graph: Graph) -> dict[str, str]:
     return {name: f"real = (value - {one.zero_point}) * {one.scale}" for name, one in found.items() if one and one.whole}
 
 
-def reading(graph: Graph, target: Target, threads: int = 1, choose: Choose = kernels.default_schedule) -> Reading:
+def reading(
+    graph: Graph, target: Target, threads: int = 1, choose: Choose = kernels.default_schedule, compact: bool = False
+) -> Reading:
     """The graph as kernels still in TIR, and their calls."""
     if target.tvm.get("kind") != "llvm":
         raise UnsupportedError(f"{target.name} is no CPU: there are cost models for it but no kernels yet", place=graph.name)
@@ -57,7 +61,7 @@ def reading(graph: Graph, target: Target, threads: int = 1, choose: Choose = ker
     graph = folded(graph)
     refuse(graph, needs_runtime(graph), "compile it for the Relax VM")
     try:
-        return read(fused(lower(graph, target, threads, choose), target, threads), graph)
+        return read(fused(lower(graph, target, threads, choose, compact), target, threads), graph)
     except HwoptError:
         raise
     except Exception as error:  # TVM's passes raise kinds of their own, without the node

@@ -24,15 +24,19 @@ REORDERED = ("Concat", "Split", "Slice", "Pad", "Resize", "Upsample", "DepthToSp
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
-def lower(graph: Graph, target: Target, threads: int, choose: Choose = kernels.default_schedule) -> Any:
+def lower(
+    graph: Graph, target: Target, threads: int, choose: Choose = kernels.default_schedule, compact: bool = False
+) -> Any:
     """A Relax IRModule whose `main` computes the graph; kernels of templates are in it, the rest are Relax operators."""
-    return Lowering(folded(graph), target, threads, choose).module()
+    return Lowering(folded(graph), target, threads, choose, compact).module()
 
 
 class Lowering:
     """One graph on its way to Relax."""
 
-    def __init__(self, graph: Graph, target: Target, threads: int, choose: Choose = kernels.default_schedule) -> None:
+    def __init__(
+        self, graph: Graph, target: Target, threads: int, choose: Choose = kernels.default_schedule, compact: bool = False
+    ) -> None:
         from tvm import relax
 
         self.graph = graph
@@ -40,6 +44,7 @@ class Lowering:
         self.values = Values(graph, self.builder)
         self.values.arrays.update(constant_values(graph))
         self.converter = convert.Converter(graph, self.builder)
+        self.compact = compact  # keep weights as codes even where decoding them costs time
         self.templates = Templates(self.builder, target, threads, choose)
         self.constant = constant_nodes(graph)
 
@@ -80,7 +85,7 @@ class Lowering:
 
     def _coded(self, region: Region) -> bool:
         """Emit the region as a kernel that decodes its weights, where that is faster; False for all others."""
-        if expanded_because(self.graph, region, self.templates.target, self.templates.threads):
+        if expanded_because(self.graph, region, self.templates.target, self.templates.threads, self.compact):
             return False
         kernel = coded_kernel(self.graph, region, self.values)
         result = self.templates.call_coded(kernel, region.name) if kernel else None

@@ -96,6 +96,14 @@ class Decoder:
         return np.ascontiguousarray(words.transpose(0, 2, 3, 1, 4)).view(np.uint8).reshape(vectors, chunks, -1)
 
     @property
+    def instructions(self) -> int:
+        """About how many a step takes to decode: code that is unrolled too far takes seconds to compile."""
+        looked_up = self.coding.books > 0
+        registers = max(1, 2**self.coding.bits // self.lanes) if looked_up and not self.integer else 1
+        planes = 2 + 3 * (len(self.coding.planes) - 1)
+        return planes + (2 * self.lanes if looked_up and not self._permutes else 3 * (registers - 1) // 2)
+
+    @property
     def table_size(self) -> int:
         """Entries of one codebook as it lies in memory: whole registers, a short one repeated."""
         if not self.coding.books:

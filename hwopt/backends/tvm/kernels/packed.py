@@ -29,6 +29,7 @@ from hwopt.backends.tvm.kernels.spec import Step
 from hwopt.target import MicroKernel
 
 DIRECT_ROWS = 12  # with more rows, decoding once into workspace is faster (measured)
+UNROLLED = 256  # decoding instructions in one chunk of a tile: more takes seconds to compile
 WORKSPACE = 512 << 10  # bytes of decoded weights per task: a share of the second level cache
 
 
@@ -124,7 +125,9 @@ def schedule_of(spec: PackedSpec, micro: MicroKernel, cores: int = 1) -> Schedul
         return replace(found, block_tiles=min(most, share, tiles), parallel=parallel)
     sums = 2 if spec.block else 1
     room = micro.registers - min(8, micro.registers // 4)
-    wide = next((v for v in (4, 2, 1) if v <= vectors and sums * v * min(spec.m, 4) + v <= room), 1)
+    decoder = Decoder(spec.coding, micro, spec.n)
+    most = max(1, UNROLLED // (decoder.steps * decoder.instructions))
+    wide = next((v for v in (4, 2, 1) if v <= min(vectors, most) and sums * v * min(spec.m, 4) + v <= room), 1)
     rows = max(1, min(spec.m, (room - wide) // (sums * wide)))
     rows = -(-spec.m // -(-spec.m // rows))  # even tiles
     tiles = -(-vectors // wide)
