@@ -27,7 +27,9 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print data instead 
 CALIBRATE = click.option("--calibrate", type=click.Path(path_type=Path), help="An .npz with inputs by name.")
 EVALUATE = click.option("--evaluate", metavar="NPZ|MODULE:FUNCTION", help="An .npz (inputs, labels) or a scoring function.")
 MAX_DROP = click.option("--max-drop", default="1%", show_default=True, help="How much the score may fall.")
-BUDGET = click.option("--budget", "limits", multiple=True, metavar="latency=2ms|size=1MB|memory=4MB", help="Further limits.")
+BUDGET = click.option(
+    "--budget", "limits", multiple=True, metavar="latency=2ms|size=1MB|memory=4MB|energy=2mJ", help="Further limits."
+)
 TUNING_DB = click.option(
     "--tuning-db",
     type=click.Path(path_type=Path),
@@ -38,6 +40,8 @@ PASSES = click.option(
 )
 
 
+CHECK = "Leave changes out once; those without which the model is faster stay out."
+REPORT = click.option("--report", type=click.Path(path_type=Path), help="Write a page for people, one HTML file.")
 BUILDING = (
     click.option("--emit", default="shared,source", show_default=True, help="Products: shared, static, object, source, pc."),
     click.option("--parallel", type=click.Choice(["pthread", "openmp", "serial"]), default="pthread", show_default=True),
@@ -83,17 +87,24 @@ def cli() -> None:
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Replay this plan instead of searching.")
 @TUNING_DB
 @click.option("--tune", "effort", metavar="200|90s|5m", help="Search faster schedules first: so many candidates, or so long.")
+@click.option("--check", type=click.Choice(["none", "doubtful", "all"]), default="doubtful", show_default=True, help=CHECK)
 @building
+@REPORT
 @JSON
-def compile_(model: Path, out: Path, as_json: bool, plan_file: Path | None, effort: str | None, **options: Any) -> None:
+def compile_(
+    model: Path, out: Path, as_json: bool, plan_file: Path | None, effort: str | None, report: Path | None, **options: Any
+) -> None:
     """Optimize MODEL and compile it into a library that needs neither Python nor TVM."""
+    job = _form(_job(options))
     from hwopt.cache import Cache, cache_folder
     from hwopt.delivery import deliver
     from hwopt.tuning import parse_effort
 
-    job = _form(_job(options)) | {"tune": parse_effort(effort) if effort else None}
+    job |= {"tune": parse_effort(effort) if effort else None}
     with ProgressBar() as progress:
         artifact, kept = deliver(model, out, cache=Cache(cache_folder()), plan=plan_file, progress=progress, **job)
+    if report:
+        _write(report, _page(out))
     click.echo(json.dumps(artifact.report, indent=1, sort_keys=True) if as_json else _summary(artifact.report, out))
     if kept and not as_json:
         click.echo("from the cache (hwopt cache)")
@@ -101,20 +112,30 @@ def compile_(model: Path, out: Path, as_json: bool, plan_file: Path | None, effo
 
 @cli.command()
 @MODEL
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Where to write plan.json.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="plan.json; a folder with --search, --pareto.")
 @planning
-def plan(model: Path, out: Path, **options: Any) -> None:
+@click.option("--search", "method", metavar="bayesian|random|grid", help="Search criteria, calibrators, group sizes too.")
+@click.option("--trials", type=click.IntRange(1), default=20, show_default=True, help="In all; earlier ones in the folder count.")
+@click.option("--pareto", "cost", metavar="latency|size|energy", help="A front of plans: the score against this cost.")
+@click.option(
+    "--points", type=click.IntRange(2), default=8, show_default=True, help="Of the front; those in the folder are kept."
+)
+@click.option("--tie/--no-tie", default=True, help="Decide isomorphic layers once, where that is proven to lose nothing.")
+@REPORT
+def plan(model: Path, out: Path, report: Path | None, **options: Any) -> None:
     """Decide what to change in MODEL, layer by layer, and write the decisions; nothing is compiled."""
-    from hwopt.compiler import plan_model
+    from hwopt.explore import job_of, planned
     from hwopt.plan.explain import explain
 
-    job = _job(options)
-    _check_parent(out)
+    ways = {name: options.pop(name) for name in ("method", "trials", "cost", "points", "tie")}
+    for file in (out, *([report] if report else [])):
+        _check_parent(file, folder=file is out and bool(ways["method"] or ways["cost"]))
     with ProgressBar() as progress:
-        found = plan_model(model, progress=progress, **job)
-    _write(out, found.plan.to_json())
+        found, file, html = planned(job_of(model, _job(options) | {"progress": progress}), out, **ways)
+    if report:
+        _write(report, html)
     click.echo(explain(found.plan).split("\nrefused (", 1)[0])
-    click.echo(f"wrote {out}; hwopt explain {out} shows every refusal")
+    click.echo(f"wrote {file}; hwopt explain {file} shows every refusal")
 
 
 @cli.command("apply")
@@ -143,13 +164,17 @@ def apply_(model: Path, out: Path, plan_file: Path | None, **options: Any) -> No
 @cli.command("explain")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--layer", default="", help="Only this layer.")
-def explain_(source: Path, layer: str) -> None:
-    """Why did this layer get that? SOURCE is a plan.json or an artifact."""
+@REPORT
+def explain_(source: Path, layer: str, report: Path | None) -> None:
+    """Why did this layer get that? SOURCE is a plan.json or an artifact (whose page --report can write)."""
     from hwopt.plan.explain import explain
     from hwopt.plan.plan import plan_from_json
 
     path = source / "plan.json" if source.is_dir() else source
-    click.echo(explain(plan_from_json(_read(path), str(path)), layer), nl=False)
+    plan = plan_from_json(_read(path), str(path))
+    if report:
+        _write(report, _page(source))
+    click.echo(explain(plan, layer), nl=False)
 
 
 @cli.command("print")
@@ -386,11 +411,11 @@ def _read(path: Path) -> str:
         raise UsageError("not a text file", place=str(path)) from error
 
 
-def _check_parent(path: Path) -> None:
-    """Before long work: the folder of a result must exist and the result be a file."""
+def _check_parent(path: Path, folder: bool = False) -> None:
+    """Before long work: the folder of a result must exist and the result be a file, or a folder where that is asked for."""
     if not path.parent.is_dir():
         raise UsageError("the folder does not exist", place=str(path.parent), hint="make it first")
-    if path.is_dir():
+    if path.is_dir() and not folder:
         raise UsageError("is a folder", place=str(path), hint="name a file")
 
 
@@ -399,6 +424,17 @@ def _write(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     part.replace(path)
+
+
+def _page(artifact: Path) -> str:
+    """The page of an artifact."""
+    from hwopt.page.page import page
+    from hwopt.plan.plan import plan_from_json
+
+    if not artifact.is_dir():
+        raise UsageError("is no artifact", place=str(artifact), hint="hwopt plan writes the page of a plan: --report page.html")
+    plan = plan_from_json(_read(artifact / "plan.json"), str(artifact))
+    return page(json.loads(_read(artifact / "report.json")), plan)
 
 
 def _table(rows: list[dict[str, Any]], as_json: bool) -> None:

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -184,12 +183,25 @@ def test_two_builds_in_two_folders_and_processes_give_the_same_bytes(project, tm
     assert not any(str(tmp_path).encode() in data for data in first.values())
 
 
+BUILDS = """
+import sys
+from pathlib import Path
+from hwopt.cache import Cache
+from hwopt.delivery import deliver
+from hwopt.plan.budget import Budget
+project, out, first = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+for number in range(first, first + 4):
+    deliver(project / "small.onnx", out / str(number), cache=Cache(project / "cache"), measure=False, seed=number % 2)
+"""
+
+
 def test_sixteen_parallel_builds_share_one_cache(project, tmp_path):
-    first = compiled(project, tmp_path / "first")
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda number: compiled(project, tmp_path / str(number)), range(16)))
-    assert all(one == first for one in found)
-    assert len(list((project / "cache/artifacts").iterdir())) == 1
+    command = [sys.executable, "-c", BUILDS, project, tmp_path]
+    running = [subprocess.Popen([*command, str(first)], env=environment(project)) for first in range(0, 16, 4)]
+    assert [process.wait() for process in running] == [0] * 4
+    found = [{path.name: path.read_bytes() for path in (tmp_path / str(number)).iterdir()} for number in range(16)]
+    assert all(one == found[number % 2] for number, one in enumerate(found))
+    assert len(list((project / "cache/artifacts").iterdir())) == 2
 
 
 def test_a_damaged_entry_of_the_cache_is_built_again(project, tmp_path, monkeypatch, capsys):
