@@ -14,13 +14,14 @@ from tvm import tirx
 
 from hwopt.backends.tvm.kernels import bfloat16
 from hwopt.backends.tvm.kernels.code import Code, Value, cast, load, splat, vector
-from hwopt.backends.tvm.kernels.functions import FUNCTIONS, ROUND, Maths
+from hwopt.backends.tvm.kernels.functions import FUNCTIONS, QUICK, ROUND, Maths
 from hwopt.backends.tvm.kernels.spec import Activation, Add, Bias, Multiply, Quantize, Scale, Step
 from hwopt.target import MicroKernel
 
 LIMITS = {"uint8": (0, 255), "int8": (-128, 127)}
 HOMOGENEOUS = ("relu", "clip", "leaky_relu")  # gain * f(x) = f'(gain * x) with the bounds of clip scaled
 
+LOST = 0.1  # of a quantization step: an approximation's error that no more than one result in ten shows, by one step
 TRANSCENDENTAL = ("sigmoid", "silu", "tanh", "gelu", "gelu_tanh")
 
 
@@ -49,7 +50,7 @@ class Epilogue:
         fused: bool,
         micro: MicroKernel | None = None,
     ) -> None:
-        self.steps, self.accumulator, self.out_dtype = tuple(steps), accumulator, out_dtype
+        self.steps, self.accumulator, self.out_dtype = _quick(steps), accumulator, out_dtype
         self.channels, self.images, self.size, self.fused = channels, images, size, fused
         self.micro = micro  # whose instructions round to bfloat16; none: in integer arithmetic
         self.tensors = [self._tensor(step) for step in self.steps]
@@ -144,6 +145,17 @@ def _activate(maths: Maths, value: Value, step: Activation, gain: float) -> Valu
         return function(maths, value, low * gain, high * gain)
     result = function(maths, value, *step.parameters)
     return result if step.function in HOMOGENEOUS or gain == 1.0 else result * maths.constant(gain)
+
+
+def _quick(steps: Sequence[Step]) -> tuple[Step, ...]:
+    """The steps, with a polynomial for a gate that is quantized at once, where its error is lost in the rounding."""
+    found = tuple(steps)
+    if len(found) < 2 or not isinstance(found[-1], Quantize) or not isinstance(found[-2], Activation):
+        return found
+    quick = QUICK.get(found[-2].function)
+    if quick is None or quick.error > LOST * found[-1].scale:
+        return found
+    return (*found[:-2], Activation(f"quick_{found[-2].function}"), found[-1])
 
 
 def _gains(steps: Sequence[Step]) -> list[float]:

@@ -7,6 +7,7 @@ erf: Abramowitz and Stegun 7.1.26, absolute error 1.5e-7.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from tvm import tirx
 
@@ -36,13 +37,11 @@ class Maths:
         return a * b + c
 
     def clip(self, x: Value, low: float | None, high: float | None) -> Value:
-        """x within the bounds; NaN stays NaN (Max(x, bound) would be the bound)."""
+        """x within the bounds; NaN stays NaN, as both compare it with the bound first and take the second operand then."""
         if low is not None:
-            x = self.name(x)
-            x = tirx.Select(tirx.LT(x, self.constant(low)), self.constant(low), x)
+            x = self.name(tirx.Max(self.constant(low), x))
         if high is not None:
-            x = self.name(x)
-            x = tirx.Select(tirx.GT(x, self.constant(high)), self.constant(high), x)
+            x = self.name(tirx.Min(self.constant(high), x))
         return x
 
     def polynomial(self, x: Value, coefficients: Sequence[float]) -> Value:
@@ -102,7 +101,39 @@ def _gelu_tanh(maths: Maths, x: Value) -> Value:
     return x * maths.sigmoid(maths.name(x * cube * maths.constant(1.5957691216)))  # 2 sqrt(2 / pi)
 
 
+@dataclass(frozen=True)
+class Quick:
+    """x * (1/2 + an odd polynomial of x), bounded at |x| = `limit`: within `error` of a gate, without exp and division.
+
+    Coefficients by Lawson's reweighted least squares of the absolute error, highest power first.
+    """
+
+    error: float
+    limit: float
+    coefficients: tuple[float, ...]
+
+    def __call__(self, maths: Maths, x: Value) -> Value:
+        bound = maths.constant(self.limit)
+        inner = maths.name(tirx.Max(tirx.Min(x, bound), maths.constant(-self.limit)))
+        square = maths.name(inner * inner)
+        return x * maths.fma(inner, maths.polynomial(square, self.coefficients), maths.constant(0.5))
+
+
+QUICK = {
+    "gelu": Quick(
+        5.3e-4, 3.8, (3.0247306e-8, -1.9566654e-6, 5.4617005e-5, -8.7438217e-4, 9.0455412e-3, -6.5132288e-2, 0.3982564)
+    ),
+    "gelu_tanh": Quick(1.1e-3, 3.4, (1.0627166e-5, -4.1652207e-4, 6.7142973e-3, -5.9737457e-2, 0.39404691)),
+    "silu": Quick(
+        1.6e-3, 8.3,
+        (9.695657e-15, -3.2587844e-12, 4.6697252e-10, -3.7340561e-8, 1.8365723e-6, -5.8117125e-5, 1.2209329e-3, -1.8053574e-2,
+         0.24665294),
+    ),
+}  # fmt: skip
+
+
 FUNCTIONS: dict[str, Callable[..., Value]] = {
+    **{f"quick_{name}": quick for name, quick in QUICK.items()},
     "relu": lambda maths, x: maths.clip(x, 0.0, None),
     "clip": _clip,
     "leaky_relu": lambda maths, x, slope=0.01: tirx.Select(tirx.LT(x, maths.constant(0.0)), x * maths.constant(slope), x),
