@@ -132,6 +132,7 @@ def _facts(library: Library) -> dict[str, Any]:
         "library": library.shared,
         "machine": library.machine,
         "features": list(library.features),
+        "variants": [list(one) for one in library.variants],  # of the features, best first, where there are several
         "threads": library.threads,
         "inputs": [_tensor_json(tensor) for tensor in library.inputs],
         "outputs": [_tensor_json(tensor) for tensor in library.outputs],

@@ -71,12 +71,21 @@ def build(
         raise UnsupportedError(
             f"runs in TVM's virtual machine only: {reason}", place=graph.name, hint="leave out --emit and --parallel"
         )
+    if reason and target.fallbacks:
+        raise UnsupportedError(f"runs in TVM's virtual machine only: {reason}", place=graph.name, hint="name one target")
     tuned = Tuned(database, target) if database is not None else None
     if reason:
         library = _machine_library(graph, target, threads, folder / "library")
     else:
-        program = compile_program(graph, target, threads, identifier(graph.name), tuned or default_schedule, compact)
-        library = build_library(program, folder / "library", features=target.features, threads=threads, form=form)
+        name = identifier(graph.name)
+        program = compile_program(graph, target, threads, name, tuned or default_schedule, compact)
+        fallbacks = []
+        for index, other in enumerate(target.fallbacks, 1):  # under other names: the same kernel has other code there
+            choose = Tuned(database, other) if database is not None else default_schedule
+            fallbacks.append((compile_program(graph, other, threads, f"{name}_{index}", choose, compact), other.features))
+        library = build_library(
+            program, folder / "library", features=target.features, threads=threads, form=form, fallbacks=fallbacks
+        )
     kind = "vm" if reason else "c"
     artifact = write_artifact(
         folder / "artifact", library, target=target.name, model=b"", plan={}, report={}, graph="", kind=kind, reason=reason

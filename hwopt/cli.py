@@ -20,7 +20,9 @@ Command = Callable[..., Any]
 MODEL = click.argument("model", type=click.Path(path_type=Path))
 SHAPE = click.option("--shape", "shapes", multiple=True, metavar="NAME=1,3,224,224", help="Freeze an input's dimensions.")
 BIND = click.option("--bind", "binds", multiple=True, metavar="NAME=VALUE", help="Make an input a constant.")
-TARGET = click.option("--target", default="host", show_default=True, help="Hardware to optimize for (see: hwopt targets).")
+TARGET = click.option(
+    "--target", default="host", show_default=True, help="Hardware (see: hwopt targets), or CPUs, best first: a,b."
+)
 THREADS = click.option("--threads", type=click.IntRange(1), default=None, help="Threads; all cores of the target if not given.")
 SEED = click.option("--seed", type=int, default=0, show_default=True)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print data instead of text.")

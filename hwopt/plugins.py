@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -43,6 +44,18 @@ def find_targets() -> Mapping[str, Target]:
 
 
 def find_target(name: str) -> Target:
+    """The target of that name. Several CPUs, best first and separated by commas, are one whose library runs on each of them."""
+    first, *others = (_one_target(part.strip()) for part in name.split(","))
+    if not others:
+        return first
+    for target in (first, *others):
+        if target.kind != "cpu":
+            raise UsageError(f"{target.name} is no CPU: its kernels cannot share a library", place=name)
+    here = any(target.runs_here for target in (first, *others))
+    return dataclasses.replace(first, name=name, runs_here=here, fallbacks=tuple(others))
+
+
+def _one_target(name: str) -> Target:
     targets = find_targets()
     if name not in targets:
         raise UsageError(f"unknown target {name!r}", hint=did_you_mean(name, targets))

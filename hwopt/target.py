@@ -130,6 +130,7 @@ class Target:
     microkernels: Mapping[str, MicroKernel] = field(default_factory=dict)
     features: tuple[str, ...] = ()  # what the machine must have, in /proc/cpuinfo's words
     runs_here: bool = False  # True where this process can execute the compiled code
+    fallbacks: tuple[Target, ...] = ()  # other instruction sets that go into the same library, for processors without this one's
 
     @property
     def activation(self) -> str:

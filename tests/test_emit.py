@@ -253,6 +253,7 @@ def test_info_describes_the_model(tmp_path):
             ("name", ctypes.c_char_p), ("features", ctypes.c_char_p), ("inputs_count", ctypes.c_uint32),
             ("outputs_count", ctypes.c_uint32), ("inputs", ctypes.POINTER(TensorInfo)), ("outputs", ctypes.POINTER(TensorInfo)),
             ("arena_bytes", ctypes.c_uint64), ("workspace_bytes", ctypes.c_uint64), ("weight_bytes", ctypes.c_uint64),
+            ("variants_count", ctypes.c_uint32), ("variants", ctypes.POINTER(ctypes.c_char_p)),
         ]  # fmt: skip
 
     buffers = {"x": Buffer("x", "float32", (8, 5), "input"), "w": constant("w", ramp())}

@@ -8,16 +8,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hwopt.emit.check import check_objects, check_program
+from hwopt.emit.check import check_objects, check_program, kernel_symbol
 from hwopt.emit.cpu import check_code
-from hwopt.emit.driver import Layout, header, source
+from hwopt.emit.driver import Layout, Variant, arena_bytes, header, shared_features, source, workspace_bytes
 from hwopt.emit.elf import read_object
 from hwopt.emit.memory import plan_memory
 from hwopt.emit.products import Form, library_of, make_products
 from hwopt.emit.program import Program
 from hwopt.emit.toolchain import find_compiler
-from hwopt.emit.weights import assembly, pack_weights
-from hwopt.errors import HwoptError, UnsupportedError, UsageError
+from hwopt.emit.weights import Weights, assembly, pack_shared
+from hwopt.errors import HwoptError, UnsupportedError, UsageError, VerifyError
 from hwopt.ir import TensorType
 
 RUNTIME = ("hwopt_runtime.c", "hwopt_runtime.h", "hwopt_types.h")
@@ -49,6 +49,7 @@ class Library:
     arena_bytes: int  # peak activation memory
     workspace_bytes: int
     weight_bytes: int
+    variants: tuple[tuple[str, ...], ...] = ()  # the features of each set of kernels, best first, where there are several
 
 
 def build_library(
@@ -58,35 +59,77 @@ def build_library(
     features: Sequence[str] = (),
     threads: int = 1,
     form: Form = FORM,
+    fallbacks: Sequence[tuple[Program, Sequence[str]]] = (),
 ) -> Library:
     """Write `<name>.h` and what the form names (see products.py) into `folder`.
 
     `features` are checked when the library runs (names of /proc/cpuinfo); `threads` is what a run uses until somebody says
     otherwise. Without a heap a run lives in the caller's
-    workspace alone, serially. The same program gives the same bytes. Nothing is written before everything
-    is built. Raises UnsupportedError for what plain C cannot run, and ToolchainError without a C compiler.
+    workspace alone, serially. `fallbacks` are the same model for processors that lack the features, with what they need
+    themselves: the library runs the first that its processor can. The same program gives the same bytes. Nothing is written
+    before everything is built. Raises UnsupportedError for what plain C cannot run, and ToolchainError without a C compiler.
     """
     _check_options(program, threads, form)
-    check_program(program)
-    machine = check_objects(program)
+    programs = [program, *(other for other, _ in fallbacks)]
+    machine = _machine(programs)
     compiler = () if set(form.emit) <= {"source"} else find_compiler(machine)
-    weights = pack_weights(program)
+    packed = pack_shared(programs)
+    weights = packed[0]
     if len(weights.blob) >= 1 << 31:
         raise UnsupportedError(f"{len(weights.blob)} bytes of constants; a library holds 2 GB", place=program.name)
-    symbols = frozenset(name for data in program.objects for name in read_object(data).functions)
-    layout = Layout(program, plan_memory(program), weights, symbols, 0 if form.heap else program.scratch_bytes)
-    folder, check = Path(folder), check_code(features, machine)
+    needs = [features, *(needed for _, needed in fallbacks)]
+    variants = tuple(
+        _variant(one, found, needed, machine, form.heap, f"_{index}" if index else "")
+        for index, (one, found, needed) in enumerate(zip(programs, packed, needs, strict=True))
+    )
+    _check_symbols(variants)
+    folder = Path(folder)
     try:
         flags = (*PARALLEL[form.parallel], *(() if form.heap else ("-DHWOPT_NO_HEAP",)))
-        files = _make(folder, layout, compiler, (threads, check, tuple(sorted(features))), flags, form.emit)
+        files = _make(folder, variants, compiler, threads, flags, form.emit)
     except OSError as error:
         raise HwoptError(f"cannot be written: {error.strerror or error}", place=str(folder)) from error
     return Library(
         name=program.name, folder=folder, files=files, shared=library_of(program.name, form.emit), machine=machine,
-        features=tuple(sorted(features)), threads=threads, inputs=_tensors(program, program.inputs),
-        outputs=_tensors(program, program.outputs), arena_bytes=layout.memory.arena_bytes,
-        workspace_bytes=layout.workspace_bytes, weight_bytes=weights.bytes,
+        features=shared_features(variants), threads=threads, inputs=_tensors(program, program.inputs),
+        outputs=_tensors(program, program.outputs), arena_bytes=arena_bytes(variants),
+        workspace_bytes=workspace_bytes(variants), weight_bytes=weights.bytes,
+        variants=tuple(one.features for one in variants) if fallbacks else (),
     )  # fmt: skip
+
+
+def _machine(programs: Sequence[Program]) -> str:
+    """What the programs are for; raises VerifyError where they are not one model for one family of processors."""
+    first = programs[0]
+    for program in programs:
+        check_program(program)
+        if _interface(program) != _interface(first):
+            raise VerifyError("variants with different inputs or outputs", place=first.name)
+    machines = {check_objects(program): None for program in programs}
+    if len(machines) > 1:
+        raise UsageError(f"one library for {' and '.join(machines)}", place=first.name, hint="compile it for each of them")
+    return next(iter(machines))
+
+
+def _check_symbols(variants: Sequence[Variant]) -> None:
+    """Kernels of two variants must not be called the same: one of them would be linked into both."""
+    known: set[str] = set()
+    for one in variants:
+        calls = {kernel_symbol(call, one.layout.symbols) for call in one.layout.program.calls}
+        if twice := sorted(known & one.layout.symbols & calls):
+            raise VerifyError(f"{', '.join(twice)} is in two variants", place=one.layout.program.name)
+        known |= calls
+
+
+def _interface(program: Program) -> list[tuple[str, str, tuple[int, ...]]]:
+    ends = (*program.inputs, *program.outputs)
+    return [(name, program.buffers[key].dtype, program.buffers[key].shape) for name, key in ends]
+
+
+def _variant(program: Program, weights: Weights, features: Sequence[str], machine: str, heap: bool, suffix: str) -> Variant:
+    symbols = frozenset(name for data in program.objects for name in read_object(data).functions)
+    layout = Layout(program, plan_memory(program), weights, symbols, 0 if heap else program.scratch_bytes)
+    return Variant(layout, tuple(sorted(features)), check_code(features, machine, f"supported{suffix}"), suffix)
 
 
 def _check_options(program: Program, threads: int, form: Form) -> None:
@@ -102,18 +145,18 @@ def _check_options(program: Program, threads: int, form: Form) -> None:
 
 def _make(
     folder: Path,
-    layout: Layout,
+    variants: Sequence[Variant],
     compiler: tuple[str, ...],
-    facts: tuple[int, str, tuple[str, ...]],
+    threads: int,
     flags: tuple[str, ...],
     emit: Collection[str],
 ) -> tuple[str, ...]:
     """Build in a folder of its own next to `folder`, and move the files over once all of them are there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    name = layout.program.name
+    name = variants[0].layout.program.name
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
         made = Path(work)
-        sources = _write_sources(made, layout, *facts)
+        sources = _write_sources(made, variants, threads)
         kernels = [file for file in sources if "_kernels" in file]
         make_products(made, name, compiler, flags, kernels, emit)
         for file in () if "source" in emit else (file for file in sources if file != f"{name}.h"):
@@ -125,15 +168,16 @@ def _make(
     return files
 
 
-def _write_sources(folder: Path, layout: Layout, threads: int, check: str, features: tuple[str, ...]) -> list[str]:
+def _write_sources(folder: Path, variants: Sequence[Variant], threads: int) -> list[str]:
     """Everything that a C compiler needs; the names of the files."""
-    name = layout.program.name
+    name = variants[0].layout.program.name
+    objects = [data for one in variants for data in one.layout.program.objects]
     texts = {
-        f"{name}.h": header(layout), f"{name}.c": source(layout, threads, check, features), f"{name}_weights.S": assembly(name),
+        f"{name}.h": header(variants), f"{name}.c": source(variants, threads), f"{name}_weights.S": assembly(name),
         **{file: Path(__file__).with_name(file).read_text() for file in RUNTIME},
     }  # fmt: skip
-    blobs = {f"{name}_weights.bin": layout.weights.blob}
-    blobs |= {f"{name}_kernels{index}.o": data for index, data in enumerate(layout.program.objects)}
+    blobs = {f"{name}_weights.bin": variants[0].layout.weights.blob}
+    blobs |= {f"{name}_kernels{index}.o": data for index, data in enumerate(objects)}
     for file, content in {**{file: text.encode() for file, text in texts.items()}, **blobs}.items():
         (folder / file).write_bytes(content)
     return [*texts, *blobs]

@@ -44,8 +44,8 @@ RISCV = {letter: (1, ord(letter) - ord("a")) for letter in "acdfimv"}
 _HWCAP = {"aarch64": ("__aarch64__", AARCH64), "arm": ("__arm__", ARM), "riscv": ("__riscv", RISCV)}
 
 
-def check_code(features: Iterable[str], machine: str) -> str:
-    """C source of `static int supported(void)`: 1 if the running processor has all of them, 0 if not.
+def check_code(features: Iterable[str], machine: str, function: str = "supported") -> str:
+    """C source of `static int <function>(void)`: 1 if the running processor has all of them, 0 if not.
 
     Raises UnsupportedError for a feature that nobody knows how to ask for: it must not be taken for granted.
     """
@@ -55,11 +55,11 @@ def check_code(features: Iterable[str], machine: str) -> str:
         if name not in known:
             raise UnsupportedError(f"cannot ask a {machine or 'processor'} for {name!r}", hint=did_you_mean(name, known))
     if not wanted:
-        return "static int supported(void) { return 1; }\n"
-    return _x86(wanted) if machine in ("x86_64", "i386") else _auxiliary(wanted, machine)
+        return f"static int {function}(void) {{ return 1; }}\n"
+    return _x86(wanted, function) if machine in ("x86_64", "i386") else _auxiliary(wanted, machine, function)
 
 
-def _auxiliary(wanted: list[str], machine: str) -> str:
+def _auxiliary(wanted: list[str], machine: str, function: str) -> str:
     macro, table = _HWCAP[machine]
     masks = {word: sum(1 << bit for name in wanted for at, bit in [table[name]] if at == word) for word in (1, 2)}
     tests = [
@@ -70,11 +70,11 @@ def _auxiliary(wanted: list[str], machine: str) -> str:
 #endif
 #include <sys/auxv.h>
 /* {" ".join(wanted)} */
-static int supported(void) {{ return {" && ".join(tests)}; }}
+static int {function}(void) {{ return {" && ".join(tests)}; }}
 """
 
 
-def _x86(wanted: list[str]) -> str:
+def _x86(wanted: list[str], function: str) -> str:
     groups: dict[tuple[int, int], dict[str, int]] = {}
     for name in wanted:
         leaf, subleaf, register, bit = X86[name]
@@ -97,7 +97,7 @@ def _x86(wanted: list[str]) -> str:
 #error "the kernels are for x86"
 #endif
 {head}/* {" ".join(wanted)} */
-static int supported(void) {{
+static int {function}(void) {{
   unsigned a, b, c, d;
 {"".join(lines)}  return 1;
 }}

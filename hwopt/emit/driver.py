@@ -26,6 +26,16 @@ _RESERVED = frozenset([*_KEYWORDS.split(), *_OWN, *(spelled for spelled, _, _ in
 
 
 @dataclass(frozen=True)
+class Variant:
+    """The model for one instruction set: what it needs of the processor, and the C function that asks for it (see cpu.py)."""
+
+    layout: Layout
+    features: tuple[str, ...]
+    check: str
+    suffix: str = ""  # of the names of its tables
+
+
+@dataclass(frozen=True)
 class Layout:
     """Everything that the tables and the header are printed from. Sizes in bytes."""
 
@@ -49,10 +59,6 @@ class Layout:
         """Room for the run's own tables: DLTensor is at most 48 bytes, TVMFFIAny 16, a pointer 8."""
         pointers = len(self.program.inputs) + len(self.program.outputs)
         return rounded(48 * len(self.slots)) + rounded(16 * self.arguments_most) + rounded(8 * pointers)
-
-    @property
-    def workspace_bytes(self) -> int:
-        return rounded(self.memory.arena_bytes) + self.table_bytes + rounded(self.scratch_bytes)
 
     def place(self, name: str) -> tuple[str, int]:
         """Where a buffer lies: the kind of memory, and the offset or index there."""
@@ -92,12 +98,24 @@ def signature(program: Program) -> str:
     return f"int {program.name}_run({', '.join([*inputs, *outputs, 'void *workspace'])})"
 
 
-def header(layout: Layout) -> str:
+def arena_bytes(variants: Sequence[Variant]) -> int:
+    """Peak activation memory, whichever of the variants runs."""
+    return max(one.layout.memory.arena_bytes for one in variants)
+
+
+def workspace_bytes(variants: Sequence[Variant]) -> int:
+    """What the caller of any variant provides: activations, tables and scratch, which begin at the same places."""
+    tables = max(one.layout.table_bytes for one in variants)
+    return rounded(arena_bytes(variants)) + tables + max(rounded(one.layout.scratch_bytes) for one in variants)
+
+
+def header(variants: Sequence[Variant]) -> str:
     """The header a user includes: self-contained, C11 and C++, documents every buffer."""
+    layout = variants[0].layout
     program, upper = layout.program, layout.program.name.upper()
     return f"""/* {program.name}: a model compiled by hwopt. This file is generated.
  *
-{_document(layout)}
+{_document(layout)}{_choice(variants)}
  * {program.name}_run is re-entrant: threads may call it at the same time if each brings its own workspace, or NULL.
  * Tensors are dense, in C order. On 64-byte boundaries they are used in place, elsewhere through an aligned copy on the heap.
  */
@@ -108,7 +126,7 @@ def header(layout: Layout) -> str:
 extern "C" {{
 #endif
 
-#define {upper}_WORKSPACE_BYTES {layout.workspace_bytes}u
+#define {upper}_WORKSPACE_BYTES {workspace_bytes(variants)}u
 
 /* Runs the model once. `workspace`: {upper}_WORKSPACE_BYTES on a 64-byte boundary, or NULL to use memory of the library's own.
  * Returns HWOPT_OK or an error code. */
@@ -133,19 +151,26 @@ const char *{program.name}_error(int code);
 """
 
 
-def source(layout: Layout, threads: int, check: str, features: Sequence[str]) -> str:
-    """The driver; `check` is the C function that asks the processor for its features (see cpu.py)."""
-    name = layout.program.name
-    symbols = list(dict.fromkeys(kernel_symbol(call, layout.symbols) for call in layout.program.calls))
+def _choice(variants: Sequence[Variant]) -> str:
+    if len(variants) == 1:
+        return ""
+    lines = "".join(f"\n *   {' '.join(one.features) or 'any processor of its family'}" for one in variants)
+    return f"\n * It runs the first of these sets of kernels that the processor has:{lines}\n *"
+
+
+def source(variants: Sequence[Variant], threads: int) -> str:
+    """The driver: tables for every variant, and the entry that takes the first one which the processor can run."""
+    name = variants[0].layout.program.name
+    called = [kernel_symbol(call, one.layout.symbols) for one in variants for call in one.layout.program.calls]
+    symbols = list(dict.fromkeys(called))
     parts = [
         "#define _GNU_SOURCE\n",
         f'#include "{name}.h"\n#include "hwopt_runtime.h"\n\n',
         f'__attribute__((visibility("hidden"))) extern const unsigned char {name}_weights[];\n',
         *(f"int {symbol}(void *, const TVMFFIAny *, int32_t, TVMFFIAny *);\n" for symbol in symbols),
-        "\n" + check + "\n",
-        _tables(layout),
-        _description(layout),
-        _entry(layout, threads, features),
+        *("\n" + one.check + "\n" + _tables(one.layout, one.suffix) for one in variants),
+        _description(variants[0].layout),
+        _entry(variants, threads),
     ]
     return "".join(parts)
 
@@ -183,7 +208,7 @@ def _rows(kind: str, name: str, rows: Iterable[str]) -> str:
     return f"static const {kind} {name}[] = {{\n{body}}};\n"
 
 
-def _tables(layout: Layout) -> str:
+def _tables(layout: Layout, suffix: str) -> str:
     program = layout.program
     dims, where = _dimensions(layout)
     numbers = {name: index for index, name in enumerate(layout.slots)}
@@ -202,11 +227,11 @@ def _tables(layout: Layout) -> str:
         arguments += [str(numbers[name]) for name in call.args]
     lines = [", ".join(arguments[at : at + 24]) for at in range(0, len(arguments), 24)]
     return (
-        _rows("int64_t", "dims", [", ".join(map(str, dims)) or "0"])
-        + _rows("hwopt_slot", "slots", slots)
-        + _rows("uint32_t", "arguments", lines or ["0"])
-        + _rows("hwopt_call", "calls", calls)
-        + _rows("hwopt_copy", "copies", _copies(layout))
+        _rows("int64_t", f"dims{suffix}", [", ".join(map(str, dims)) or "0"])
+        + _rows("hwopt_slot", f"slots{suffix}", slots)
+        + _rows("uint32_t", f"arguments{suffix}", lines or ["0"])
+        + _rows("hwopt_call", f"calls{suffix}", calls)
+        + _rows("hwopt_copy", f"copies{suffix}", _copies(layout))
     )
 
 
@@ -249,32 +274,45 @@ def _description(layout: Layout) -> str:
     return "".join(texts)
 
 
-def _entry(layout: Layout, threads: int, features: Sequence[str]) -> str:
-    program, name = layout.program, layout.program.name
+def shared_features(variants: Sequence[Variant]) -> tuple[str, ...]:
+    """What a processor must have, whichever of the variants it runs."""
+    return tuple(sorted(frozenset.intersection(*(frozenset(one.features) for one in variants))))
+
+
+def _entry(variants: Sequence[Variant], threads: int) -> str:
+    program, name = variants[0].layout.program, variants[0].layout.program.name
     parameters = parameter_names(program)
     count = len(program.inputs)
-    return f"""static const hwopt_info info = {{
-    {_quote(name)}, {_quote(" ".join(features))}, {count}u, {len(program.outputs)}u, inputs, outputs,
-    {layout.memory.arena_bytes}u, {name.upper()}_WORKSPACE_BYTES, {layout.weights.bytes}u}};
+    sets = ", ".join(_quote(" ".join(one.features)) for one in variants)
+    return f"""static const char *const sets[] = {{{sets}}};
+static const hwopt_info info = {{
+    {_quote(name)}, {_quote(" ".join(shared_features(variants)))}, {count}u, {len(program.outputs)}u, inputs, outputs,
+    {arena_bytes(variants)}u, {name.upper()}_WORKSPACE_BYTES, {variants[0].layout.weights.bytes}u, {len(variants)}u, sets}};
 static atomic_int thread_count = {threads};
-static atomic_int cpu;
+static atomic_int cpu[{len(variants)}];
 static _Atomic(hwopt_pool *) idle;
-static const hwopt_model model = {{
-    &info, {name}_weights, dims, slots, arguments, calls, copies, {len(layout.slots)}u, {layout.arguments_most}u,
-    {len(program.calls)}u, {len(_copies(layout))}u, {rounded(layout.scratch_bytes)}u, supported, &thread_count, &cpu, &idle}};
+static const hwopt_model models[] = {{
+{",".join(_model(name, one, index) for index, one in enumerate(variants))}}};
 
 {signature(program)} {{
   const void *in[] = {{{", ".join(parameters[:count]) or "NULL"}}};
   void *out[] = {{{", ".join(parameters[count:]) or "NULL"}}};
-  return hwopt_run(&model, in, out, workspace);
+  return hwopt_run(hwopt_choose(models, {len(variants)}u), in, out, workspace);
 }}
 
 const hwopt_info *{name}_info(void) {{ return &info; }}
-int {name}_set_threads(int threads) {{ return hwopt_set_threads(&model, threads); }}
-void {name}_release(void) {{ hwopt_release(&model); }}
+int {name}_set_threads(int threads) {{ return hwopt_set_threads(models, threads); }}
+void {name}_release(void) {{ hwopt_release(models); }}
 const char *{name}_error(int code) {{ return hwopt_error_text(code); }}
 
 #if !defined(HWOPT_NO_HEAP)
-__attribute__((destructor)) static void unload(void) {{ hwopt_release(&model); }}
+__attribute__((destructor)) static void unload(void) {{ hwopt_release(models); }}
 #endif
 """
+
+
+def _model(name: str, variant: Variant, index: int) -> str:
+    layout, tables = variant.layout, ("dims", "slots", "arguments", "calls", "copies")
+    return f"""    {{&info, {name}_weights, {", ".join(table + variant.suffix for table in tables)}, {len(layout.slots)}u,
+     {layout.arguments_most}u, {len(layout.program.calls)}u, {len(_copies(layout))}u, {rounded(layout.scratch_bytes)}u,
+     supported{variant.suffix}, &thread_count, &cpu[{index}], &idle}}"""

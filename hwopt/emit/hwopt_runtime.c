@@ -407,6 +407,12 @@ static int cpu_good(const hwopt_model *m) {
   return known > 0;
 }
 
+const hwopt_model *hwopt_choose(const hwopt_model *models, uint32_t count) {
+  for (uint32_t i = 0; i + 1 < count; ++i)
+    if (cpu_good(&models[i])) return &models[i];
+  return &models[count - 1];
+}
+
 /* Aligned stand-ins for the caller's unaligned buffers. */
 static int stage(const hwopt_model *m, hwopt_pool *pool, const void *const *inputs, void *const *outputs, view *views) {
   const hwopt_info *info = m->info;

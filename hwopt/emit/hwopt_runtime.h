@@ -70,6 +70,8 @@ typedef struct {
   _Atomic(hwopt_pool *) *idle;
 } hwopt_model;
 
+/* The first of several variants of a model that this processor can run; the last one where there is none. */
+const hwopt_model *hwopt_choose(const hwopt_model *models, uint32_t count);
 int hwopt_run(const hwopt_model *model, const void *const *inputs, void *const *outputs, void *workspace);
 int hwopt_set_threads(const hwopt_model *model, int threads);
 void hwopt_release(const hwopt_model *model);

@@ -23,7 +23,7 @@ typedef struct {
 
 typedef struct {
   const char *name;
-  const char *features; /* what the processor must have, in /proc/cpuinfo's words, blank separated */
+  const char *features; /* what the processor must have in any case, in /proc/cpuinfo's words, blank separated */
   uint32_t inputs_count;
   uint32_t outputs_count;
   const hwopt_tensor_info *inputs;
@@ -31,5 +31,7 @@ typedef struct {
   uint64_t arena_bytes;     /* activations */
   uint64_t workspace_bytes; /* activations, kernel scratch and tables: what the caller provides */
   uint64_t weight_bytes;
+  uint32_t variants_count;     /* sets of kernels in the library; the first that the processor has the features for is run */
+  const char *const *variants; /* the features that each of them needs */
 } hwopt_info;
 #endif

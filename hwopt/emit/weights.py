@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,18 +23,26 @@ class Weights:
 
 def pack_weights(program: Program) -> Weights:
     """In the order of the program's buffers, so that equal programs give equal bytes."""
-    blob, offsets, known, needed = bytearray(), {}, {}, 0
-    for name, buffer in program.buffers.items():
-        if buffer.kind != "constant" or buffer.alias or buffer.data is None:
-            continue
-        raw = np.ascontiguousarray(buffer.data).tobytes()
-        digest = hashlib.sha256(raw).digest()
-        if digest not in known:
-            known[digest] = len(blob)
-            needed += len(raw)
-            blob += raw.ljust(rounded(len(raw)), b"\0")
-        offsets[name] = known[digest]
-    return Weights(bytes(blob), offsets, needed)
+    return pack_shared((program,))[0]
+
+
+def pack_shared(programs: Sequence[Program]) -> tuple[Weights, ...]:
+    """One blob for several programs; each has offsets of its own into it."""
+    blob, known, needed = bytearray(), {}, 0
+    found: list[dict[str, int]] = []
+    for program in programs:
+        found.append({})
+        for name, buffer in program.buffers.items():
+            if buffer.kind != "constant" or buffer.alias or buffer.data is None:
+                continue
+            raw = np.ascontiguousarray(buffer.data).tobytes()
+            digest = hashlib.sha256(raw).digest()
+            if digest not in known:
+                known[digest] = len(blob)
+                needed += len(raw)
+                blob += raw.ljust(rounded(len(raw)), b"\0")
+            found[-1][name] = known[digest]
+    return tuple(Weights(bytes(blob), offsets, needed) for offsets in found)
 
 
 def assembly(name: str) -> str:
