@@ -25,8 +25,8 @@ from benchmarks.zoo import ZOO, Case, Missing
 from hwopt.errors import HwoptError, UsageError, did_you_mean
 
 MODELS = tuple(name for name in ZOO if name != "demo")  # what the summary's geometric means are over
-BATCHES, DTYPES = (1, 8), ("f32", "int8")
-FLOAT_ERROR = 1e-3  # of the largest output
+BATCHES, DTYPES = (1, 8), ("f32", "bf16", "int8")
+FLOAT_ERRORS = {"f32": 1e-3, "bf16": 1e-2}  # of the largest output
 STEPS = 4.0  # of 255 over the range of the outputs
 ROUNDS, QUICK_ROUNDS, SETTLE = 40, 5, 0.004
 OURS, TUNED = "hwopt", "hwopt tuned"
@@ -145,19 +145,22 @@ def measure_case(case: Case, threads: int, options: Options) -> Findings:
     for dtype in options.dtypes:
         label = f"{case.name} b{case.batch} {dtype} {threads}t"
         try:
-            graph = quantized(job) if dtype == "int8" else job.graph
+            if dtype == "bf16" and "bfloat16" not in job.target.microkernels:
+                found.notes.append(f"{label}: this processor does not multiply bfloat16")
+                continue
+            graph = job.graph if dtype == "f32" else quantized(job, dtype)
             found.add(_measure_precision(case, model, graph, label, dtype, threads, options, job))
         except HwoptError as error:
             found.failures.append(f"{label}: {error}")
     return found
 
 
-def quantized(job: Any) -> Any:
-    """All layers in int8, calibrated on the case's data."""
+def quantized(job: Any, dtype: str = "int8") -> Any:
+    """All layers in int8, calibrated on the case's data, or in bf16."""
     from hwopt.job import choose_families
     from hwopt.pipeline import PassManager
 
-    _, stated = choose_families("quantize{}")
+    _, stated = choose_families(f"quantize{{dtype={dtype}}}")
     return PassManager(stated).run(job.graph, job.ctx).graph
 
 
@@ -168,8 +171,6 @@ def _measure_precision(
     from hwopt.build import build
     from hwopt.measure import interleaved
 
-    if dtype == "bf16":
-        return Findings(notes=[f"{label}: hwopt has no bf16 yet"])
     with tempfile.TemporaryDirectory(prefix="hwopt-bench-") as folder:
         made = {OURS: build(graph, job.target, threads, Path(folder) / "default").artifact}
         if options.tune:
@@ -232,7 +233,7 @@ def compared(label: str, dtype: str, ours: Outputs, oracle: Outputs, exact: Outp
     worst = float(np.abs(left - right).max())
     if dtype != "int8":
         error = worst / max(float(np.abs(right).max()), 1e-30)
-        wrong = "" if error <= FLOAT_ERROR else f"differs from ONNX Runtime by {error:.2g} of the largest output"
+        wrong = "" if error <= FLOAT_ERRORS[dtype] else f"differs from ONNX Runtime by {error:.2g} of the largest output"
         return [Row(label, "error", "1", error, {}, None)], wrong
     integers = all(np.issubdtype(value.dtype, np.integer) for value in oracle.values())
     steps = worst / (1.0 if integers else max(float(np.ptp(right)) / 255, 1e-30))
