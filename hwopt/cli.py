@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import sys
@@ -42,6 +43,7 @@ PASSES = click.option(
 )
 
 
+ERRORS = "How the errors of changes are found: by gradients (torch), by running each, or by what takes less time."
 CHECK = "Leave changes out once; those without which the model is faster stay out."
 REPORT = click.option("--report", type=click.Path(path_type=Path), help="Write a page for people, one HTML file.")
 BUILDING = (
@@ -123,6 +125,8 @@ def compile_(
     "--points", type=click.IntRange(2), default=8, show_default=True, help="Of the front; those in the folder are kept."
 )
 @click.option("--tie/--no-tie", default=True, help="Decide isomorphic layers once, where that is proven to lose nothing.")
+@click.option("--sensitivity", type=click.Choice(["auto", "fisher", "measured"]), default="auto", show_default=True, help=ERRORS)
+@click.option("--pairwise", is_flag=True, help="Also what changes of neighbouring layers cost together (needs torch).")
 @REPORT
 def plan(model: Path, out: Path, report: Path | None, **options: Any) -> None:
     """Decide what to change in MODEL, layer by layer, and write the decisions; nothing is compiled."""
@@ -130,10 +134,12 @@ def plan(model: Path, out: Path, report: Path | None, **options: Any) -> None:
     from hwopt.plan.explain import explain
 
     ways = {name: options.pop(name) for name in ("method", "trials", "cost", "points", "tie")}
+    errors = {name: options.pop(name) for name in ("sensitivity", "pairwise")}
     for file in (out, *([report] if report else [])):
         _check_parent(file, folder=file is out and bool(ways["method"] or ways["cost"]))
     with ProgressBar() as progress:
-        found, file, html = planned(job_of(model, _job(options) | {"progress": progress}), out, **ways)
+        job = dataclasses.replace(job_of(model, _job(options) | {"progress": progress}), **errors)
+        found, file, html = planned(job, out, **ways)
     if report:
         _write(report, html)
     click.echo(explain(found.plan).split("\nrefused (", 1)[0])

@@ -21,7 +21,7 @@ from hwopt.backends.tvm.support import refuse_unsupported
 from hwopt.build import Built, build
 from hwopt.decide import decided, decided_and_built, make_job_scorer, predicted_seconds, sample_feeds
 from hwopt.emit.products import Form
-from hwopt.errors import UnsupportedError, UsageError
+from hwopt.errors import UnsupportedError, UsageError, did_you_mean
 from hwopt.evaluate import Comparison, compare
 from hwopt.ir import Graph
 from hwopt.job import FORM, Data, Job, prepare, quiet, read_plan
@@ -32,6 +32,7 @@ from hwopt.plan.options import Progress
 from hwopt.plan.plan import Plan, apply_plan
 from hwopt.plan.search import Found
 from hwopt.plugins import find_passes
+from hwopt.prove import CHECKS
 from hwopt.report import Figures, layer_table, make_report
 from hwopt.target import Target
 from hwopt.tuning import open_database, tune_graph
@@ -68,6 +69,7 @@ def compile_model(
     tune: Effort | None = None,
     measure: bool = True,
     form: Form = FORM,
+    check: str = "doubtful",
 ) -> Artifact:
     """Optimize a model (an ONNX file, a torch module or an ExportedProgram) for a target and write the artifact to `out`.
 
@@ -76,10 +78,13 @@ def compile_model(
     the C functions (the model file's if not given). `tuning_db` is a database of tuned schedules (see hwopt tune; none
     is read unless it is named), `tune` how long to search for better ones before the result is compiled. Without `measure`
     nothing is timed: the cost model alone decides, and the same inputs give the same bytes, as build systems want it. `form` says
-    which libraries, objects or sources are delivered. Raises HwoptError with the reason and the next step.
+    which libraries, objects or sources are delivered. `check` says which changes are left out once, and stay out if the model is
+    faster without them: all, the doubtful ones or none. Raises HwoptError with the reason and the next step.
     """
     if tune is not None and not measure:
         raise UsageError("tuning measures", place="measure=False", hint="tune first, and give the database (tuning_db)")
+    if check not in CHECKS:
+        raise UsageError(f"unknown check {check!r}", place="check", hint=did_you_mean(check, CHECKS))
     check_destination(out)
     replay = None if plan is None else read_plan(plan)
     job = prepare(model, target, shapes, binds, calibrate, evaluate, budget, passes, threads, seed, progress)
@@ -87,7 +92,7 @@ def compile_model(
     refuse_unsupported(job.graph)
     job = dataclasses.replace(job, graph=dataclasses.replace(job.graph, name=name or _name(model, job.graph)))
     database = open_database(tuning_db, job.target) if tuning_db or tune else None  # the same inputs give the same bytes
-    job = dataclasses.replace(job, database=database, measure=measure, form=form)
+    job = dataclasses.replace(job, database=database, measure=measure, form=form, check=check)
     with tempfile.TemporaryDirectory(prefix="hwopt-") as scratch:
         folder = Path(scratch)
         if not measure:

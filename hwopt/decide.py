@@ -111,7 +111,8 @@ def _task(job: Job) -> Search | None:
         return None
     return Search(
         graph=job.graph, ctx=job.ctx, target=job.target, passes=job.families, scorer=scorer, budget=job.budget,
-        threads=job.threads, workers=CORES, progress=job.progress,
+        threads=job.threads, workers=CORES, progress=job.progress, sensitivity=job.sensitivity,
+        pairwise=job.pairwise,
     )  # fmt: skip
 
 

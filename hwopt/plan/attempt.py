@@ -21,6 +21,7 @@ from hwopt.ir import Graph
 from hwopt.pipeline import Context, Pass, PassManager, Refusal, merged
 from hwopt.plan.budget import Amounts, Budget, exceeded
 from hwopt.plan.errors import Known, measure_errors
+from hwopt.plan.fisher import error_pairs
 from hwopt.plan.options import Base, Option, Pair, Pricer, Progress, collect
 from hwopt.plan.pairs import pairs_of
 from hwopt.plan.plan import Plan, Round
@@ -35,7 +36,8 @@ class Search:
     """Everything one search works with. The scales are measured over predicted time and memory, 1 where nothing was measured.
 
     `knobs` sets options of whole families (`quantize.calibrator`), `known` keeps errors from search to search, `tie` lets
-    isomorphic layers be decided together where that is proven to lose nothing.
+    isomorphic layers be decided together where that is proven to lose nothing. `sensitivity` is how errors are found (see
+    measure_errors), `pairwise` adds what neighbours cost together.
     """
 
     graph: Graph
@@ -52,6 +54,8 @@ class Search:
     knobs: Mapping[str, Any] = field(default_factory=dict)
     known: Known = field(default_factory=dict)
     tie: bool = True
+    sensitivity: str = "auto"
+    pairwise: bool = False
 
     @cached_property
     def pricer(self) -> Pricer:
@@ -119,9 +123,11 @@ def price(task: Search) -> Priced:
         raise DataError("planning needs calibration data", place="plan", hint="give --calibrate data.npz")
     base, options, refused = collect(task.graph, task.ctx, task.passes, task.pricer, task.budget, task.progress, task.knobs)
     head = samples.head(SENSITIVITY_SAMPLES)
-    options = measure_errors(task.graph, task.ctx, options, head, task.workers, task.progress, task.known)
+    options = measure_errors(task.graph, task.ctx, options, head, task.workers, task.progress, task.known, task.sensitivity)
     finite = tuple(option for option in options if math.isfinite(option.error))
     pairs = pairs_of(task.graph, task.ctx, base, finite, task.pricer)
+    if task.pairwise:
+        pairs = (*pairs, *error_pairs(task.graph, task.ctx, finite, head))
     return Priced(base, finite, pairs, tuple(refused), task.scorer(Session(task.graph).run))
 
 

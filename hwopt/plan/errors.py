@@ -12,6 +12,7 @@ from hwopt.backends.ort import Session
 from hwopt.evaluate import divergence
 from hwopt.ir import Graph
 from hwopt.pipeline import Context, Pass, run_pass
+from hwopt.plan.fisher import by_gradients, estimated
 from hwopt.plan.options import Option, Progress
 from hwopt.samples import Samples
 
@@ -19,13 +20,36 @@ Known = MutableMapping[str, float]  # by the pass's text: searches over knobs as
 
 
 def measure_errors(
-    graph: Graph, ctx: Context, options: Sequence[Option], samples: Samples, workers: int, progress: Progress, known: Known
+    graph: Graph,
+    ctx: Context,
+    options: Sequence[Option],
+    samples: Samples,
+    workers: int,
+    progress: Progress,
+    known: Known,
+    how: str = "measured",
 ) -> list[Option]:
-    """The options with the divergence of the outputs that each pass causes alone; those of a combination add up."""
+    """The options with the divergence of the outputs that each pass causes alone; those of a combination add up.
+
+    `how` is measured (one run of the whole model each), fisher (gradients, see hwopt.plan.fisher), or auto: gradients where
+    measuring would take long and torch is there.
+    """
     single = [one for one in dict.fromkeys(one for option in options for one in option.passes) if str(one) not in known]
-    if single:
+    if single and by_gradients(how, graph, single, samples):
+        known.update(_estimates(graph, ctx, single, samples, progress))
+    elif single:
         known.update(_divergences(graph, ctx, single, samples, workers, progress))
     return [dataclasses.replace(option, error=sum(known[str(one)] for one in option.passes)) for option in options]
+
+
+def _estimates(graph: Graph, ctx: Context, single: Sequence[Pass], samples: Samples, progress: Progress) -> dict[str, float]:
+    progress("measuring sensitivity by gradients", 0, 1)
+    reference = _outputs(Session(graph), graph, samples)
+    found = estimated(graph, ctx, single, samples, lambda changed: _divergence(changed, samples, reference))
+    if found.calibration:
+        rank = found.calibration.rank_correlation
+        progress(f"rank correlation with {len(found.calibration.measured)} whole configurations: {rank:.2f}", 1, 1)
+    return {str(one): found.error(one) for one in single}
 
 
 def _divergences(
@@ -54,7 +78,9 @@ def _outputs(session: Session, graph: Graph, samples: Samples) -> list[np.ndarra
 
 def _error(one: Pass, graph: Graph, ctx: Context, samples: Samples, reference: list[np.ndarray]) -> float:
     changed = run_pass(one, graph, ctx)
-    if changed is graph:
-        return 0.0
+    return 0.0 if changed is graph else _divergence(changed, samples, reference)
+
+
+def _divergence(changed: Graph, samples: Samples, reference: list[np.ndarray]) -> float:
     found = _outputs(Session(changed), changed, samples)
     return sum(divergence(before, after) for before, after in zip(reference, found, strict=True))
