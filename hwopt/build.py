@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from hwopt.emit.products import Form
 from hwopt.errors import UnsupportedError
 from hwopt.io.proto import to_model
 from hwopt.ir import Graph, to_text
+from hwopt.pipeline import Refusal
 from hwopt.plan.plan import Plan
 from hwopt.target import Target
 
@@ -41,9 +43,22 @@ class Built:
     reason: str
     artifact: Artifact
     tuning: str = ""  # how many of its kernels were tuned
+    coded: Mapping[str, str] = field(default_factory=dict)  # layer with weights stored as codes -> why they are decoded, or ""
+
+    @property
+    def coded_note(self) -> str:
+        """How much of the weights that the model stores as codes is as small in the library; "" where it stores none."""
+        reasons = [reason for reason in self.coded.values() if reason]
+        kept = len(self.coded) - len(reasons)
+        if not reasons:
+            return f"the weights of {kept} layers stay codes in the library: kernels decode them" if kept else ""
+        told = f"the library holds the weights of {len(reasons)} layers decoded ({reasons[0]}"
+        return f"{told}, ...; see hwopt explain), {kept} layers decode them in their kernels"
 
     def write(self, out: Path | str, plan: Plan, report: Mapping[str, Any]) -> Artifact:
-        """The artifact that ships."""
+        """The artifact that ships. Its plan says for which layers the library holds more than the model does."""
+        expanded = tuple(Refusal("decode-in-kernel", layer, reason) for layer, reason in self.coded.items() if reason)
+        plan = dataclasses.replace(plan, refused=(*plan.refused, *expanded))
         model = to_model(self.graph).SerializeToString(deterministic=True)
         text = to_text(self.graph, history=True)
         return write_artifact(
@@ -62,6 +77,7 @@ def build(
     even where decoding them in the kernels costs time.
     """
     from hwopt.backends.tvm.build import compile_program
+    from hwopt.backends.tvm.coded import expanded_layers
     from hwopt.backends.tvm.kernels import default_schedule
     from hwopt.backends.tvm.tune.database import Tuned
     from hwopt.backends.tvm.vm import reasons
@@ -90,7 +106,8 @@ def build(
     artifact = write_artifact(
         folder / "artifact", library, target=target.name, model=b"", plan={}, report={}, graph="", kind=kind, reason=reason
     )
-    return Built(library, graph, target, kind, reason, artifact, tuned.note() if tuned else "")
+    coded = {} if reason else expanded_layers(graph, target, threads, compact)
+    return Built(library, graph, target, kind, reason, artifact, tuned.note() if tuned else "", coded)
 
 
 def _machine_library(graph: Graph, target: Target, threads: int, folder: Path) -> Library:

@@ -247,6 +247,4 @@ def _notes(job: Job, found: Found, result: Built, compared: Comparison | None) -
         notes.append("the unchanged model scores 0 on the evaluation data: are the labels right?")
     if compared is not None and compared.drop > job.budget.max_drop:
         notes.append(f"the drop is above the {job.budget.max_drop:.2%} that were allowed")
-    if any(node.op == "Gather" and "share-weights" in "".join(node.history) for node in result.graph.nodes):
-        notes.append("shared weights are small in model.onnx; the library holds them looked up")
-    return notes
+    return notes + ([result.coded_note] if result.coded_note else [])

@@ -109,10 +109,10 @@ class QuantizeWeights(Pass):
         steps = round_rows(rows, np.repeat(scales, group, axis=1), self.bits)
         moved = np.moveaxis(weight, axis, 0).shape
         whole = np.moveaxis(steps.reshape(moved), 0, axis).astype(BITS[self.bits])
-        attrs = {"axis": axis} if not self.group else {"axis": 1 - axis, "block_size": self.group}
-        blocked = np.moveaxis(scales.reshape(len(scales), -1, *moved[2:]), 0, axis)
+        attrs = {"axis": 1 - axis, "block_size": self.group} if self.group else {"axis": axis}
+        scale = np.moveaxis(scales.reshape(len(scales), -1, *moved[2:]), 0, axis) if self.group else scales[:, 0]
         params = [edit.param(f"{name}_int{self.bits}", np.ascontiguousarray(whole))]
-        params.append(edit.param(f"{name}_scale", np.ascontiguousarray(blocked) if self.group else scales[:, 0]))
+        params.append(edit.param(f"{name}_scale", np.ascontiguousarray(scale)))
         outputs = [edit.fresh(f"{name}_dequantized")]
         value = edit.emit("DequantizeLinear", params, attrs=attrs, name=f"{name}_dequantize", outputs=outputs, like=node)
         edit.forward(name, value)

@@ -11,6 +11,7 @@ import tvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hwopt
 from hwopt.analysis.compressed import compressed
 from hwopt.analysis.regions import regions
 from hwopt.analysis.workload import workloads
@@ -22,9 +23,13 @@ from hwopt.backends.tvm.kernels.decode import Coding
 from hwopt.backends.tvm.kernels.packed import Codes, PackedSpec
 from hwopt.backends.tvm.run import run_program
 from hwopt.build import build
+from hwopt.compiler import plan_model
 from hwopt.errors import PassError
+from hwopt.io.proto import to_model
 from hwopt.ir import Graph, Node, TensorType, frozen, infer_types
+from hwopt.job import read_plan
 from hwopt.pipeline import Context, parse
+from hwopt.plan.explain import explain
 from hwopt.plugins import find_passes, find_target
 from hwopt.samples import Samples
 from targets import _isa_x86
@@ -295,3 +300,19 @@ def test_the_planner_gains_time_by_small_weights_where_rows_are_few() -> None:
     ]
     assert seconds[1] < seconds[0] / 2
     assert seconds[3] == pytest.approx(seconds[2], rel=0.05)
+
+
+def test_the_artifact_says_which_layers_the_library_holds_decoded(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    graph = layer("Gemm", 64, 256, 256)
+    options = {"calibrate": {"x": np.random.default_rng(3).standard_normal((256, 256)).astype(np.float32)}}
+    artifact = hwopt.compile(to_model(graph), out=tmp_path / "a", passes="quantize-weights{bits=8}", **options)
+    assert any("holds the weights of 1 layers decoded" in note for note in artifact.report["notes"])
+    told = explain(read_plan(tmp_path / "a" / "plan.json"))
+    assert "decode-in-kernel at fc: decoding in the kernel is not faster for 64 rows" in told
+    assert artifact.report["result"]["library_weight_bytes"] > 3 * artifact.report["result"]["weight_bytes"]
+
+
+def test_models_with_a_batch_are_planned_for_size() -> None:
+    data = {"x": np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)}
+    found = plan_model(to_model(layer("Gemm", 8, 256, 256)), calibrate=data, budget=hwopt.Budget(1.0, weight_bytes=100_000))
+    assert [one.by[0].partition("{")[0] for one in found.plan.decisions]

@@ -16,6 +16,7 @@ from hwopt.errors import PassError
 from hwopt.ir import Graph
 from hwopt.pipeline import Context, Pass, Phase, Refusal, run_pass
 from hwopt.plan.budget import Budget
+from hwopt.samples import batch_of
 from hwopt.target import Cost, Target, Workload, total
 
 CONVERSIONS = {"QuantizeLinear", "DequantizeLinear", "Cast"}
@@ -130,7 +131,9 @@ def collect(
         raise PassError("planning needs a target", place="plan")
     base = base_of(graph, pricer)
     instances, refused = _instances(graph, passes, ctx.target, budget, knobs or {})
-    cheap = dataclasses.replace(ctx, calibration=ctx.calibration.head(1) if ctx.calibration else None, refused=refused)
+    cheap = dataclasses.replace(
+        ctx, calibration=ctx.calibration.head(batch_of(graph)) if ctx.calibration else None, refused=refused
+    )
     options: list[Option] = []
     chains = _combinations(instances)
     for done, combination in enumerate(chains):

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from hwopt.analysis.compressed import Compressed
-from hwopt.analysis.regions import Region, integer_operands
+from hwopt.analysis.regions import Region, integer_operands, regions
 from hwopt.analysis.workload import coded_weights, workload
 from hwopt.backends.tvm.kernels import spec as step
 from hwopt.backends.tvm.kernels.decode import Coding
@@ -46,6 +46,12 @@ def expanded_because(graph: Graph, region: Region, target: Target, threads: int,
     either = target.cost.estimate(work, threads).seconds
     plain = target.cost.estimate(dataclasses.replace(work, coded=None), threads).seconds
     return "" if either < plain else f"decoding in the kernel is not faster for {work.m} rows of {work.k} x {work.n} weights"
+
+
+def expanded_layers(graph: Graph, target: Target, threads: int, compact: bool = False) -> dict[str, str]:
+    """Every layer whose weights are stored as codes, with the reason why the library holds them decoded; "" where it does not."""
+    found = (region for region in regions(graph) if coded_weights(graph, region) is not None)
+    return {region.name: expanded_because(graph, region, target, threads, compact) for region in found}
 
 
 def _unfit(graph: Graph, region: Region, weight: Compressed) -> str:
