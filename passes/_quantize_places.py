@@ -44,7 +44,7 @@ _MOVES = frozenset(
     {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Transpose", "Split", "Slice", "Gather", "Expand", "Tile"}
     | {"DepthToSpace", "SpaceToDepth", "MaxPool"}
 )
-_POOLS = ("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "Concat")
+_POOLS = ("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "Concat", "Resize")
 
 
 @dataclass

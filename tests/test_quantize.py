@@ -112,6 +112,9 @@ def decoder(groups: int = 1) -> Graph:
         inputs = [x, build.weight(8, channels // groups, 4, 4, fan_in=32 // groups), build.vector(channels)]
         up = (1, channels, build.shapes[x][2] * 2, build.shapes[x][3] * 2)
         x = relu(build, build.op("ConvTranspose", inputs, up, strides=(2, 2), pads=(1, 1, 1, 1), group=groups))
+    for mode in ("nearest", "linear"):
+        larger = (*build.shapes[x][:2], build.shapes[x][2] * 2, build.shapes[x][3] * 2)
+        x = build.op("Resize", [x, "", build.floats(1, 1, 2, 2)], larger, mode=mode)
     build.outputs.append(conv(build, x, 4))
     return build.graph()
 
@@ -133,8 +136,8 @@ NETS: dict[str, tuple[Callable[[], Graph], int]] = {
     "residual": (residual, 9),
     "mobilenet": (mobilenet, 16),
     "concat": (concat, 8),
-    "decoder": (decoder, 4),
-    "decoder in groups": (lambda: decoder(2), 4),
+    "decoder": (decoder, 5),
+    "decoder in groups": (lambda: decoder(2), 5),
 }
 
 

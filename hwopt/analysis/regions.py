@@ -44,7 +44,7 @@ ELEMENTWISE = _names(
     " LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg Not Or PRelu Pow QuantizeLinear Reciprocal Relu Round Selu"
     " Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Sub Sum Tan Tanh ThresholdedRelu Where Xor Swish"
 )
-INTEGER_MOVES = (*VIEWS, "Transpose", "Concat", "Slice", "Pad", "DepthToSpace", "SpaceToDepth")
+INTEGER_MOVES = (*VIEWS, "Transpose", "Concat", "Slice", "Pad", "DepthToSpace", "SpaceToDepth", "Resize")
 INTEGER_POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean")
 
 

@@ -14,7 +14,9 @@ from typing import Any, Protocol
 
 from hwopt.analysis.qdq import Quantization, dequantized, quantization
 from hwopt.analysis.regions import INTEGER_MOVES, Region
+from hwopt.backends.tvm import resizing
 from hwopt.backends.tvm.convert import aligned
+from hwopt.backends.tvm.kernels.spec import Quantize
 from hwopt.backends.tvm.layout import Expr, Values, dims_of, reshaped
 from hwopt.ir import Graph, Node, scalar
 
@@ -29,6 +31,7 @@ class Lowering(Protocol):
     graph: Graph
     values: Values
     builder: Any
+    templates: Any
 
     def node(self, node: Node) -> None: ...
 
@@ -51,6 +54,8 @@ def emit(lowering: Lowering, region: Region) -> bool:
     result = _result(graph, region)
     if result is None or not operands:
         return False
+    if anchor.op == "Resize" and anchor.attr("mode", "nearest") != "nearest":
+        return _resize(lowering, region, operands[0], result)
     if anchor.op in INTEGER_MOVES and anchor.op != "Concat":
         return _move(lowering, region, operands[0], result)
     emitters = {"Add": _sum, "Sub": _sum, "Mul": _product, "Relu": _sum, "Clip": _sum, "Concat": _concat}
@@ -202,6 +207,14 @@ def _move(lowering: Lowering, region: Region, operand: tuple[str, Quantization],
     last = values.is_last(anchor.output)
     values.put(region.output, _requantized(lowering, values.get(anchor.output, last), operand[1], result), last)
     return True
+
+
+def _resize(lowering: Lowering, region: Region, operand: tuple[str, Quantization], result: Result) -> bool:
+    """Weighted sums of the integers in float32, quantized at the end."""
+    node = dataclasses.replace(region.anchor, inputs=(operand[0], *region.anchor.inputs[1:]), outputs=(region.output,))
+    read = float(operand[1].scale), int(operand[1].zero_point)
+    steps = (Quantize(result.scale, result.zero_point, result.dtype),)
+    return resizing.emit(lowering.graph, node, lowering.values, lowering.templates, read, steps)
 
 
 def _concat(lowering: Lowering, region: Region, operands: Sequence[tuple[str, Quantization]], result: Result) -> bool:

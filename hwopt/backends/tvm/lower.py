@@ -10,7 +10,7 @@ from typing import Any
 
 from hwopt.analysis import bfloat16
 from hwopt.analysis.regions import ELEMENTWISE, Region, constant_nodes, regions
-from hwopt.backends.tvm import convert, integer, kernels, pooling
+from hwopt.backends.tvm import convert, integer, kernels, pooling, resizing
 from hwopt.backends.tvm.coded import coded_kernel, expanded_because
 from hwopt.backends.tvm.fold import constant_values, folded
 from hwopt.backends.tvm.layout import Values, convert_bfloat16, dims_of, reordered, to_first, to_last
@@ -103,7 +103,7 @@ class Lowering:
             return
         if pooling.emit(self.graph, node, self.values, self.builder):
             return
-        if self._softmax(node):
+        if self._softmax(node) or resizing.emit(self.graph, node, self.values, self.templates):
             return
         if node.op == "Transpose" and self.values.is_last(node.inputs[0]):
             self._transpose(node)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hwopt.backends.tvm.resize_tables import tables_of
 from hwopt.errors import UnsupportedError
 from hwopt.ir import Graph, Node, TensorType
 
@@ -107,6 +108,8 @@ def wrong_in_tvm(graph: Graph, node: Node) -> str:
 
 
 def _resize(graph: Graph, node: Node) -> str:
+    if graph.tensor(node.inputs[0]).dtype == "float32" and tables_of(graph, node) is not None:
+        return ""  # a template of our own
     if node.attr("antialias", 0):
         return "TVM does not filter against aliasing"
     index = 2 if node.op == "Resize" else 1
