@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import amx
 from hwopt.backends.tvm.build import object_code
+from hwopt.backends.tvm.kernels.amx_schedule import is_tile
 from hwopt.backends.tvm.run import load_objects
 from hwopt.target import MicroKernel, Target
 
@@ -28,6 +30,8 @@ def operations_per_second(micro: MicroKernel, target: Target) -> float:
     """The best of several turns."""
     import tvm
 
+    if is_tile(micro):
+        return amx.operations_per_second(micro, target)
     library: Any = load_objects((object_code({"peak": peak_kernel(micro)}, target.tvm, target.name),))
     count, size = accumulators(micro), micro.lanes * micro.depth
     arrays = (
@@ -53,6 +57,7 @@ def peak_kernel(micro: MicroKernel) -> object:
     """out[a] += weights[a] * data[step], for all accumulators a and many steps."""
     from tvm import tirx
 
+    from hwopt.backends.tvm.kernels.bfloat16 import library
     from hwopt.backends.tvm.kernels.code import Code, Value, function, load
     from hwopt.backends.tvm.kernels.micro import accumulate, data_operand, weight_operand
 
@@ -76,7 +81,7 @@ def peak_kernel(micro: MicroKernel) -> object:
     code.loop("step", STEPS, step)
     for which in range(count):
         code.store(out, which * lanes, load(totals, which * lanes, lanes), lanes)
-    return function("peak", [data, weights, out], code)
+    return function("peak", [data, weights, out], code, library(micro))
 
 
 def bytes_per_second() -> float:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.layout import Row, higher_is_better, lower_is_better, result
+from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.kernels.spec import Activation, Add, Bias, ConvSpec, PoolSpec, Quantize, Scale
 from hwopt.backends.tvm.tune.database import Database
 from hwopt.backends.tvm.tune.session import Effort, State, tune
@@ -100,7 +101,10 @@ def resnet18_tasks(target: Target, threads: int) -> dict[Task, int]:
             conv(channels, channels, size): 1, conv(channels, channels, size, add=True): 2,
         }  # fmt: skip
     micros = {"ConvSpec": target.microkernels["int8"], "PoolSpec": target.microkernels["int8"]}
-    return {make_task(spec, micros[type(spec).__name__], target, threads): count for spec, count in calls.items()}
+    return {
+        make_task(spec, kernels.suited(spec, micros[type(spec).__name__]), target, threads): count
+        for spec, count in calls.items()
+    }
 
 
 BYTES: dict[str, Any] = {"data_dtype": "uint8", "out_dtype": "uint8"}

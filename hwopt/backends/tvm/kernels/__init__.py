@@ -18,7 +18,7 @@ from hwopt.backends.tvm.kernels.schedule import Schedule
 from hwopt.backends.tvm.kernels.spec import ConvSpec, ConvTransposeSpec, MatmulSpec, PoolSpec
 from hwopt.target import MicroKernel
 
-__all__ = ["Schedule", "build", "default_schedule", "pack", "supports"]
+__all__ = ["Schedule", "build", "default_schedule", "pack", "suited", "supports"]
 
 Spec = ConvSpec | ConvTransposeSpec | MatmulSpec | PoolSpec
 
@@ -37,6 +37,11 @@ def supports(spec: Spec, micro: MicroKernel) -> str:
     if micro.rows > 1 and (depthwise.is_depthwise(spec) or _single(spec)):
         return f"the micro-kernel multiplies {micro.rows} output positions that share their weights"
     return _tiles(spec, micro) if amx_schedule.is_tile(micro) else ""
+
+
+def suited(spec: Spec, micro: MicroKernel) -> MicroKernel:
+    """The micro-kernel itself, or the first of its `others`, that takes `spec`; itself where none does."""
+    return next((one for one in (micro, *micro.others) if not supports(spec, one)), micro)
 
 
 def _tiles(spec: ConvSpec | ConvTransposeSpec | MatmulSpec, micro: MicroKernel) -> str:

@@ -88,11 +88,12 @@ def default_schedule(shape: Geometry, micro: MicroKernel, cores: int = 1) -> Sch
         elif shape.groups == 1:
             block_tiles = -(-tiles // shares)
     found = Schedule(1, columns, vectors, 1, rows, wide, block_tiles, parallel)
-    return with_prefetch(found, shape, layout, micro)
+    return with_prefetch(found, shape, micro)
 
 
-def with_prefetch(found: Schedule, shape: Geometry, layout: Layout, micro: MicroKernel) -> Schedule:
+def with_prefetch(found: Schedule, shape: Geometry, micro: MicroKernel) -> Schedule:
     """Every step asks for an equal share of the next channel tile's weights."""
+    layout = layout_of(shape, micro)
     block = layout.positions(shape, found.block_rows) if shape.rows > 1 else min(found.block_columns, shape.columns)
     steps = max(1, block // found.tile_columns)
     lines = found.vectors * layout.run.width * SIZES[micro.dtype] * micro.lanes // LINE

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from hwopt.backends.tvm.kernels import Schedule, depthwise
+from hwopt.backends.tvm.kernels import Schedule, amx_layout, amx_schedule, depthwise, schedule
 from hwopt.backends.tvm.kernels.geometry import Geometry, geometry
-from hwopt.backends.tvm.kernels.schedule import cycles, tiles_of
 from hwopt.backends.tvm.kernels.spec import PoolSpec
 from hwopt.backends.tvm.tune.database import Trial
 from hwopt.backends.tvm.tune.task import Task
@@ -48,16 +47,17 @@ class Space:
         shape = geometry(self.task.spec)  # type: ignore[arg-type]
         rows, columns, vectors = point[:3]
         tiles = -(-shape.vectors(self.task.micro.lanes) // vectors)
-        return dataclasses.replace(
+        found = dataclasses.replace(
             default, tile_rows=rows, tile_columns=columns, vectors=vectors, unroll=values["unroll"], parallel=parallel,
             block_rows=_block(shape.rows, values["row_blocks"], rows),
             block_columns=_block(shape.columns, values["column_blocks"], columns),
-            block_tiles=-(-tiles // values["tile_blocks"]),
+            block_tiles=-(-tiles // values["tile_blocks"]), prefetch=0,
         )  # fmt: skip
+        return amx_schedule.with_prefetch(found, shape, self.task.micro) if values.get("prefetch") else found
 
     def point(self, schedule: Schedule) -> Point:
         """The nearest point of a schedule."""
-        names = [name for name in self.knobs if name != "parallel"]
+        names = [name for name in self.knobs if name not in ("parallel", "prefetch")]
         if not self.tiles:
             values = [getattr(schedule, name) for name in names]
         else:
@@ -68,6 +68,8 @@ class Space:
                 -(-shape.rows // schedule.block_rows), -(-shape.columns // schedule.block_columns),
                 -(-tiles // schedule.block_tiles),
             ]  # fmt: skip
+        if "prefetch" in self.knobs:
+            values.append(int(schedule.prefetch > 0))
         if "parallel" in self.knobs:
             values.append(int(schedule.parallel))
         return tuple(
@@ -118,6 +120,8 @@ def _knobs(task: Task) -> dict[str, tuple[int, ...]]:
         return {"tile_columns": _upto(min(16, spec.out_width)), "block_rows": _upto(spec.out_height)}
     shape = geometry(spec)
     legal = sorted(_tiles(task))
+    if amx_schedule.is_tile(task.micro):
+        return _tile_knobs(task, shape, legal)
     words, vectors = shape.words(task.micro.depth), shape.vectors(lanes)
     rows, columns, deep = ({tile[axis] for tile in legal} for axis in range(3))
     return {
@@ -129,11 +133,22 @@ def _knobs(task: Task) -> dict[str, tuple[int, ...]]:
     }  # fmt: skip
 
 
+def _tile_knobs(task: Task, shape: Geometry, legal: Sequence[tuple[int, int, int]]) -> dict[str, tuple[int, ...]]:
+    """Of a matrix unit: a block is whole rows, or positions of data that are read in place."""
+    in_place = shape.rows == 1 and not amx_layout.layout_of(shape, task.micro).staged
+    return {
+        "tile_rows": (1,), "tile_columns": tuple(sorted({tile[1] for tile in legal})),
+        "vectors": tuple(sorted({tile[2] for tile in legal})), "unroll": (1,), "row_blocks": _counts(shape.rows),
+        "column_blocks": _counts(-(-shape.columns // 16)) if in_place else (1,),
+        "tile_blocks": _counts(shape.vectors(task.micro.lanes)) if shape.groups == 1 else (1,), "prefetch": (0, 1),
+    }  # fmt: skip
+
+
 def _tiles(task: Task) -> Iterator[tuple[int, int, int]]:
     shape: Geometry = geometry(task.spec)  # type: ignore[arg-type]
     default = task.default
     yield default.tile_rows, default.tile_columns, default.vectors
-    yield from tiles_of(shape, task.micro)
+    yield from (amx_schedule if amx_schedule.is_tile(task.micro) else schedule).tiles_of(shape, task.micro)
 
 
 def _upto(most: int) -> tuple[int, ...]:
@@ -204,6 +219,7 @@ class Proposer:
             shape: Any = geometry(self.space.task.spec)  # type: ignore[arg-type]
             default = self.space.point(self.space.task.default)[:3]
             micro = self.space.task.micro
+            cycles = (amx_schedule if amx_schedule.is_tile(micro) else schedule).cycles
             self._prior[tile] = math.log(cycles(shape, micro, *tile) / cycles(shape, micro, *default))
         return self._prior[tile]
 

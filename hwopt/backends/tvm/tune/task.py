@@ -15,6 +15,7 @@ from typing import Any
 
 from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.kernels import Schedule
+from hwopt.backends.tvm.kernels.amx_schedule import is_tile
 from hwopt.backends.tvm.kernels.spec import ConvSpec, ConvTransposeSpec, MatmulSpec, PoolSpec
 from hwopt.ir import Graph
 from hwopt.target import MicroKernel, Target
@@ -71,11 +72,20 @@ class Task:
     def probe(self) -> Task:
         """A product in the first level cache on one core: what its micro-kernel can do at best."""
         micro = self.micro
+        if is_tile(micro):  # neighbouring positions share their data: a long run of products for few loads from memory
+            spec: Spec = ConvSpec(
+                1, 1, 32 * micro.rows + 19, micro.depth, 2 * micro.lanes, (1, 20), data_dtype=micro.activation,
+                weight_dtype=micro.dtype, out_dtype=micro.accumulator,
+            )  # fmt: skip
+            return dataclasses.replace(self, spec=spec, threads=1)
         spec = MatmulSpec(
             1, 56, 4 * micro.lanes, 64 * micro.depth, data_dtype=micro.activation, weight_dtype=micro.dtype,
             out_dtype=micro.accumulator,
         )  # fmt: skip
         return dataclasses.replace(self, spec=spec, threads=1)
+
+
+BYTES = {"float32": 4, "int32": 4, "bfloat16": 2}
 
 
 def operations(spec: Spec) -> int:
@@ -85,8 +95,7 @@ def operations(spec: Spec) -> int:
 
 def _bytes(spec: Spec) -> int:
     """Read and written at least."""
-    item = 4 if spec.data_dtype == "float32" else 1
-    out_item = 1 if spec.out_dtype in ("uint8", "int8") else 4
+    item, out_item = (BYTES.get(dtype, 1) for dtype in (spec.data_dtype, spec.out_dtype))
     if isinstance(spec, MatmulSpec):
         weights = spec.k * spec.n * (1 if spec.constant or spec.shared else spec.batch)
         return spec.batch * spec.m * (spec.k * item + spec.n * out_item) + weights * item
@@ -140,7 +149,7 @@ def canonical(spec: Spec) -> Spec:
     """The same kernel with other quantization constants, which cost nothing: layers that differ in them are one task."""
     epilogue = tuple(_canonical(step) for step in spec.epilogue)
     if isinstance(spec, ConvSpec | ConvTransposeSpec):
-        pad = 0 if spec.data_dtype == "float32" else ZERO_POINT
+        pad = ZERO_POINT if spec.data_dtype in ("uint8", "int8") else 0
         return dataclasses.replace(spec, epilogue=epilogue, pad_value=pad)
     return _canonical(dataclasses.replace(spec, epilogue=epilogue))
 
