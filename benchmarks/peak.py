@@ -58,6 +58,7 @@ def peak_kernel(micro: MicroKernel) -> object:
     from tvm import tirx
 
     from hwopt.backends.tvm.kernels.bfloat16 import library
+    from hwopt.backends.tvm.kernels.bfloat16 import library
     from hwopt.backends.tvm.kernels.code import Code, Value, function, load
     from hwopt.backends.tvm.kernels.micro import accumulate, data_operand, weight_operand
 

@@ -1,6 +1,6 @@
 """Micro-kernels of 64-bit Arm by the features of /proc/cpuinfo, and the LLVM names that go with them.
 
-Source: Arm, "Arm Architecture Reference Manual for A-profile" (FMLA, SMULL, SADALP, SDOT, USDOT, SMMLA); Linux, "ARM64 ELF
+Source: Arm, "Arm Architecture Reference Manual for A-profile" (FMLA, SMULL, SADALP, SDOT, USDOT, SMMLA, BFDOT); Linux, "ARM64 ELF
 hwcaps".
 """
 
@@ -20,12 +20,13 @@ USDOT = MicroKernel("int8", 4, 4, 32, "int32", "uint8", "llvm.aarch64.neon.usdot
 USMMLA = MicroKernel("int8", 4, 8, 32, "int32", "uint8", "llvm.aarch64.neon.usmmla", _I8MM, rows=2)
 SMMLA = MicroKernel("int8", 4, 8, 32, "int32", "int8", "llvm.aarch64.neon.smmla", _I8MM, rows=2, others=(SDOT, USMMLA, USDOT))
 
+BFDOT = MicroKernel("bfloat16", 4, 2, 32, "float32", "bfloat16", "llvm.aarch64.neon.bfdot.v4f32.v8bf16", ("neon", "bf16"))
+
 
 def microkernels(features: Set[str]) -> dict[str, MicroKernel]:
     """The best micro-kernel per dtype; `asimddp` is what Linux calls the dot products."""
-    if "i8mm" in features:
-        return {"float32": NEON_FLOAT, "int8": SMMLA}
-    return {"float32": NEON_FLOAT, "int8": SDOT if "asimddp" in features else NEON_INT8}
+    integer = SMMLA if "i8mm" in features else SDOT if "asimddp" in features else NEON_INT8
+    return {"float32": NEON_FLOAT, "int8": integer, **({"bfloat16": BFDOT} if "bf16" in features else {})}
 
 
 def llvm(features: Set[str], mcpu: str = "generic") -> dict[str, object]:

@@ -14,8 +14,11 @@ from hwopt.analysis.regions import regions
 from hwopt.analysis.size import weight_bytes
 from hwopt.analysis.workload import workloads
 from hwopt.backends import ort
+from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.build import compile_program, named, reading
+from hwopt.backends.tvm.kernels.spec import MatmulSpec
 from hwopt.backends.tvm.run import run_program
+from hwopt.backends.tvm.tune import child
 from hwopt.errors import PassError
 from hwopt.io.proto import from_model, to_model
 from hwopt.ir import Graph
@@ -23,7 +26,8 @@ from hwopt.pipeline import Context, Refusal, parse, run_pass
 from hwopt.plugins import find_passes, find_target
 from hwopt.target import Target
 from passes.quantize import Quantize
-from targets import _isa_x86
+from targets import _isa_arm, _isa_x86
+from tests.random_graphs import random_samples
 
 BF16 = Quantize(dtype="bf16")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -207,6 +211,47 @@ def test_the_dot_product_instruction_is_used(graph: Graph) -> None:
     assembly = tvm.tirx.build(module, target=tvm.target.Target(dict(target.tvm))).inspect_source("asm")
     assert "vdpbf16ps" in assembly
     assert "vcvtneps2bf16" in assembly
+
+
+def test_arm_multiplies_pairs_too() -> None:
+    spec = MatmulSpec(1, 9, 40, 65, data_dtype="bfloat16", weight_dtype="bfloat16", out_dtype="bfloat16")
+    flags = {"asimd", "asimddp", "bf16"}
+    micro = _isa_arm.microkernels(flags)["bfloat16"]
+    function = kernels.build(spec, kernels.default_schedule(spec, micro), micro, "product")
+    module = tvm.tirx.build(tvm.IRModule({"product": function}), target=tvm.target.Target(_isa_arm.llvm(flags)))
+    assert "\tbfdot\t" in module.inspect_source("asm")
+
+
+def test_the_planner_sees_three_precisions() -> None:
+    """Per layer, each with its own price: bfloat16 between float32 and int8."""
+    graph = graph_of(MLP)
+    target = find_target("host")
+    able = dataclasses.replace(target, microkernels={**target.microkernels, "bfloat16": _isa_x86.AVX512_BF16})
+    cost = dataclasses.replace(able.cost, peak={**able.cost.peak, "bfloat16": 2 * able.cost.peak["float32"]})
+    context = Context(able, random_samples(graph))
+    found = {"float32": graph} | {
+        one.dtype: run_pass(one, graph, context)
+        for one in Quantize.candidates(graph, able)
+        if isinstance(one, Quantize) and one.site == ("MatMul_0",)
+    }
+    assert set(found) == {"float32", "bf16", "int8"}
+    dtypes = {name: next(work for work in workloads(one) if work.macs).dtype for name, one in found.items()}
+    assert dtypes == {"float32": "float32", "bf16": "bfloat16", "int8": "int8"}
+    wide = {name: next(dataclasses.replace(work, m=4096, n=4096, k=4096) for work in workloads(one) if work.macs)
+            for name, one in found.items()}  # fmt: skip
+    seconds = {name: cost.estimate(work, 1).seconds for name, work in wide.items()}
+    assert seconds["int8"] < seconds["bf16"] < seconds["float32"]
+
+
+def test_tuning_makes_and_compares_bfloat16_data() -> None:
+    bits = child._random(np.random.default_rng(0), "bfloat16", 1000, -1.0, 1.0)
+    values = bits.view(BFLOAT16).astype(np.float32)
+    assert -1.0 <= values.min() < -0.9
+    assert 0.9 < values.max() <= 1.0
+    batch = object.__new__(child.Batch)
+    batch.command = {"signature": [["out", "bfloat16", 1000, 0.0, 0.0]]}
+    assert batch._same(bits + 1, bits)  # the neighbours
+    assert not batch._same(bits, np.roll(bits, 1))
 
 
 NUMBERS = [1.0, 1.00390625, 1.01171875, -1.01171875, 3.4e38, np.inf, -np.inf, np.nan, -0.0, 1e-39, 65504.0]

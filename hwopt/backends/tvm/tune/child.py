@@ -24,6 +24,7 @@ from hwopt.emit.cpu import request_tiles
 
 TENSOR = 7  # kTVMFFIDLTensorPtr
 CODES = {"i": 0, "u": 1, "f": 2}  # DLPack's type codes by numpy's kind
+BFLOAT16 = "bfloat16"  # numpy has none: arrays hold its bits
 COLD = 4 << 20  # bytes of weights to go through before the first ones come again: beyond second level caches
 COPIES = 64
 KEEP = 1.3  # candidates slower than the best by more than that after SIFT rounds are not timed further
@@ -64,8 +65,10 @@ class Arguments:
 
 
 def _random(generator: np.random.Generator, dtype: str, size: int, low: float, high: float) -> np.ndarray:
-    kind = np.dtype(dtype)
     made = generator.random(size, np.float32) * np.float32(high - low) + np.float32(low)
+    if dtype == BFLOAT16:
+        return _aligned((made.view(np.uint32) >> 16).astype(np.uint16))
+    kind = np.dtype(dtype)
     return _aligned(made.astype(kind) if kind.kind == "f" else np.floor(made).astype(kind))
 
 
@@ -122,10 +125,14 @@ class Batch:
         return once
 
     def _same(self, found: np.ndarray, expected: np.ndarray) -> bool:
-        if found.dtype.kind != "f":
+        tolerance = 1e-4
+        if self.command["signature"][-1][1] == BFLOAT16:
+            found, expected = ((one.astype(np.uint32) << 16).view(np.float32) for one in (found, expected))
+            tolerance = 2**-7  # sums in another order may be rounded to the neighbour
+        elif found.dtype.kind != "f":
             return bool(np.array_equal(found, expected))
         largest = float(np.abs(expected).max(initial=0.0))
-        return bool(np.isfinite(found).all() and np.abs(found - expected).max(initial=0.0) <= 1e-4 * max(largest, 1e-6))
+        return bool(np.isfinite(found).all() and np.abs(found - expected).max(initial=0.0) <= tolerance * max(largest, 1e-6))
 
     def _kept(self, times: Mapping[int, list[float]]) -> list[int]:
         """The reference, and whatever may still be the fastest."""
