@@ -23,22 +23,24 @@ from hwopt.plan.budget import Amounts, exceeded
 from hwopt.plan.plan import Decision, Plan, apply_plan
 from hwopt.plan.search import Found, Search, price, search, versions
 from hwopt.plugins import find_passes
+from hwopt.prove import proved
 from hwopt.target import Cost, total
 
 CORES = psutil.cpu_count() or 1
+NEAR, CONTENDERS = 1.15, 3  # plans that are built and timed beside the best one: how much slower they may seem, how many
 TURNS = 3  # searches, each corrected by what the last result measured
 Build = Callable[[Found], Built]
 
 
-def decided(job: Job, replay: Plan | None) -> Found:
+def decided(job: Job, replay: Plan | None, *, tie: bool = True) -> Found:
     """A replayed plan, the passes that were stated, or a search; nothing is compiled."""
-    task = None if replay else _task(job)
+    task = None if replay else make_task(job, tie=tie)
     return search(task, price(task)) if task else _given(job, replay)
 
 
 def decided_and_built(job: Job, replay: Plan | None, baseline: Built, build: Build) -> tuple[Found, Built]:
     """The same with the library, measured: limits hold for what was measured, and what gains nothing is not shipped."""
-    task = None if replay else _task(job)
+    task = None if replay else make_task(job)
     if task is None:
         found = _given(job, replay)
         result = build(found)
@@ -49,12 +51,12 @@ def decided_and_built(job: Job, replay: Plan | None, baseline: Built, build: Bui
     task = dataclasses.replace(task, scale=_time_scale(job, baseline), memory_scale=_memory_scale(baseline))
     priced = price(task)
     for _ in range(TURNS):
-        found = search(task, priced)
-        result = build(found)
+        found, result = _fastest(job, search(task, priced), build)
         seconds = _seconds(job, baseline, result)
         broken = _broken(job, result, seconds["result"])
         if not broken:
-            return (found, result) if job.budget.limited else _worth_it(job, found, baseline, result, seconds)
+            found, result = _proved(job, task, found, baseline, result, build)
+            return (found, result) if job.budget.limited else _worth_it(job, found, baseline, result)
         correction = seconds["result"] / max(found.plan.seconds_after, 1e-12)
         task = dataclasses.replace(task, scale=task.scale * correction, memory_scale=_memory_scale(result))
     raise BudgetError(f"measured {broken} after {TURNS} plans", place="plan", hint="relax the budget or --max-drop")
@@ -102,7 +104,7 @@ def sample_feeds(job: Job, baseline: Built) -> Mapping[str, np.ndarray]:
     return next(iter(samples.feeds(job.graph))) if samples else baseline.artifact.random_inputs(job.ctx.seed)
 
 
-def _task(job: Job) -> Search | None:
+def make_task(job: Job, *, tie: bool = True) -> Search | None:
     """The search, or None where the user stated the passes or gave no data."""
     if job.fixed or not job.families or job.ctx.calibration is None:
         return None
@@ -111,7 +113,7 @@ def _task(job: Job) -> Search | None:
         return None
     return Search(
         graph=job.graph, ctx=job.ctx, target=job.target, passes=job.families, scorer=scorer, budget=job.budget,
-        threads=job.threads, workers=CORES, progress=job.progress, sensitivity=job.sensitivity,
+        threads=job.threads, workers=CORES, progress=job.progress, tie=tie, sensitivity=job.sensitivity,
         pairwise=job.pairwise,
     )  # fmt: skip
 
@@ -119,16 +121,42 @@ def _task(job: Job) -> Search | None:
 def _given(job: Job, replay: Plan | None) -> Found:
     """What needs no search."""
     if replay is not None:
-        return _applied(job, replay)
+        return replayed(job, replay)
     if job.fixed:
-        return _applied(job, _plan_of(job, [(str(one), "stated by the user") for one in job.fixed], ()))
+        return replayed(job, _plan_of(job, [(str(one), "stated by the user") for one in job.fixed], ()))
     reason = "nothing was asked for" if not job.families else "there are no data to choose and to judge by"
     refused = tuple(Refusal(kind.name, job.graph.name, reason) for kind in job.families)
     return Found(_plan_of(job, (), refused), job.graph, None)
 
 
-def _worth_it(job: Job, found: Found, baseline: Built, result: Built, seconds: Mapping[str, float]) -> tuple[Found, Built]:
+def _fastest(job: Job, found: Found, build: Build) -> tuple[Found, Built]:
+    """Of the plans within the budget that are predicted to be nearly as fast as the best one, the one that is measured so."""
+    near = [one for one in found.others if one.plan.seconds_after <= NEAR * found.plan.seconds_after][: CONTENDERS - 1]
+    near += [one for one in found.others if len(one.plan.families) == 1 and one not in near][:1]  # the sums may promise too much
+    first = build(found)
+    if not near or not job.target.runs_here or job.check == "none" or job.budget.limited:
+        return found, first
+    tried = [(found, first), *((one, build(one)) for one in near)]
+    feeds = sample_feeds(job, first)
+    times = interleaved({str(place): built.artifact.runner(feeds) for place, (_, built) in enumerate(tried)})
+    return tried[min(range(len(tried)), key=lambda place: times[str(place)].median)]
+
+
+def _proved(job: Job, task: Search, found: Found, baseline: Built, result: Built, build: Build) -> tuple[Found, Built]:
+    """The same without the changes that cost what they should save; see hwopt.prove."""
+    if not job.target.runs_here or not found.plan.decisions or job.check == "none":
+        return found, result
+    feeds = sample_feeds(job, baseline)
+    state = proved(job, found, result, build, feeds, lambda one: not _broken(job, one, _seconds(job, baseline, one)["result"]))
+    if state.found.graph is found.graph:
+        return state.found, state.result
+    before, after = (task.scorer(Session(graph).run) for graph in (job.graph, state.found.graph))
+    return dataclasses.replace(state.found, comparison=compare(task.scorer.metric, before, after)), state.result
+
+
+def _worth_it(job: Job, found: Found, baseline: Built, result: Built) -> tuple[Found, Built]:
     """The result, or the unchanged model if the measurement does not confirm what the cost model promised."""
+    seconds = _seconds(job, baseline, result)
     before, after = seconds["baseline"], seconds["result"]
     if result is baseline or after < before:
         return found, result
@@ -148,7 +176,7 @@ def _plan_of(job: Job, stated: Sequence[tuple[str, str]], refused: tuple[Refusal
     )  # fmt: skip
 
 
-def _applied(job: Job, plan: Plan) -> Found:
+def replayed(job: Job, plan: Plan) -> Found:
     """Do what a plan says and score it; what the passes declined goes into the plan."""
     graph = apply_plan(job.graph, plan, job.ctx, find_passes()).graph
     scorer = make_job_scorer(job, CORES)

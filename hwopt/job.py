@@ -47,6 +47,7 @@ class Job:
     database: Database | None = None  # of tuned schedules
     measure: bool = True  # nothing is timed without, and the same inputs give the same bytes
     form: Form = FORM  # of what is delivered
+    check: str = "doubtful"  # which changes are left out once, to see what they save: none, doubtful, all
     sensitivity: str = "auto"  # how the errors of changes are found: auto, fisher (gradients), measured
     pairwise: bool = False  # neighbours' errors together, too
 

@@ -69,10 +69,17 @@ def make_report(
             peer: {"latency_seconds": seconds, "ratio": seconds / result.latency_seconds} for peer, seconds in peers.items()
         },
         "layers": list(layers),
+        "hardware": hardware(target),
         "notes": list(notes),
         "machine": machine(),
         "versions": versions(),
     }
+
+
+def hardware(target: Target) -> dict[str, Any]:
+    """What a roofline needs of a target: peaks of one core in operations per second, bandwidths in bytes per second."""
+    memories = [{"name": m.name, "bytes": m.bytes, "bytes_per_second": m.bytes_per_second} for m in target.memories]
+    return {"kind": target.kind, "peak": dict(target.peak), "memories": memories}
 
 
 def layer_table(before: Graph, after: Graph, plan: Plan, target: Target, threads: int) -> list[dict[str, Any]]:
@@ -87,6 +94,7 @@ def layer_table(before: Graph, after: Graph, plan: Plan, target: Target, threads
                 "op": node.op,
                 "dtype": work.dtype,
                 "macs": work.macs,
+                "bytes": work.bytes,
                 "weight_bytes": work.weight_bytes,
                 "predicted_seconds_before": earlier.get(work.name),
                 "predicted_seconds": target.cost.estimate(work, threads).seconds,

@@ -98,11 +98,15 @@ class Priced:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """The best plan, the graph it makes, and how that compares with the original (None without evaluation data)."""
+    """The best plan, the graph it makes, and how that compares with the original (None without evaluation data).
+
+    `others` are further plans within the budget, predicted to be slower: a measurement may disagree.
+    """
 
     plan: Plan
     graph: Graph
     comparison: Comparison | None
+    others: tuple[Found, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +147,16 @@ def measured(task: Search, priced: Priced, solution: Solution, allowed: float) -
         joules=amounts.joules, solved_seconds=solution.seconds * task.scale, gap=solution.gap,
     )  # fmt: skip
     return Attempt(solution, changed, comparison, amounts, entry)
+
+
+def tightened(task: Search, limits: Limits, attempt: Attempt) -> Limits:
+    """The model of sums and pairs is not quite the graph; shrink each limit by as much as the real graph overshot it."""
+    changes: dict[str, float] = {}
+    for name, allowed in task.budget.limits().items():
+        current, found = getattr(limits, name), getattr(attempt.amounts, name)
+        if current and found > allowed:
+            changes[name] = current * allowed / found
+    return dataclasses.replace(limits, **changes)
 
 
 def versions() -> dict[str, str]:

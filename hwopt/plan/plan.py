@@ -31,6 +31,7 @@ class Decision:
     bytes_after: int
     error: float  # divergence of the outputs that this change alone causes
     reason: str
+    measured_seconds: float | None = None  # what the built model gains by it: timed with all changes and without this one
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ class Plan:
 
     def to_data(self) -> dict[str, Any]:
         return {"format": FORMAT, **dataclasses.asdict(self)}
+
+    @property
+    def families(self) -> frozenset[str]:
+        """Names of the passes that the decisions use."""
+        return frozenset(text.partition("{")[0] for decision in self.decisions for text in decision.by)
 
     def passes(self, known: Mapping[str, type[Pass]]) -> tuple[Pass, ...]:
         """The passes to run, in phase order, those that differ only in their site joined."""

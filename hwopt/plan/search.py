@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from hwopt.errors import BudgetError, HwoptError
 from hwopt.evaluate import Comparison, compare
 from hwopt.pipeline import Phase, Refusal, merged
-from hwopt.plan.attempt import Attempt, Found, Priced, Search, measured, price, versions
+from hwopt.plan.attempt import Attempt, Found, Priced, Search, measured, price, tightened, versions
 from hwopt.plan.budget import Amounts, Budget
 from hwopt.plan.nearest import nearest
 from hwopt.plan.options import Option
@@ -77,7 +77,7 @@ def _rounds(task: Search, priced: Priced, attempts: list[Attempt]) -> None:
             attempt = known or measured(task, priced, solution, allowed)
             if known is None:
                 attempts.append(attempt)
-            limits = _tightened(task, limits, attempt)
+            limits = tightened(task, limits, attempt)
             if attempt.comparison.drop <= aim(task.budget, attempt.comparison):
                 low = allowed
             else:
@@ -101,35 +101,30 @@ def aim(budget: Budget, comparison: Comparison) -> float:
     return budget.max_drop - min((high - low) / 2 / 1.96, budget.max_drop / 2)
 
 
-def _tightened(task: Search, limits: Limits, attempt: Attempt) -> Limits:
-    """The model of sums and pairs is not quite the graph; shrink each limit by as much as the real graph overshot it."""
-    changes: dict[str, float] = {}
-    for name, allowed in task.budget.limits().items():
-        current, found = getattr(limits, name), getattr(attempt.amounts, name)
-        if current and found > allowed:
-            changes[name] = current * allowed / found
-    return dataclasses.replace(limits, **changes)
-
-
 def _best(task: Search, priced: Priced, attempts: Sequence[Attempt]) -> Found:
     """The fastest feasible attempt; the unchanged model if none is better; BudgetError if limits are set and not met."""
     start = task.amounts(task.graph)
-    best = best_of(task, attempts, start)
+    ranked = ranking(task, attempts, start)
+    best = ranked[0] if ranked else None
     if best is None and (broken := task.exceeded(start)):
-        raise BudgetError(nearest(task, priced, attempts, broken), place="plan", hint="relax the budget or --max-drop")
+        free: list[Attempt] = []  # what the drop alone allows
+        _rounds(dataclasses.replace(task, budget=Budget(task.budget.max_drop)), priced, free)
+        message = nearest(task, priced, [*attempts, *free], broken)
+        raise BudgetError(message, place="plan", hint="relax the budget or --max-drop")
     if best is None:
         plan = make_plan(task, priced, None, attempts, start)
         return Found(plan, task.graph, compare(task.scorer.metric, priced.baseline, priced.baseline))
-    return found_of(task, priced, best, attempts, start)
+    others = tuple(found_of(task, priced, one, attempts, start) for one in ranked[1:])
+    return dataclasses.replace(found_of(task, priced, best, attempts, start), others=others)
 
 
-def best_of(task: Search, attempts: Sequence[Attempt], start: Amounts) -> Attempt | None:
-    """The fastest feasible attempt, a careful one before one at the very edge of the budget; None: keep the model."""
+def ranking(task: Search, attempts: Sequence[Attempt], start: Amounts) -> list[Attempt]:
+    """The feasible attempts, fastest first; only careful ones if there are any at all inside of the budget's edge."""
     feasible = [attempt for attempt in attempts if attempt.round.feasible]
     if not task.budget.limited:
         feasible = [attempt for attempt in feasible if attempt.amounts.seconds < start.seconds]
     careful = [attempt for attempt in feasible if attempt.comparison.drop <= aim(task.budget, attempt.comparison)]
-    return min(careful or feasible, key=lambda attempt: attempt.amounts.seconds, default=None)
+    return sorted(careful or feasible, key=lambda attempt: attempt.amounts.seconds)
 
 
 def found_of(task: Search, priced: Priced, best: Attempt, attempts: Sequence[Attempt], start: Amounts) -> Found:

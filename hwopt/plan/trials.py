@@ -44,12 +44,13 @@ def search_knobs(task: Search, method: str, trials: int, folder: Path) -> Plan:
     known = open_folder(folder, TRIALS, key)
     write_whole(folder / TRIALS, json.dumps({"search": key, **known}, indent=1) + "\n")
     study = _study(method, space, folder, key, task.ctx.seed)
-    done = len(_finished(study))
-    for number in range(done, trials):
-        task.progress(f"trial {number + 1} of {trials}", number, trials)
-        trial = study.ask({name: _categories(values) for name, values in space.items()})
-        study.tell(trial, *_result(task, trial, space, folder, study))
+
+    def after(study: optuna.Study, _: object) -> None:
         write_whole(folder / TRIALS, json.dumps({"search": key, "trials": _table(study)}, indent=1) + "\n")
+
+    left = trials - len(_finished(study))
+    if left > 0:
+        study.optimize(lambda trial: _result(task, trial, space, folder, study), n_trials=left, callbacks=[after])
     if not (folder / PLAN).exists():
         reasons = [trial.user_attrs.get("reason", "") for trial in _finished(study)]
         raise BudgetError(reasons[-1] if reasons else "no trial was made", place="--search", hint="relax the budget")
@@ -78,31 +79,26 @@ def _study(method: str, space: Mapping[str, tuple], folder: Path, key: str, seed
     return study
 
 
-def _categories(values: tuple) -> Any:
-    from optuna.distributions import CategoricalDistribution
+def _result(task: Search, trial: optuna.Trial, space: Mapping[str, tuple], folder: Path, study: optuna.Study) -> float:
+    """What one trial is worth; its plan is kept if it is the best."""
+    import optuna
 
-    return CategoricalDistribution(list(range(len(values))))
-
-
-def _result(task: Search, trial: optuna.Trial, space: Mapping[str, tuple], folder: Path, study: optuna.Study) -> tuple:
-    """(value, state) of one trial; the plan is kept if it is the best."""
-    from optuna.trial import TrialState
-
-    turned = {name: space[name][place] for name, place in trial.params.items()}
+    task.progress(f"trial {trial.number + 1}", 0, 1)
+    turned = {name: values[trial.suggest_categorical(name, list(range(len(values))))] for name, values in space.items()}
     trial.set_user_attr("knobs", {name: str(value) for name, value in turned.items()})
     one = dataclasses.replace(task, knobs=turned)
     try:
         found = search(one, price(one))
     except BudgetError as error:
         trial.set_user_attr("reason", error.message)
-        return None, TrialState.PRUNED
+        raise optuna.TrialPruned from error
     value = worth(found)
     trial.set_user_attr("drop", found.comparison.drop if found.comparison else 0.0)
     trial.set_user_attr("seconds", found.plan.seconds_after)
     best = min((t.value for t in _finished(study) if t.value is not None), default=math.inf)
     if value < best or not (folder / PLAN).exists():
         keep_plan(folder, found.plan)
-    return value, None
+    return value
 
 
 def worth(found: Found) -> float:

@@ -1,0 +1,101 @@
+"""Planning at length: searches over knobs, Pareto fronts, and what their reports show."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hwopt.analysis.liveness import peak_activation_bytes
+from hwopt.analysis.size import weight_bytes
+from hwopt.compiler import one_blas_thread
+from hwopt.decide import decided, make_task, replayed
+from hwopt.errors import BudgetError, UsageError
+from hwopt.ir import Graph
+from hwopt.job import Job, prepare, quiet
+from hwopt.page.page import page
+from hwopt.plan.attempt import Found, Search
+from hwopt.plan.front import FRONT, Point, front
+from hwopt.plan.plan import plan_from_json
+from hwopt.plan.store import PLAN, write_whole
+from hwopt.plan.trials import search_knobs
+from hwopt.report import Figures, layer_table, make_report
+
+OPTIONS = ("shapes", "binds", "calibrate", "evaluate", "budget", "passes", "threads")
+
+
+def job_of(model: Any, options: Mapping[str, Any]) -> Job:
+    """compile_model's arguments as a checked job."""
+    given = {name: options.get(name) for name in OPTIONS}
+    return prepare(
+        model, target=options.get("target", "host"), seed=options.get("seed", 0), progress=options.get("progress", quiet), **given
+    )
+
+
+@one_blas_thread
+def plan_once(job: Job, *, tie: bool = True) -> Found:
+    """One search, as compile does it without measuring."""
+    return decided(job, None, tie=tie)
+
+
+@one_blas_thread
+def plan_trials(job: Job, method: str, trials: int, folder: Path, *, tie: bool = True) -> Found:
+    """The best plan over the knobs of the families; see hwopt.plan.trials."""
+    return replayed(job, search_knobs(_task(job, tie), method, trials, folder))
+
+
+@one_blas_thread
+def plan_front(job: Job, kind: str, points: int, folder: Path, *, tie: bool = True) -> tuple[list[Point], Found | None]:
+    """The points of a Pareto front and the best plan inside of the budget, if a point is; see hwopt.plan.front."""
+    found = front(_task(job, tie), kind, points, folder)
+    best = folder / PLAN
+    return found, replayed(job, plan_from_json(best.read_text(), str(best))) if best.exists() else None
+
+
+def planned(
+    job: Job, out: Path, *, method: str | None, trials: int, cost: str | None, points: int, tie: bool
+) -> tuple[Found, Path, str]:
+    """What `hwopt plan` does: (plan, the file that holds it, the page). Raises UsageError for two ways at once."""
+    if method and cost:
+        raise UsageError("search knobs or draw a front, one after the other", place="hwopt plan", hint="--search or --pareto")
+    points_found: list[Point] = []
+    if method:
+        found: Found | None = plan_trials(job, method, trials, out, tie=tie)
+    elif cost:
+        points_found, found = plan_front(job, cost, points, out, tie=tie)
+    else:
+        found = plan_once(job, tie=tie)
+        write_whole(out, found.plan.to_json())
+    if found is None:
+        hint = f"all points are in {out / FRONT}; relax --max-drop or the limits"
+        raise BudgetError("no point of the front is within the budget", place=str(out), hint=hint)
+    html = page(plan_report(job, found), found.plan, [dataclasses.asdict(point) for point in points_found])
+    return found, out / PLAN if method or cost else out, html
+
+
+def _task(job: Job, tie: bool) -> Search:
+    task = make_task(job, tie=tie)
+    if task is None:
+        hint = "give --calibrate and --evaluate, and families without braces"
+        raise UsageError("needs data and families to search with", place=job.graph.name, hint=hint)
+    return task
+
+
+def plan_report(job: Job, found: Found) -> dict[str, Any]:
+    """report.json's content for a plan that was not compiled: predicted costs, the score of the graph."""
+    plan, scores = found.plan, (None, None) if found.comparison is None else (found.comparison.baseline, found.comparison.score)
+    return make_report(
+        name=job.graph.name, target=job.target, threads=job.threads,
+        baseline=_figures(job.graph, plan.seconds_before, scores[0]), result=_figures(found.graph, plan.seconds_after, scores[1]),
+        comparison=found.comparison, layers=layer_table(job.graph, found.graph, plan, job.target, job.threads),
+        peers={}, notes=[plan.note] if plan.note else [],
+    )  # fmt: skip
+
+
+def _figures(graph: Graph, seconds: float, score: float | None) -> Figures:
+    size, peak = weight_bytes(graph), peak_activation_bytes(graph)
+    return Figures(
+        score=score, latency_seconds=max(seconds, 1e-12), latency_spread_seconds=0.0, latency_source="predicted",
+        weight_bytes=size, library_weight_bytes=size, peak_activation_bytes=peak,
+    )  # fmt: skip

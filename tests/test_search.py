@@ -1,0 +1,239 @@
+"""Search beyond one solve: pairs of changes, rounds, nearest budgets, trials over knobs, fronts, leaving one out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import hwopt.prove as prove
+from hwopt.decide import make_task
+from hwopt.errors import BudgetError, UsageError
+from hwopt.explore import plan_front, plan_once, plan_report, plan_trials
+from hwopt.job import Job, prepare, quiet
+from hwopt.measure import Timing
+from hwopt.page.page import page
+from hwopt.pipeline import PassManager, merged
+from hwopt.plan.attempt import price
+from hwopt.plan.budget import parse_budget
+from hwopt.plan.options import Pricer
+from hwopt.plan.plan import plan_from_json
+from hwopt.plan.search import aim
+from hwopt.plan.solve import predicted
+from hwopt.plan.trials import knobs_of
+
+CLASSES = 8
+TARGET = "systolic-16x16"  # int8 and widths matter much, and energy has a price
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three convolutions and a classifier with random weights."""
+    random = np.random.default_rng(0)
+    shapes = {"a": (32, 3, 3, 3), "b": (64, 32, 3, 3), "c": (64, 64, 3, 3), "fc": (CLASSES, 64)}
+    weights = {n: (random.standard_normal(s) / np.sqrt(np.prod(s[1:]))).astype(np.float32) for n, s in shapes.items()}
+    nodes, value = [], "x"
+    for name in "abc":
+        nodes.append(helper.make_node("Conv", [value, f"{name}.w"], [f"{name}.y"], name=name, pads=[1, 1, 1, 1]))
+        nodes.append(helper.make_node("Relu", [f"{name}.y"], [f"{name}.r"], name=f"{name}.relu"))
+        value = f"{name}.r"
+    nodes.append(helper.make_node("GlobalAveragePool", [value], ["p"], name="pool"))
+    nodes.append(helper.make_node("Flatten", ["p"], ["f"], name="flat"))
+    nodes.append(helper.make_node("Gemm", ["f", "fc.w"], ["y"], name="fc", transB=1))
+    graph = helper.make_graph(
+        nodes, "three",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 12, 12])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, CLASSES])],
+        [numpy_helper.from_array(array, f"{name}.w") for name, array in weights.items()],
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("model") / "three.onnx"
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def job_for(path: Path, drop: str = "20%", *limits: str, passes: str | None = "prune-channels,low-rank,quantize") -> Job:
+    random = np.random.default_rng(1)
+    calibrate, evaluate = ({"x": random.standard_normal((n, 3, 12, 12)).astype(np.float32)} for n in (16, 64))
+    return prepare(
+        path, target=TARGET, shapes=None, binds=None, calibrate=calibrate, evaluate=evaluate,
+        budget=parse_budget(drop, limits), passes=passes, threads=1, seed=0, progress=quiet,
+    )  # fmt: skip
+
+
+def test_pairs_price_what_two_changes_cost_together(network: Path) -> None:
+    job = job_for(network)
+    task = make_task(job)
+    assert task is not None
+    priced = price(task)
+    pricer = Pricer(job.target, 1)
+
+    def really(*options: object) -> float:
+        passes = merged(one for option in options for one in option.passes)  # type: ignore[attr-defined]
+        return pricer.graph(PassManager(passes).run(job.graph, job.ctx).graph).seconds
+
+    widths = [o for o in priced.options if o.prunes]
+    dtypes = [o for o in priced.options if o.form == "int8" and len(o.passes) == 1]
+    a, b = next(o for o in widths if o.group.endswith(" a")), next(o for o in widths if o.group.endswith(" b"))
+    for chosen in ((a, b), (a, next(o for o in dtypes if o.group == "b")), tuple(dtypes)):
+        assert predicted(priced.base, chosen, priced.pairs)["seconds"] == pytest.approx(really(*chosen), rel=0.02)
+        alone = priced.base.total_seconds - sum(o.gain for o in chosen)
+        assert abs(alone - really(*chosen)) > 0.02 * really(*chosen)  # the sum without pairs is wrong
+
+
+def test_equal_seeds_give_equal_plans_that_keep_the_drop(network: Path) -> None:
+    plans = [plan_once(job_for(network)) for _ in range(2)]
+    assert plans[0].plan.to_json() == plans[1].plan.to_json()
+    assert plans[0].plan.decisions and plans[0].plan.seconds_after < plans[0].plan.seconds_before
+    comparison = plans[0].comparison
+    assert comparison is not None and comparison.drop <= 0.2
+    assert aim(plans[0].plan.budget, comparison) <= 0.2
+    assert {offer.text for offer in plans[0].plan.offers if offer.chosen} == {" + ".join(d.by) for d in plans[0].plan.decisions}
+
+
+@pytest.mark.parametrize("limit", ["latency", "size", "memory", "energy"])
+def test_each_limit_is_kept_alone(network: Path, limit: str) -> None:
+    job = job_for(network, "100%")
+    task = make_task(job)
+    assert task is not None
+    start = task.amounts(job.graph)
+    wanted = {
+        "latency": f"latency={start.seconds * 0.5e6}us", "size": f"size={start.bytes * 0.4}B",
+        "memory": f"memory={start.peak_bytes * 0.6}B", "energy": f"energy={start.joules * 0.5e9}nJ",
+    }[limit]  # fmt: skip
+    found = plan_once(job_for(network, "100%", wanted))
+    kept = task.amounts(found.graph)
+    assert dataclasses.replace(task, budget=parse_budget("100%", (wanted,))).exceeded(kept) == ""
+    assert task.amounts(found.graph) != start
+
+
+def test_budget_that_cannot_be_met_is_answered_with_the_nearest(network: Path) -> None:
+    task = make_task(job_for(network))
+    assert task is not None
+    start = task.amounts(task.graph)
+    with pytest.raises(BudgetError, match=r"nearest plans: latency=[\d.]+ms at a drop of"):
+        plan_once(job_for(network, "20%", f"latency={start.seconds * 0.01e6}us"))
+    fastest = plan_once(job_for(network, "100%"))
+    with pytest.raises(BudgetError, match=r"--max-drop [\d.]+% with all limits kept"):
+        plan_once(job_for(network, "0%", f"latency={fastest.plan.seconds_after * 1.02e6}us"))
+
+
+def test_trials_go_on_where_they_stopped_and_keep_the_best(network: Path, tmp_path: Path) -> None:
+    job, folder = job_for(network), tmp_path / "study"
+    first = plan_trials(job, "random", 1, folder)
+    usual = plan_once(job)
+    assert first.plan.seconds_after == usual.plan.seconds_after
+    found = plan_trials(job, "random", 3, folder)
+    trials = json.loads((folder / "trials.json").read_text())["trials"]
+    assert len(trials) == 3
+    best = min(one["value"] for one in trials if one["value"] is not None)
+    assert found.plan.seconds_after == pytest.approx(best)
+    assert plan_from_json((folder / "plan.json").read_text()).decisions == found.plan.decisions
+    plan_trials(job, "random", 3, folder)
+    assert len(json.loads((folder / "trials.json").read_text())["trials"]) == 3
+
+
+def test_trials_turn_the_knobs_of_the_families(network: Path, tmp_path: Path) -> None:
+    job = job_for(network, passes="quantize")
+    task = make_task(job)
+    assert task is not None
+    assert knobs_of(task)["quantize.calibrator"][0] == "minmax"
+    found = plan_trials(job, "grid", 4, tmp_path)
+    turned = [one["knobs"]["quantize.calibrator"] for one in json.loads((tmp_path / "trials.json").read_text())["trials"]]
+    assert len(set(turned)) == 4
+    best = found.plan.knobs["quantize.calibrator"]
+    assert all(f"calibrator={best}" in text or best == "minmax" for decision in found.plan.decisions for text in decision.by)
+
+
+def test_a_folder_of_another_search_is_refused(network: Path, tmp_path: Path) -> None:
+    plan_front(job_for(network), "latency", 2, tmp_path)
+    with pytest.raises(UsageError, match="another model, target, budget or data"):
+        plan_front(job_for(network, "10%"), "latency", 2, tmp_path)
+    with pytest.raises(UsageError, match="did you mean size"):
+        plan_front(job_for(network), "siz", 2, tmp_path)
+
+
+def test_front_is_resumed_and_its_best_point_is_on_disk(network: Path, tmp_path: Path) -> None:
+    job = job_for(network)
+    points, found = plan_front(job, "size", 4, tmp_path)
+    assert [one.plan for one in points] == ["", "plan-1.json", "plan-2.json", "plan-3.json", "plan-4.json"]
+    assert points[-1].bytes < points[0].bytes
+    good = [one for one in points[1:] if one.drop <= 0.2]
+    best = min(good, key=lambda one: one.bytes)
+    on_disk = plan_from_json((tmp_path / "plan.json").read_text())
+    assert on_disk == plan_from_json((tmp_path / best.plan).read_text())
+    assert found is not None and found.plan.decisions == on_disk.decisions
+    stored = json.loads((tmp_path / "front.json").read_text())
+    stored["points"] = stored["points"][:3]  # as if it had been interrupted
+    (tmp_path / "front.json").write_text(json.dumps(stored))
+    again, _ = plan_front(job, "size", 4, tmp_path)
+    assert again == points
+
+
+def test_page_shows_every_candidate_and_stands_alone(network: Path) -> None:
+    job = job_for(network)
+    found = plan_once(job)
+    text = page(plan_report(job, found), found.plan, [])
+    assert all(offer.text in text for offer in found.plan.offers)
+    assert "src=" not in text and "href=" not in text and "<script" not in text
+    assert text.count("<svg") == 4
+    assert f"three on {TARGET}" in text
+
+
+def test_changes_that_cost_what_they_should_save_are_taken_out(network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = dataclasses.replace(job_for(network), check="all")
+    found = plan_once(job)
+    assert len(found.plan.decisions) > 1
+    guilty = found.plan.decisions[0]
+
+    class Library:
+        def __init__(self, decisions: tuple) -> None:
+            self.artifact, self.decisions = self, decisions
+
+        def runner(self, feeds: object) -> tuple:
+            return self.decisions
+
+    def timed(runners: dict) -> dict:
+        """Every change saves a millisecond but the guilty one, which costs one."""
+
+        def seconds(decisions: tuple) -> float:
+            return 1.0 - 1e-3 * len(decisions) + (2e-3 if any(d.by == guilty.by for d in decisions) else 0.0)
+
+        return {name: Timing(seconds(d), 0.0, 0.0, 1) for name, d in runners.items()}
+
+    monkeypatch.setattr(prove, "interleaved", timed)
+    state = prove.proved(
+        job,
+        found,
+        Library(found.plan.decisions),
+        lambda one: Library(one.plan.decisions),
+        {},
+        lambda _: True,  # type: ignore[arg-type, return-value]
+    )
+    left = state.found.plan.decisions
+    assert [d.by for d in left] == [d.by for d in found.plan.decisions if d.by != guilty.by]
+    assert all(d.measured_seconds == pytest.approx(1e-3) for d in left)
+    assert "1000.00 us faster without it" in state.found.plan.refused[-1].reason
+    assert state.found.graph.digest != found.graph.digest
+    needed = prove.proved(
+        job,
+        found,
+        Library(found.plan.decisions),
+        lambda one: Library(one.plan.decisions),
+        {},
+        lambda _: False,  # type: ignore[arg-type, return-value]
+    )
+    assert len(needed.found.plan.decisions) == len(found.plan.decisions)
+
+
+def test_only_doubtful_changes_are_built_without(network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = job_for(network)
+    found = plan_once(job)
+    monkeypatch.setattr(prove, "DOUBT", 0.0)
+    assert not list(prove._doubtful(job, found))  # all are predicted to save something
+    monkeypatch.setattr(prove, "DOUBT", 10.0)
+    assert len(list(prove._doubtful(job, found))) == len(found.plan.decisions)
