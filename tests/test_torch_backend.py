@@ -259,6 +259,20 @@ def test_gates_have_the_gradient_of_one_edge() -> None:
     assert gate.grad.tolist() == [[4, 9]]
 
 
+def test_samples_stack_where_they_do_not_look_at_each_other() -> None:
+    assert backend.Module(demo()).stacks(image(3))
+    b = Builder()
+    parts = b.op("Reshape", [b.input((1, 4, 6)), b.ints(4, 6)], (4, 6))  # the batch merges with rows, and comes back
+    b.outputs.append(b.op("Reshape", [b.same("Relu", parts), b.ints(1, 2, 12)], (1, 2, 12)))
+    assert backend.Module(b.graph()).stacks({"x0": np.random.default_rng(0).standard_normal((3, 4, 6)).astype(np.float32)})
+    mixing = Builder()
+    mixing.outputs.append(mixing.op("Softmax", [mixing.input((1, 4))], (1, 4), axis=0))
+    module = backend.Module(mixing.graph())
+    assert not module.stacks({"x0": np.arange(8, dtype=np.float32).reshape(2, 4)})
+    with pytest.raises(DataError, match="1 samples for a batch of 1"):
+        module.stacks({"x0": np.zeros((1, 4), np.float32)})
+
+
 # Parameters
 
 

@@ -39,6 +39,7 @@ class Call:
     writes: tuple[str, ...]
     precise: bool  # float32 is held as float64
     rounding: Round
+    leading: int = 0  # the leading dimension that the first input is declared to have; 0 if it is not static
 
     def attr(self, key: str, default: Attr = None) -> Attr:
         value = self.node.attrs.get(key, default)
@@ -47,6 +48,12 @@ class Call:
     def held(self, dtype: str) -> torch.dtype:
         """The torch type that values of this element type are held in."""
         return held(dtype, precise=self.precise)
+
+    def stacked(self, sizes: list[int], x: Tensor) -> list[int]:
+        """A stated shape for as many samples as x really has: its leading dimension grows with the data's."""
+        if not self.leading or not x.ndim or x.shape[0] == self.leading or not sizes or sizes[0] <= 0:
+            return sizes
+        return [sizes[0] * x.shape[0] // self.leading, *sizes[1:]]
 
     @property
     def result(self) -> torch.dtype:

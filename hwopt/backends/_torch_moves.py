@@ -16,7 +16,7 @@ from hwopt.ir.types import dtype_name
 
 
 def _reshape(call: Call, x: Tensor, shape: Tensor) -> Tensor:
-    sizes = numbers(shape)
+    sizes = call.stacked(numbers(shape), x)
     if not call.attr("allowzero", 0):
         sizes = [x.shape[axis] if size == 0 else size for axis, size in enumerate(sizes)]
     return x.reshape(sizes)
@@ -143,8 +143,10 @@ def _pad(call: Call, x: Tensor, pads: Tensor, value: Tensor | None = None, axes:
     return x
 
 
-def _expand(_: Call, x: Tensor, shape: Tensor) -> Tensor:
-    return x.expand(torch.broadcast_shapes(tuple(x.shape), tuple(numbers(shape))))
+def _expand(call: Call, x: Tensor, shape: Tensor) -> Tensor:
+    sizes = numbers(shape)
+    sizes = call.stacked(sizes, x) if len(sizes) == x.ndim else sizes
+    return x.expand(torch.broadcast_shapes(tuple(x.shape), tuple(sizes)))
 
 
 def _tile(_: Call, x: Tensor, repeats: Tensor) -> Tensor:

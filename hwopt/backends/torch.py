@@ -35,6 +35,7 @@ from hwopt.backends._torch_call import (
 )  # fmt: skip
 from hwopt.errors import DataError, PassError, UnsupportedError, did_you_mean
 from hwopt.ir import Graph, Node, TensorType
+from hwopt.samples import batch_of
 
 _FAMILIES = (_torch_elementwise, _torch_reduce, _torch_products, _torch_moves, _torch_quant, _torch_resize)
 RULES: Mapping[str, Rule] = {op: rule for family in _FAMILIES for op, rule in family.RULES.items()}
@@ -116,6 +117,23 @@ class Module(torch.nn.Module):
         self.values = {name: values[name] for name in wanted}
         return dict(self.values)
 
+    def stacks(self, feeds: Mapping[str, np.ndarray]) -> bool:
+        """Whether several samples in one run give what they give one run after the other: tried on these, [samples, ...].
+
+        A graph with the static batch 1 can then be trained on larger batches; shapes that it states grow with the data.
+        """
+        count = len(next(iter(feeds.values()), ()))
+        size = batch_of(self.graph)
+        if count <= size:
+            raise DataError(f"{count} samples for a batch of {size}", place=self.graph.name, hint="give at least two batches")
+        with torch.no_grad():
+            alone = [self({n: a[i : i + size] for n, a in feeds.items()}) for i in range(0, count // size * size, size)]
+            try:
+                together = self({name: array[: count // size * size] for name, array in feeds.items()})
+            except (RuntimeError, IndexError):  # shapes that do not fit
+                return False
+        return all(_alike(together[name], torch.cat([one[name] for one in alone])) for name in self.graph.outputs)
+
     def _start(self, feeds: Mapping[str, Any]) -> dict[str, Tensor]:
         missing = [name for name in self.graph.inputs if name not in feeds]
         if missing:
@@ -157,6 +175,12 @@ class Module(torch.nn.Module):
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
 
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Equal up to the rounding of another order of summation."""
+    scale = float(other.double().abs().max()) if other.numel() else 0.0
+    return one.shape == other.shape and bool((one.double() - other.double()).abs().max() <= 1e-4 * max(scale, 1e-6))
+
+
 def _gated(node: Node, inputs: list[Tensor | None], gates: Gates) -> list[Tensor | None]:
     found = [gates.get((node.name, index)) for index in range(len(inputs))]
     return [one if gate is None or one is None else one * gate for one, gate in zip(inputs, found, strict=True)]
@@ -171,8 +195,13 @@ def _steps(graph: Graph, precise: bool, rounding: Round) -> Iterable[_Step]:
         reads = tuple(graph.tensor(name).dtype if name else "" for name in node.inputs)
         writes = tuple(graph.tensor(name).dtype if name else "" for name in node.outputs)
         unread = [name for name in node.outputs if name and name not in last]
-        call = Call(node, reads, writes, precise, rounding)
+        call = Call(node, reads, writes, precise, rounding, _leading(graph, node))
         yield _Step(RULES[node.op], call, node.op in CARRIES, (*ends.get(index, ()), *unread))
+
+
+def _leading(graph: Graph, node: Node) -> int:
+    shape = graph.tensor(node.inputs[0]).shape if node.inputs and node.inputs[0] else None
+    return shape[0] if shape and isinstance(shape[0], int) else 0
 
 
 def unsupported(graph: Graph) -> list[tuple[Node, str]]:
