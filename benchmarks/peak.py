@@ -6,6 +6,7 @@ The micro-kernel of the target runs on registers only: independent accumulators 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,18 @@ def peaks(target: Target) -> dict[str, float]:
 
 def operations_per_second(micro: MicroKernel, target: Target) -> float:
     """The best of several turns."""
+    run = loop(micro, target)
+    best = min(run() for _ in range(TURNS))
+    return operations(micro) / best
+
+
+def operations(micro: MicroKernel) -> float:
+    """Of one run of the loop."""
+    return 2.0 * micro.lanes * micro.depth * accumulators(micro) * STEPS
+
+
+def loop(micro: MicroKernel, target: Target) -> Callable[[], float]:
+    """The loop, compiled: a call runs it once and returns its seconds."""
     import tvm
 
     if is_tile(micro):
@@ -35,49 +48,71 @@ def operations_per_second(micro: MicroKernel, target: Target) -> float:
     library: Any = load_objects((object_code({"peak": peak_kernel(micro)}, target.tvm, target.name),))
     count, size = accumulators(micro), micro.lanes * micro.depth
     arrays = (
-        np.ones(PERIOD * micro.depth, micro.activation or micro.dtype),
+        np.ones(words(micro) * micro.depth, micro.activation or micro.dtype),
         np.ones(count * size, micro.dtype),
         np.zeros(count * micro.lanes, micro.accumulator),
     )
     arguments = [tvm.runtime.tensor(array) for array in arrays]
-    best = float("inf")
-    for _ in range(TURNS):
+
+    def run() -> float:
         started = time.perf_counter()
         library["peak"](*arguments)
-        best = min(best, time.perf_counter() - started)
-    return 2.0 * size * count * STEPS / best
+        return time.perf_counter() - started
+
+    return run
 
 
 def accumulators(micro: MicroKernel) -> int:
-    """Enough to hide the latency of two instructions a cycle; with few registers the weights are read from the first cache."""
-    return 12 if micro.registers >= 32 else 8
+    """Enough to hide the latency of two instructions a cycle."""
+    weights, words = tile(micro)
+    return weights * words * micro.rows
+
+
+def tile(micro: MicroKernel) -> tuple[int, int]:
+    """(vectors of weights, words of data) whose products one step adds.
+
+    Few registers hold 3 x 4 accumulators, 3 weights and a word. Where a product is added by an instruction of its own, words must
+    also be widened: more weights for each, though then they are read from the first cache.
+    """
+    if not micro.intrinsic or "madd" in micro.intrinsic or "mull" in micro.intrinsic:
+        return 10, 1
+    return (12 // micro.rows, 1) if micro.registers >= 32 else (3, 4)
+
+
+def words(micro: MicroKernel) -> int:
+    """Words of data that the loop reads, over and over."""
+    return PERIOD + tile(micro)[1]
 
 
 def peak_kernel(micro: MicroKernel) -> object:
-    """out[a] += weights[a] * data[step], for all accumulators a and many steps."""
+    """out[d, w] += weights[w] * data[step + d], for many steps; `rows` accumulators share a vector of weights."""
     from tvm import tirx
 
     from hwopt.backends.tvm.kernels.bfloat16 import library
     from hwopt.backends.tvm.kernels.bfloat16 import library
     from hwopt.backends.tvm.kernels.code import Code, Value, function, load
-    from hwopt.backends.tvm.kernels.micro import accumulate, data_operand, weight_operand
+    from hwopt.backends.tvm.kernels.micro import accumulate_block, data_block, weight_operand
 
     count, lanes, size = accumulators(micro), micro.lanes, micro.lanes * micro.depth
     kind = micro.activation or micro.dtype
-    data = tirx.decl_buffer((PERIOD * micro.depth,), kind, "data")
+    data = tirx.decl_buffer((words(micro) * micro.depth,), kind, "data")
     weights = tirx.decl_buffer((count * size,), micro.dtype, "weights")
     out = tirx.decl_buffer((count * lanes,), micro.accumulator, "out")
     code = Code()
     totals = code.alloc("totals", count * lanes, micro.accumulator)
-    operands = [weight_operand(code, micro, weights, which * size) for which in range(count)]
+    operands = [weight_operand(code, micro, weights, which * size) for which in range(tile(micro)[0])]
     for which in range(count):
         code.store(totals, which * lanes, load(out, which * lanes, lanes), lanes)
 
     def step(inner: Code, number: Value) -> None:
-        value = data_operand(inner, micro, data, tirx.Mod(number, PERIOD) * micro.depth, kind, micro.depth)
-        for which, weight in enumerate(operands):
-            added = accumulate(micro, load(totals, which * lanes, lanes), value, weight)
-            inner.store(totals, which * lanes, added, lanes)
+        for word in range(tile(micro)[1]):
+            index = (tirx.Mod(number, PERIOD) + word) * micro.depth
+            value = data_block(inner, micro, data, [index] * micro.rows, kind, micro.depth)
+            for group, weight in enumerate(operands, word * len(operands)):
+                places = [(group * micro.rows + row) * lanes for row in range(micro.rows)]
+                added = accumulate_block(micro, [load(totals, place, lanes) for place in places], value, weight)
+                for place, total in zip(places, added, strict=True):
+                    inner.store(totals, place, total, lanes)
 
     code.loop("step", STEPS, step)
     for which in range(count):

@@ -21,6 +21,7 @@ SUITES = {
     "kernels": "kernels",
     "accuracy": "accuracy",
     "fidelity": "fidelity",
+    "levels": "levels",
 }
 
 

@@ -243,17 +243,26 @@ def _refuse():
 def test_the_peak_kernel_does_the_work_it_is_timed_for():
     import tvm
 
-    from benchmarks import peak
+    from benchmarks import levels, peak
     from hwopt.backends.tvm.build import object_code
     from hwopt.backends.tvm.run import load_objects
     from hwopt.plugins import find_target
 
-    target = find_target("host")
-    for micro in target.microkernels.values():
+    targets = [find_target("host"), *levels.levels().values()]
+    for target, micro in [(one, micro) for one in targets for micro in one.microkernels.values()]:
         count, size = peak.accumulators(micro), micro.lanes * micro.depth
         out = tvm.runtime.tensor(np.zeros(count * micro.lanes, micro.accumulator))
-        data = np.ones(peak.PERIOD * micro.depth, micro.activation or micro.dtype)
+        data = np.ones(peak.words(micro) * micro.depth, micro.activation or micro.dtype)
         weights = np.ones(count * size, micro.dtype)
         library = load_objects((object_code({"peak": peak.peak_kernel(micro)}, target.tvm, target.name),))
         library["peak"](tvm.runtime.tensor(data), tvm.runtime.tensor(weights), out)
         assert (out.numpy() == peak.STEPS * micro.depth).all()
+
+
+def test_every_level_of_this_processor_is_measured_against_its_own_peak():
+    from benchmarks import levels
+
+    found = levels.levels()
+    assert set(found) <= {*levels.X86, *levels.ARM}
+    for target in found.values():
+        assert levels.share_of_peak(levels.LAYERS["1x1/2 256>512 14x14"], target.microkernels["int8"], target, 1) > 0
