@@ -89,7 +89,6 @@ def peak_kernel(micro: MicroKernel) -> object:
     from tvm import tirx
 
     from hwopt.backends.tvm.kernels.bfloat16 import library
-    from hwopt.backends.tvm.kernels.bfloat16 import library
     from hwopt.backends.tvm.kernels.code import Code, Value, function, load
     from hwopt.backends.tvm.kernels.micro import accumulate_block, data_block, weight_operand
 
