@@ -88,9 +88,6 @@ class Task:
 BYTES = {"float32": 4, "int32": 4, "bfloat16": 2}
 
 
-BYTES = {"float32": 4, "int32": 4, "bfloat16": 2}
-
-
 def operations(spec: Spec) -> int:
     """Two for each multiply-add; pools have none."""
     return 0 if isinstance(spec, PoolSpec) else 2 * spec.macs
