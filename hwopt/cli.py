@@ -226,7 +226,7 @@ def passes(as_json: bool) -> None:
 @cli.command()
 @JSON
 def targets(as_json: bool) -> None:
-    """List the targets: name, kind, what they are."""
+    """List the targets: name, kind, what they are. `--target mine.toml` takes hardware of your own, by its figures."""
     from hwopt.plugins import find_targets
 
     rows = [

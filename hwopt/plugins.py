@@ -15,6 +15,7 @@ from types import MappingProxyType, ModuleType
 from hwopt.errors import UsageError, did_you_mean
 from hwopt.pipeline import Pass
 from hwopt.target import Target
+from hwopt.target_file import load_target
 
 
 @functools.cache
@@ -44,7 +45,10 @@ def find_targets() -> Mapping[str, Target]:
 
 
 def find_target(name: str) -> Target:
-    """The target of that name. Several CPUs, best first and separated by commas, are one whose library runs on each of them."""
+    """The target of that name, or that a .toml file describes.
+
+    Several CPUs, best first and separated by commas, are one whose library runs on each of them.
+    """
     first, *others = (_one_target(part.strip()) for part in name.split(","))
     if not others:
         return first
@@ -56,10 +60,22 @@ def find_target(name: str) -> Target:
 
 
 def _one_target(name: str) -> Target:
+    if name.endswith(".toml"):
+        return load_target(Path(name), find_target_files())
     targets = find_targets()
     if name not in targets:
         raise UsageError(f"unknown target {name!r}", hint=did_you_mean(name, targets))
     return targets[name]
+
+
+@functools.cache
+def find_target_files() -> Mapping[str, type]:
+    """Kind of TOML file -> what reads it. A module behind the group `hwopt.targets` gives them as `FILES`."""
+    found: dict[str, type] = {}
+    for module in _modules("hwopt.targets"):
+        for kind, reader in getattr(module, "FILES", {}).items():
+            _add(found, kind, reader)
+    return MappingProxyType(dict(sorted(found.items())))
 
 
 def plugin_files() -> tuple[Path, ...]:
