@@ -85,11 +85,11 @@ class TileGemm:
     def _task(self, code: Code, number: Value) -> None:
         image, row, column, tile = self.schedule.place(number, self.shape, self.vectors)
         vectors = min(self.schedule.vectors, self.vectors)
-        scratch = code.alloc("scratch", self.across * self.tile_rows * vectors * self.lanes, self.shape.accumulator)
+        scratch = room(code, "scratch", self.across * self.tile_rows * vectors * self.lanes, self.shape.accumulator)
         source = self.data
         if self.layout.staged:
             size = self.layout.space(self.shape, self.height, self.across * self.micro.rows)
-            source = code.alloc("staged", size, stored(self.shape.data_dtype))
+            source = room(code, "staged", size, stored(self.shape.data_dtype))
         self._configure(code)
         total, first = (self.shape.rows, row) if self.shape.rows > 1 else (self.shape.columns, column)
         rest = total % self.block
@@ -390,6 +390,13 @@ class Spread:
             return
         for index in range(rows):
             row(code, first + index)
+
+
+def room(code: Code, name: str, size: int, dtype: str) -> Value:
+    """Memory for tiles. TVM would cut off what it does not see used, and of a tile it sees the first element only."""
+    buffer = code.alloc(name, size, dtype)
+    code.store(buffer, size - 1, tirx.const(0, dtype))
+    return buffer
 
 
 def address(buffer: Value, index: Value) -> Value:
