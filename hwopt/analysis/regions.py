@@ -37,6 +37,7 @@ REDUCTIONS = _names(
     " MeanVarianceNormalization LpNormalization ArgMax ArgMin CumSum Einsum TopK ReduceMean ReduceSum ReduceMax ReduceMin"
     " ReduceProd ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceSumSquare"
 )
+ROWS = ("Softmax", "LayerNormalization")  # one kernel with a sum in front and a quantization behind
 ACTIVATIONS = ("Relu", "Clip", "LeakyRelu", "HardSwish", "HardSigmoid", "Sigmoid", "Tanh", "Gelu")
 ELEMENTWISE = _names(
     "Abs Acos Acosh Add And Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast CastLike Ceil Celu"
@@ -189,6 +190,8 @@ def reduces_image(graph: Graph, node: Node) -> bool:
 def _epilogue(graph: Graph, anchor: Node, owner: dict[str, int]) -> Iterator[Node]:
     """The nodes behind the anchor that its kernel can do on the way out."""
     kind = kind_of(graph, anchor)
+    if by_rows(graph, anchor):
+        yield from _quantized(graph, anchor.output, owner)
     if kind in ("reduce", "other") or len(anchor.outputs) != 1 or anchor.op == "QuantizeLinear":
         return
     value = anchor.output
@@ -198,6 +201,39 @@ def _epilogue(graph: Graph, anchor: Node, owner: dict[str, int]) -> Iterator[Nod
         if not step or step[-1].op == "QuantizeLinear":
             return
         value = step[-1].output
+        if step[-1].op in ROWS:
+            yield from _quantized(graph, value, owner)
+            return
+
+
+def by_rows(graph: Graph, node: Node) -> bool:
+    """True for a softmax over the last axis and a layer norm with constant parameters."""
+    kind = graph.tensor(node.output)
+    one = node.domain == "" and kind.dtype == "float32" and kind.static and len([v for v in node.outputs if v]) == 1
+    if node.op not in ROWS or not one or not kind.dims or 0 in kind.dims:
+        return False
+    if node.op == "LayerNormalization":
+        return all(graph.constant(value) is not None for value in node.inputs[1:] if value)
+    return graph.opsets.get("", 0) >= 13 and node.attr("axis", -1) % len(kind.dims) == len(kind.dims) - 1
+
+
+def _sums_rows(graph: Graph, add: Node, value: str, user: Node) -> bool:
+    """True if `user` is a row operator over the sum `value`, such that its kernel can add: a mask or a residual."""
+    if add.op != "Add" or value != add.output or not by_rows(graph, user) or user.inputs[0] != value:
+        return False
+    full = graph.tensor(value).dims
+    shapes = sorted((graph.tensor(name).shape or () for name in add.inputs), key=lambda shape: shape != full)
+    over_last = user.attr("axis", -1) % len(full) == len(full) - 1
+    return over_last and shapes[0] == full and shapes[1][-1:] == full[-1:] and add.inputs[0] != add.inputs[1]
+
+
+def _quantized(graph: Graph, value: str, owner: dict[str, int]) -> tuple[Node, ...]:
+    """The quantization to 8 bits that is all that reads the value; () if it is read otherwise."""
+    user = None if value in graph.outputs else graph.sole_user(value)
+    if user is None or user.op != "QuantizeLinear" or user.name in owner or user.inputs[0] != value:
+        return ()
+    found = quantization(graph, user)
+    return (user,) if found is not None and found.whole and found.dtype in ("uint8", "int8") else ()
 
 
 def _next(graph: Graph, value: str, kind: str, anchor: Node, owner: dict[str, int]) -> tuple[Node, ...]:
@@ -210,10 +246,7 @@ def _next(graph: Graph, value: str, kind: str, anchor: Node, owner: dict[str, in
     if user is None or user.name in owner or graph.tensor(user.output).shape != graph.tensor(value).shape:
         return ()
     if user.op == "QuantizeLinear":
-        found = quantization(graph, user)
-        return (
-            (user,) if user.inputs[0] == value and found is not None and found.whole and found.dtype in ("uint8", "int8") else ()
-        )
+        return _quantized(graph, value, owner)
     if narrows(graph, user):
         return (user,)
     if not graph.tensor(value).dtype.startswith("float") or graph.tensor(user.output).dtype != graph.tensor(value).dtype:
@@ -222,6 +255,8 @@ def _next(graph: Graph, value: str, kind: str, anchor: Node, owner: dict[str, in
         return (user,) if _is_step(graph, user, value, anchor) else ()
     if kind == "pool":
         return (user,) if user.op in ("Relu", "Clip") and user.inputs[0] == value else ()
+    if kind == "elementwise" and _sums_rows(graph, anchor, value, user):
+        return (user,)
     return (user,) if kind == "elementwise" and user.op in ELEMENTWISE else ()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from hwopt.analysis import bfloat16
 from hwopt.analysis.regions import ELEMENTWISE, Region, constant_nodes, regions
-from hwopt.backends.tvm import convert, integer, kernels, pooling, resizing
+from hwopt.backends.tvm import convert, integer, kernels, pooling, resizing, rowwise
 from hwopt.backends.tvm.coded import coded_kernel, expanded_because
 from hwopt.backends.tvm.fold import constant_values, folded
 from hwopt.backends.tvm.layout import Values, convert_bfloat16, dims_of, reordered, to_first, to_last
@@ -77,7 +77,7 @@ class Lowering:
             if kernel and result is not None:
                 self.values.put(region.output, result, kernel.last)
                 return
-        if region.integer and integer.emit(self, region):
+        if rowwise.emit(self, region) or (region.integer and integer.emit(self, region)):
             return
         for node in region.nodes:
             if node.name not in self.constant and not bfloat16.widens(self.graph, node):  # readers widen for themselves
@@ -96,14 +96,14 @@ class Lowering:
 
     def node(self, node: Node) -> None:
         """Emit one node by TVM's converter, in the order of axes that costs least."""
-        self._provide(node)
+        self.provide(node)
         if bfloat16.narrows(self.graph, node):
             last = self.values.is_last(node.inputs[0])
             self.values.put(node.output, convert_bfloat16(self.builder, self.values.get(node.inputs[0], last)), last)
             return
         if pooling.emit(self.graph, node, self.values, self.builder):
             return
-        if self._softmax(node) or resizing.emit(self.graph, node, self.values, self.templates):
+        if resizing.emit(self.graph, node, self.values, self.templates):
             return
         if node.op == "Transpose" and self.values.is_last(node.inputs[0]):
             self._transpose(node)
@@ -122,18 +122,6 @@ class Lowering:
             self._reordered(node)
         else:
             self._put(node, convert.node_inputs(self.values, node), False)
-
-    def _softmax(self, node: Node) -> bool:
-        """Emit a softmax over the last axis, as it lies in memory; False for every other node."""
-        kind = self.graph.tensor(node.output)
-        if node.op != "Softmax" or kind.dtype != "float32" or not kind.static or 0 in kind.dims or not kind.dims:
-            return False
-        last, rank = self.values.is_last(node.inputs[0]), len(kind.dims)
-        axis = node.attr("axis", -1) % rank
-        if self.converter.opset < 13 or axis != (1 if last else rank - 1):
-            return False
-        self.values.put(node.output, self.templates.softmax(self.values.get(node.inputs[0], last), node.name), last)
-        return True
 
     def _whole_tensor(self, node: Node) -> bool:
         """True for quantization with one scale, which does not care about axes."""
@@ -181,7 +169,7 @@ class Lowering:
         else:
             self.values.put(node.output, self.builder.emit(relax.op.permute_dims(expr, order)))
 
-    def _provide(self, node: Node) -> None:
+    def provide(self, node: Node) -> None:
         """Compute the dequantizations that other regions read through but this node needs in float."""
         for value in node.inputs:
             source = self.graph.producer.get(value)

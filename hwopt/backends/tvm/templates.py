@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,7 @@ from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.coded import CodedKernel
 from hwopt.backends.tvm.kernels import packed
 from hwopt.backends.tvm.kernels.packed import PackedSpec
-from hwopt.backends.tvm.layout import Expr, constant, dims_of
+from hwopt.backends.tvm.layout import Expr, constant
 from hwopt.backends.tvm.weighted import Kernel, Spec
 from hwopt.target import MicroKernel, Target
 
@@ -34,7 +33,7 @@ class Templates:
         self.calls: Counter[tuple[Spec, MicroKernel]] = Counter()  # what tuning works on
         self.labels: dict[str, str] = {}  # variable -> region
         self._functions: dict[Spec | PackedSpec, Any] = {}
-        self._rows: dict[tuple[int, int], Any] = {}
+        self.row_kernels: dict[Any, Any] = {}
 
     def call(self, kernel: Kernel, label: str) -> Expr | None:
         """The result of the kernel, a variable called `label`; None where no template takes its dtypes."""
@@ -77,24 +76,6 @@ class Templates:
         plain = dataclasses.replace(PLAIN[spec.weight_dtype], activation=spec.data_dtype, lanes=first.lanes)
         able = (one for one in (first, *first.others, plain) if one.rows == 1 and not packed.supports(spec, one))
         return next(able, None)
-
-    def softmax(self, data: Expr, label: str) -> Expr:
-        """Softmax over the last axis of a float32 expression."""
-        from tvm import relax
-
-        from hwopt.backends.tvm.kernels import softmax
-
-        dims = dims_of(data)
-        shape = (math.prod(dims[:-1]), dims[-1])
-        if shape not in self._rows:
-            symbol = f"softmax_{len(self._rows)}"
-            micro = self.target.microkernels.get("float32", PLAIN["float32"])
-            marked = softmax.build(*shape, micro, self.threads, symbol).with_attr({"hwopt.template": 1, "op_pattern": OPAQUE})
-            self._rows[shape] = self.builder.add_func(marked, symbol)
-        arguments = relax.Tuple([data, constant(np.ones(1, np.float32))])
-        found = self.builder.emit(relax.call_tir(self._rows[shape], arguments, relax.TensorType(dims, "float32")), label)
-        self.labels[found.name] = label
-        return found
 
     def micro(self, spec: Spec) -> MicroKernel:
         """The target's first micro-kernel that takes the kernel, or plain multiplications where it has none."""
