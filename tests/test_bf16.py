@@ -89,6 +89,23 @@ ATTENTION = f"""attention (float[1,12,32] x) => (float[1,12,32] y)
     g = Add(f, x)
     y = LayerNormalization(g, n, z)
 }}"""
+MIXED = f"""mixed (float[1,8,9,9] x) => (float[1,8,18,18] y, float[1,12,18,18] z)
+<{weights(w1=(12, 8, 3, 3), w2=(12, 12, 1, 1), t=(12, 12, 2, 2), w3=(12, 12, 3, 3), w4=(8, 12, 3, 3), g=(1, 12, 1, 1))},
+ int64[1] zero = {{0}}, int64[1] twelve = {{12}}, int64[1] one = {{1}}> {{
+    a = Conv <pads = [1,1,1,1]> (x, w1)
+    b = Sigmoid(a)
+    c = Mul(a, b)
+    d = ConvTranspose <strides = [2,2]> (c, t)
+    e = Relu(d)
+    p = AveragePool <kernel_shape = [3,3], pads = [1,1,1,1]> (e)
+    q = Conv (p, w2)
+    r = Add(q, e)
+    i = Concat <axis = 1> (r, e)
+    s = Slice(i, zero, twelve, one)
+    u = Conv <pads = [1,1,1,1]> (s, w3)
+    z = Mul(u, g)
+    y = Conv <pads = [1,1,1,1]> (z, w4)
+}}"""
 MODELS = {"cnn": CNN, "mlp": MLP, "attention": ATTENTION}
 
 
@@ -162,6 +179,17 @@ def test_weights_take_half_the_bytes_in_the_file(graph: Graph) -> None:
     assert weight_bytes(after) < 0.62 * weight_bytes(graph)
     again = from_model(to_model(after))
     assert again.digest == after.digest
+
+
+def test_float_int8_and_bfloat16_layers_in_one_graph() -> None:
+    graph = graph_of(MIXED)
+    context = Context(find_target("host"), random_samples(graph))
+    names = [node.name for node in graph.nodes if node.op == "Conv"]
+    once = run_pass(Quantize((names[0], names[2]), dtype="bf16"), graph, context)
+    both = run_pass(Quantize((names[1],)), once, context)
+    assert {work.dtype for work in workloads(both) if work.macs} == {"float32", "bfloat16", "int8"}
+    for after in (rounded(graph), both):
+        assert error(compiled(after, find_target("host")), ort.run(after, feeds_of(after))) < 1e-2
 
 
 def test_the_text_form_parses_back() -> None:

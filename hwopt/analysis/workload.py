@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from hwopt.analysis.bfloat16 import widens
+from hwopt.analysis.bfloat16 import narrows, widens
 from hwopt.analysis.compressed import Compressed, compressed
 from hwopt.analysis.regions import VIEWS, Region, constant_nodes, regions
 from hwopt.ir import Graph, Node, TensorType
@@ -131,7 +131,8 @@ def _conv(graph: Graph, node: Node) -> tuple[int, int, int, int, int]:
 
 def _extra_elements(graph: Graph, region: Region) -> int:
     """Scalar results besides the products: one per epilogue step and element, windows of pools, inputs of reductions."""
-    steps = sum(_elements(graph, node.outputs) for node in region.epilogue)
+    rounding = region.epilogue[-1:] if region.epilogue and narrows(graph, region.epilogue[-1]) else ()  # part of the store
+    steps = sum(_elements(graph, node.outputs) for node in region.epilogue if node not in rounding)
     if region.kind in ("conv", "depthwise", "matmul"):
         return steps
     anchor = region.anchor
