@@ -106,7 +106,7 @@ def efficientnet(findings: Findings, setting: Setting) -> None:
     if not files:
         raise Missing("there are no pictures", place=str(setting.pictures), hint="give --data FOLDER with NNNN.jpg by class")
     labels = np.array([int(path.stem) for path in files])
-    pictures = _pictures(files)
+    pictures = read_pictures(files)
     judged = labels % 4 != 0
     case = ZOO["efficientnet_lite0"](1)
     few = {"inputs": pictures[judged][:8]}
@@ -121,7 +121,7 @@ def efficientnet(findings: Findings, setting: Setting) -> None:
     )
 
 
-def _pictures(files: list[Path]) -> np.ndarray:
+def read_pictures(files: list[Path]) -> np.ndarray:
     """[n, 3, 224, 224] float32, RGB, (x - 127) / 128 as the network was trained."""
     try:
         from PIL import Image

@@ -22,6 +22,9 @@ SUITES = {
     "accuracy": "accuracy",
     "fidelity": "fidelity",
     "levels": "levels",
+    "weights": "weights",
+    "planner": "planner",
+    "transfer": "transfer",
 }
 
 

@@ -174,6 +174,6 @@ def test_same_input_gives_the_same_plan() -> None:
 
 def test_an_answer_that_breaks_a_limit_is_an_internal_error(monkeypatch: pytest.MonkeyPatch) -> None:
     harsh = option("a", 0.5, 5.0)
-    monkeypatch.setattr(solver, "_solved", lambda *_: ((1,), (0.0, "milp")))
+    monkeypatch.setattr(solver, "solve_problem", lambda *_: ((1,), (0.0, "milp")))
     with pytest.raises(HwoptError, match="the solver's choice has error 5 of 1"):
         solve(BASE, [harsh], [], Limits(1.0))

@@ -42,7 +42,7 @@ def page(report: Data, plan: Plan, front: Sequence[Data] = ()) -> str:
     title = f"{report['model']} on {report['target']}"
     parts = [
         f"<h1>{_text(title)}</h1><p>{_text(_setting(report, plan))}</p>", _cards(report, plan),
-        '<div class="pair"><section>', *_pareto(plan, front), "</section><section>", *_sensitivity(plan),
+        '<div class="pair"><section>', *_pareto(report, plan, front), "</section><section>", *_sensitivity(plan),
         '</section></div><div class="pair"><section>', *_roofline(report), "</section><section>", *_fidelity(report, plan),
         "</section></div>", *_layers(report, plan), *_rest(report, plan),
     ]  # fmt: skip
@@ -75,15 +75,17 @@ def _cards(report: Data, plan: Plan) -> str:
     return f'<div class="cards">{found}</div>'
 
 
-def _pareto(plan: Plan, front: Sequence[Data]) -> Iterator[str]:
+def _pareto(report: Data, plan: Plan, front: Sequence[Data]) -> Iterator[str]:
     yield "<h2>Score against latency</h2>"
     yield "<p>Every plan that was applied and scored. Rings broke a limit; the line is the allowed drop.</p>"
     dots = [Dot(plan.seconds_before * 1e3, 0.0, GRAY, "unchanged", "unchanged")]
     for index, one in enumerate(plan.rounds, 1):
-        chosen = one.feasible and one.predicted_seconds == plan.seconds_after
         tip = f"round {index}: {one.decisions} changes, {one.predicted_seconds * 1e3:.4g} ms, drop {one.drop:.2%}"
-        color = GREEN if chosen else BLUE if one.feasible else RED
-        dots.append(Dot(one.predicted_seconds * 1e3, one.drop * 100, color, tip, "chosen" if chosen else "", not one.feasible))
+        color = BLUE if one.feasible else RED
+        dots.append(Dot(one.predicted_seconds * 1e3, one.drop * 100, color, tip, "", not one.feasible))
+    if plan.decisions and report.get("score_drop") is not None:
+        tip = f"chosen: {plan.seconds_after * 1e3:.4g} ms, drop {report['score_drop']:.2%}"
+        dots.append(Dot(plan.seconds_after * 1e3, report["score_drop"] * 100, GREEN, tip, "chosen"))
     path = tuple((point["seconds"] * 1e3, point["drop"] * 100) for point in front)
     dots += [Dot(a, b, COLORS[3], f"front: {a:.4g} ms, drop {b:.3g} points") for a, b in path]
     x = axis("predicted latency [ms]", [dot.x for dot in dots])
@@ -97,7 +99,7 @@ def _sensitivity(plan: Plan) -> Iterator[str]:
     yield "<h2>What each change would give, and what it would cost</h2>"
     families = _families(plan.offers)
     swatches = "".join(f'<span><i style="background:{color}"></i>{_text(name)}</span> ' for name, color in families.items())
-    yield f'<p class="key">Filled: chosen, rings: not chosen. The pointer shows which.{swatches}</p>'
+    yield f'<p class="key">Filled: chosen, rings: not chosen. The pointer shows which. {swatches}</p>'
     shown = [offer for offer in plan.offers if offer.seconds > 0 and offer.error > 0]
     dots = [
         Dot(offer.error, offer.seconds * 1e6, families[_family(offer)], f"{offer.text}: error {offer.error:.3g}, saves "

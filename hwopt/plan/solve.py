@@ -73,12 +73,12 @@ def solve(
     weights, room = _weights(base, problem, aim), _room(base, limits)
     if bundles:
         few = make_problem(bundles, pairs)
-        choice, _ = _solved(few, weights, room)
+        choice, _ = solve_problem(few, weights, room)
         spread = None if choice is None else _untied(menus, bundles, choice)
         bound = solve_by_prices(problem, weights, room)[1] if spread is not None else -np.inf
         if spread is not None and _gap(base, problem, weights, aim, spread, bound) <= GAP:
             return _checked(base, menus, pairs, spread, limits, _gap(base, problem, weights, aim, spread, bound), "tied")
-    choice, (bound, by) = _solved(problem, weights, room)
+    choice, (bound, by) = solve_problem(problem, weights, room)
     if choice is None:
         return None
     return _checked(base, menus, pairs, choice, limits, _gap(base, problem, weights, aim, choice, bound), by)
@@ -137,7 +137,9 @@ def _room(base: Base, limits: Limits) -> dict[str, float]:
     return {name: limit - base.amount(name) for name, limit in limits.stated().items()}
 
 
-def _solved(problem: Problem, weights: Mapping[str, float], room: Mapping[str, float]) -> tuple[Choice | None, tuple[float, str]]:
+def solve_problem(
+    problem: Problem, weights: Mapping[str, float], room: Mapping[str, float]
+) -> tuple[Choice | None, tuple[float, str]]:
     choice, bound = solve_exactly(problem, weights, room)
     if bound == np.inf:  # proven: nothing keeps the limits
         return None, (bound, "milp")
