@@ -294,6 +294,24 @@ def test_rounding_is_to_nearest_even_and_keeps_nan() -> None:
     np.testing.assert_array_equal(found, expected)
 
 
+POOL = """pool (float[2,40,13,11] x) => (float[2,40,7,6] y) {
+    b = Cast <to = 16> (x)
+    c = Cast <to = 1> (b)
+    p = MaxPool <kernel_shape = [3,3], strides = [2,2], pads = [1,1,1,1]> (c)
+    d = Cast <to = 16> (p)
+    y = Cast <to = 1> (d)
+}"""
+
+
+def test_the_largest_bfloat16_is_found_without_widening() -> None:
+    graph = graph_of(POOL)
+    x = feeds_of(graph)["x"] - 2
+    x[0, 0, :3, :3] = -np.inf
+    program = compile_program(graph, find_target("host"), 1, "bf16")
+    np.testing.assert_array_equal(run_program(program, {"x": x})["y"], ort.run(graph, {"x": x})["y"])
+    assert "bfloat16_max" in [call.label for call in program.calls]
+
+
 def test_padding_and_odd_depths_do_not_read_what_is_no_number() -> None:
     """The last pair of a run of odd length reads one element: its neighbour may be NaN."""
     heading = f"odd (float[1,3,5,5] x) => (float[1,8,5,5] y) <{weights(w=(8, 3, 3, 3))}>"

@@ -245,7 +245,7 @@ def _pool(lowering: Lowering, region: Region, operand: tuple[str, Quantization],
     if anchor.op in ("GlobalAveragePool", "ReduceMean"):
         window: Window | None = Window(tuple(dims_of(data)[1:-1]), (1,) * len(image), (0,) * (2 * len(image)), (1,) * len(image))
     else:
-        window = _window(graph, anchor, tuple(dims_of(data)[1:-1]))
+        window = window_of(graph, anchor, tuple(dims_of(data)[1:-1]))
     if window is None:
         return False
     compute = _largest(window, operand[1], result) if anchor.op == "MaxPool" else _mean(window, anchor, operand[1], result)
@@ -278,7 +278,7 @@ class Window:
         return [out[i] * self.strides[i] + inside[i] * self.dilations[i] - self.pads[i] for i in range(count)]
 
 
-def _window(graph: Graph, node: Node, image: Sequence[int]) -> Window | None:
+def window_of(graph: Graph, node: Node, image: Sequence[int]) -> Window | None:
     kernel = tuple(node.attr("kernel_shape"))
     count = len(kernel)
     if node.attr("auto_pad", "NOTSET") not in ("NOTSET", "VALID") or len(node.outputs) > 1:
@@ -290,7 +290,7 @@ def _window(graph: Graph, node: Node, image: Sequence[int]) -> Window | None:
     return window if window.extents(image) == list(graph.tensor(node.output).dims[2:]) else None
 
 
-def _inside(place: Sequence[Any], image: Sequence[Any], window: Window) -> Any:
+def in_image(place: Sequence[Any], image: Sequence[Any], window: Window) -> Any:
     """The condition that an element is none of the padding."""
     from tvm import tirx
 
@@ -308,7 +308,7 @@ def _largest(window: Window, found: Quantization, result: Result) -> Callable[..
 
         def element(*index: Any) -> Any:
             place = window.place(index[1:-1], axes)
-            inside = _inside(place, image, window)
+            inside = in_image(place, image, window)
             value = data(index[0], *place, index[-1])
             least = tirx.const(LIMITS[found.dtype][0], found.dtype)
             return te.max(value if inside is None else tirx.if_then_else(inside, value, least), axis=axes)
@@ -334,7 +334,7 @@ def _mean(window: Window, node: Node, found: Quantization, result: Result) -> Ca
 
         def element(*index: Any) -> Any:
             place = window.place(index[1:-1], axes)
-            inside = _inside(place, image, window)
+            inside = in_image(place, image, window)
             value = data(index[0], *place, index[-1]).astype("int32") - zero_point
             return te.sum(value if inside is None else tirx.if_then_else(inside, value, tirx.const(0, "int32")), axis=axes)
 
