@@ -46,13 +46,13 @@ class Roofline:
     def decoding(self, workload: Workload, coded: Coded) -> Workload:
         """The same work with weights that are decoded in the kernel: fewer bytes, more instructions.
 
-        Up to 12 rows are computed in tiles of four, each of which decodes again; for more rows there is one copy in the cache.
+        Up to 16 rows are computed in tiles of four, each of which decodes again; for more rows there is one copy in the cache.
         """
         lanes = self.granule.get("float32", 4)
         registers = max(1.0, 2.0**coded.bits / lanes) if coded.looked_up else 1.0  # that hold a codebook
         planes = coded.bits.bit_count()
         steps = 2.0 + 3.0 * (planes - 1) + 1.5 * (registers - 1) if registers <= 16 else 2.0 * lanes
-        passes = -(-workload.m // 4) if workload.m <= 12 else 1.5
+        passes = -(-workload.m // 4) if workload.m <= 16 else 1.5
         elements = int(workload.n * workload.k * workload.groups * passes * steps / INSTRUCTIONS)
         return replace(workload, weight_bytes=coded.bytes, elements=workload.elements + elements, coded=None)
 

@@ -33,6 +33,8 @@ from hwopt.plan.explain import explain
 from hwopt.plugins import find_passes, find_target
 from hwopt.samples import Samples
 from targets import _isa_x86
+from tests._machines import execute
+from tests.test_cross import BOARDS
 from tests.test_kernels import FLAGS, machine, machine_flags
 
 HOST = find_target("host")
@@ -316,3 +318,33 @@ def test_models_with_a_batch_are_planned_for_size() -> None:
     data = {"x": np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)}
     found = plan_model(to_model(layer("Gemm", 8, 256, 256)), calibrate=data, budget=hwopt.Budget(1.0, weight_bytes=100_000))
     assert [one.by[0].partition("{")[0] for one in found.plan.decisions]
+
+
+PALETTES = [f"share-weights{{bits={bits}}}" for bits in (2, 3, 4, 6)]
+
+
+@pytest.mark.parametrize("name", BOARDS)
+@pytest.mark.parametrize("form", ["quantize-weights", "quantize-weights{bits=4,group=32}", *PALETTES])
+def test_boards_decode_as_this_machine_does(tmp_path, form: str, name: str) -> None:  # type: ignore[no-untyped-def]
+    target, board = BOARDS[name]
+    if reason := board.missing():
+        pytest.skip(reason)
+    graph = applied(form, layer("Gemm", 1, 128, 64))
+    library = build(graph, target, 1, tmp_path, compact=True).library
+    assert library.weight_bytes < 128 * 64 * FORMS.get(form, 8) / 8 + 2048
+    want = run(graph, feeds(graph))["y"]
+    np.testing.assert_allclose(execute(library, board, feeds(graph))["y"], want, atol=2e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("name", ["neon", "dotprod", "i8mm"])
+def test_boards_look_bytes_up_for_integers(tmp_path, name: str) -> None:  # type: ignore[no-untyped-def]
+    target, board = BOARDS[name]
+    if reason := board.missing():
+        pytest.skip(reason)
+    shared = applied("share-weights{bits=4}", layer("Gemm", 1, 128, 64))
+    data = Samples({"x": np.random.default_rng(1).standard_normal((64, 128)).astype(np.float32)})
+    graph = parse("quantize", find_passes()).run(shared, Context(target=target, calibration=data))
+    library = build(graph, target, 1, tmp_path, compact=True).library
+    assert library.weight_bytes < 128 * 64 / 2 + 2048
+    want, step = run(graph, feeds(graph))["y"], 0.05
+    assert np.abs(execute(library, board, feeds(graph))["y"] - want).max() <= step

@@ -139,12 +139,17 @@ class Decoder:
         """Whether the table stays in registers; else every lane loads its entry."""
         features = self.micro.features
         if self.integer:
-            return "neon" in features or (self.row >= 16 and bool({"avx512f", "avx2"} & set(features)))
+            return self._tables or (self.row >= 16 and bool({"avx512f", "avx2"} & set(features)))
         if "avx512f" in features:
             return True
         if "avx2" in features:
             return self.coding.bits <= 6
-        return "neon" in features and self.coding.bits <= 4
+        return self._tables and self.coding.bits <= 4
+
+    @property
+    def _tables(self) -> bool:
+        """64-bit Arm, which has tbl of up to four registers."""
+        return "neon" in self.micro.features and self.micro.registers == 32
 
     def operands(self, code: Code, codes: Value, at: Value, table: Value, registers: list[Value], steps: int) -> Iterator[Value]:
         """The weights of `steps` steps of the chunk at byte `at`, each [lanes, depth]."""
@@ -214,7 +219,7 @@ class Decoder:
             pairs = zip(registers[::2], registers[1::2], strict=True)
             found = [intrinsic(kind, "llvm.x86.avx512.vpermi2var.ps.512", low, index, high) for low, high in pairs]
             return self._select(code, found, index, 2 * lanes)
-        if "neon" in features:
+        if self._tables:
             return self._neon(registers, index)
         name = "llvm.x86.avx512.permvar.sf.512" if "avx512f" in features else "llvm.x86.avx2.permps"
         return self._select(code, [intrinsic(kind, name, one, index) for one in registers], index, lanes)
@@ -244,5 +249,5 @@ class Decoder:
             wide = cast(index, "int32", self.row)
             return tirx.BufferLoad(table, [splat(registers[0], self.row, "int32") + wide])
         names = {64: "llvm.x86.avx512.pshuf.b.512", 32: "llvm.x86.avx2.pshuf.b", 16: "llvm.x86.ssse3.pshuf.b.128"}
-        name = f"llvm.aarch64.neon.tbl1.v{self.row}i8" if "neon" in self.micro.features else names[self.row]
+        name = f"llvm.aarch64.neon.tbl1.v{self.row}i8" if self._tables else names[self.row]
         return intrinsic(kind, name, registers[0], index)

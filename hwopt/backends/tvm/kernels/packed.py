@@ -24,11 +24,11 @@ from hwopt.backends.tvm.kernels.epilogue import Epilogue, Place
 from hwopt.backends.tvm.kernels.gemm import Gemm
 from hwopt.backends.tvm.kernels.geometry import Geometry
 from hwopt.backends.tvm.kernels.micro import accumulate, data_operand, fused_multiply_add, widened
-from hwopt.backends.tvm.kernels.schedule import SERIAL_MACS, Schedule, default_schedule
+from hwopt.backends.tvm.kernels.schedule import SERIAL_MACS, Schedule, cycles, default_schedule, tiles_of
 from hwopt.backends.tvm.kernels.spec import Step
 from hwopt.target import MicroKernel
 
-DIRECT_ROWS = 12  # with more rows, decoding once into workspace is faster (measured)
+DIRECT_ROWS = 16  # with more rows, weights are decoded once into workspace
 UNROLLED = 256  # decoding instructions in one chunk of a tile: more takes seconds to compile
 WORKSPACE = 512 << 10  # bytes of decoded weights per task: a share of the second level cache
 
@@ -118,8 +118,8 @@ def schedule_of(spec: PackedSpec, micro: MicroKernel, cores: int = 1) -> Schedul
     vectors = -(-spec.n // micro.lanes)
     parallel = cores > 1 and spec.macs >= SERIAL_MACS
     if spec.m > DIRECT_ROWS:
-        found = default_schedule(spec.dense, micro, 1)
-        most = max(1, WORKSPACE // (spec.k * micro.lanes * 4 * found.vectors))
+        found = _dense_tile(spec, micro)
+        most = max(1, WORKSPACE // (_decoded_bytes(spec, micro) * found.vectors))
         tiles = -(-vectors // found.vectors)
         share = -(-tiles // (4 * cores)) if parallel else tiles
         return replace(found, block_tiles=min(most, share, tiles), parallel=parallel)
@@ -133,6 +133,22 @@ def schedule_of(spec: PackedSpec, micro: MicroKernel, cores: int = 1) -> Schedul
     tiles = -(-vectors // wide)
     share = -(-tiles // (4 * cores)) if parallel else tiles
     return Schedule(1, rows, wide, 1, 1, -(-spec.m // rows) * rows, share, parallel)
+
+
+def _dense_tile(spec: PackedSpec, micro: MicroKernel) -> Schedule:
+    """The dense kernel's tile, of so few vectors that their decoded weights fit the workspace."""
+    most = max(1, WORKSPACE // _decoded_bytes(spec, micro))
+    fitting = [tile for tile in tiles_of(spec.dense, micro) if tile[2] <= most]
+    rows, columns, vectors = min(fitting, key=lambda tile: cycles(spec.dense, micro, *tile))
+    whole = default_schedule(spec.dense, micro, 1)
+    block = -(-spec.m // columns) * columns
+    unroll = whole.unroll if columns * vectors <= whole.tile_columns * whole.vectors else 1
+    return replace(whole, tile_rows=rows, tile_columns=columns, vectors=vectors, unroll=unroll, block_columns=block)
+
+
+def _decoded_bytes(spec: PackedSpec, micro: MicroKernel) -> int:
+    """Of one vector of channels."""
+    return spec.k * micro.lanes * (4 if micro.dtype == "float32" else 1)
 
 
 def build(spec: PackedSpec, schedule: Schedule, micro: MicroKernel, symbol: str) -> tirx.PrimFunc:
