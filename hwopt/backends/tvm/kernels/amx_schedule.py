@@ -1,7 +1,8 @@
 """Blocking of kernels on a matrix unit, and when it is better than vectors: a small analytical model in cycles.
 
 A product of two tiles occupies the matrix unit for 16 cycles, a tile load the first cache for 8 (for 16 where the rows of the
-tile cross cache lines). With 2 x 2 accumulators that is 64 cycles of products for 32 of loads; 1 x 1 would be 16 for 16. The
+tile cross cache lines). With 2 x 2 accumulators that is 64 cycles of products for 32 of loads; 1 x 1 would be 16 for 16. Each
+accumulator waits 52 cycles for its last product, so fewer than four of them leave the unit idle. The
 epilogue runs on the vector units at the same time. Source: Intel, "Optimization reference manual", chapter "Intel AMX".
 """
 
@@ -18,11 +19,11 @@ from hwopt.backends.tvm.kernels.geometry import Geometry
 from hwopt.backends.tvm.kernels.schedule import Schedule
 from hwopt.target import MicroKernel
 
-PRODUCT, LOAD, LINE = 16, 8, 64
+PRODUCT, LATENCY, LOAD, LINE = 16, 52, 8, 64
 RESULTS = 3.0  # cycles of the epilogue for a vector of results
 TURN = 40  # cycles between the last product of a step and the first of the next
 SETUP = 150  # of a task: configuration and release of the tiles
-NEAR, FAR = 40 << 10, 32  # bytes of the first cache that operands can fill; bytes a cycle from the second
+NEAR, FAR = 40 << 10, 48  # bytes of the first cache that operands can fill; bytes a cycle from the second
 WORKSPACE = 512 << 10  # bytes of staged data of a task: a share of the second cache, 2 MiB on every processor with AMX
 SERIAL_MACS = 4_000_000  # below this a parallel launch costs more than it gains
 TILES = 8
@@ -55,7 +56,7 @@ def step_cycles(shape: Geometry, layout: Layout, micro: MicroKernel, across: int
     """One step: products, loads, epilogue and the second cache work at the same time; the slowest counts."""
     size, iterations = SIZES[micro.dtype], shape.taps[0] * shape.taps[1] * layout.run.count
     crossing = 2 if layout.step * size % LINE or layout.run.last * size % LINE else 1
-    products = PRODUCT * across * deep * iterations
+    products = max(PRODUCT * across * deep, LATENCY) * iterations
     loads = LOAD * (across * crossing + deep) * iterations
     data = across * micro.rows * layout.step * size
     weights = deep * iterations * layout.run.width * size * micro.lanes
@@ -95,7 +96,7 @@ def with_prefetch(found: Schedule, shape: Geometry, micro: MicroKernel) -> Sched
     """Every step asks for an equal share of the next channel tile's weights."""
     layout = layout_of(shape, micro)
     block = layout.positions(shape, found.block_rows) if shape.rows > 1 else min(found.block_columns, shape.columns)
-    steps = max(1, block // found.tile_columns)
+    steps = -(-block // found.tile_columns)
     lines = found.vectors * layout.run.width * SIZES[micro.dtype] * micro.lanes // LINE
     return dataclasses.replace(found, prefetch=-(-lines // steps))
 
