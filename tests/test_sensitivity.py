@@ -48,7 +48,8 @@ def nudged(graph: Graph, site: str, size: float, seed: int = 0) -> Graph:
     name = graph.node[site].inputs[1]
     edit = graph.edit()
     noise = np.random.default_rng(seed).standard_normal(graph.params[name].shape)
-    edit.set_param(name, (graph.params[name] * (1 + size * noise)).astype(np.float32))
+    with np.errstate(over="ignore"):
+        edit.set_param(name, (graph.params[name] * (1 + size * noise)).astype(np.float32))
     return edit.finish("nudge")
 
 
@@ -119,6 +120,13 @@ def test_a_candidate_that_changes_nothing_costs_nothing() -> None:
     graph = classifier()
     found = sensitivity(graph, ["nothing"], random_samples(graph, 2, 4), lambda _: graph)
     assert found.error("nothing") == found.error() == 0.0
+
+
+def test_a_change_that_overflows_has_an_infinite_error() -> None:
+    graph = classifier()
+    site = layers(graph)[1]
+    found = sensitivity(graph, [site], random_samples(graph, 2, 4), lambda one: nudged(graph, one, 1e39))
+    assert found.error(site) == np.inf
 
 
 def test_batches_respond_like_single_samples() -> None:

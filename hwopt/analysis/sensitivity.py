@@ -45,7 +45,8 @@ class Sensitivity:
     def error(self, *together: Any) -> float:
         """The expected error of these candidates together, pairwise terms included."""
         total = np.sum([self.responses[one] for one in together], axis=0) if together else np.zeros_like(self.weights)
-        return float(self.scale * 0.5 * (self.weights * total**2).sum())
+        error = float(self.scale * 0.5 * (self.weights * total**2).sum())
+        return error if np.isfinite(error) else np.inf
 
     def pair(self, one: Any, other: Any) -> float:
         """What two candidates cost together beyond the sum of both; negative where their errors cancel."""
@@ -84,7 +85,8 @@ def sensitivity(
 ) -> Sensitivity:
     """The responses of all candidates; `apply` makes the changed graph. One that changes nothing responds with zeros.
 
-    Raises ToolchainError where there are no gradients (see fisher.missing), DataError where values are not finite.
+    A change that makes values which are not finite has an infinite error. Raises ToolchainError where there are no gradients (see
+    fisher.missing).
     """
     require_gradients(graph, "sensitivity")
     currency = currency_of(graph, samples)
@@ -103,9 +105,6 @@ def sensitivity(
             weighted.append(np.full(sweep.batch, sweep.weight))
         weights = np.concatenate(weighted)
         responses.update((change.candidate, np.concatenate(row)) for change, row in zip(changes, rows, strict=True))
-    odd = [name for name, response in responses.items() if not np.isfinite(response).all()]
-    if odd:
-        raise DataError(f"{odd[0]} gives values that are not finite", place=samples.source, hint="check the data and the model")
     count = len(samples) // batch_of(graph) * batch_of(graph)
     return Sensitivity(MappingProxyType(responses), weights / count)
 
@@ -116,16 +115,18 @@ def _differences(graph: Graph, change: _Change, sweep: Sweep) -> Differences:
         return {}
     feeds = {name: sweep.values[name].astype(numpy_dtype(graph.tensor(name).dtype), copy=False) for name in change.inputs}
     found = change.session.run(feeds)
-    return {name: found[name] - sweep.values[name] for name in change.outputs if name in sweep.gradients}
+    with np.errstate(invalid="ignore"):
+        return {name: found[name] - sweep.values[name] for name in change.outputs if name in sweep.gradients}
 
 
 def _response(sweep: Sweep, differences: Differences) -> np.ndarray:
     """z^T J dy of every sample of the batch, float64 [batch]."""
     total = np.zeros(sweep.batch)
     for name, difference in differences.items():
-        product = (difference * sweep.gradients[name]).astype(np.float64)
-        per_row = product.ndim and len(product) == sweep.batch
-        total += product.reshape(sweep.batch, -1).sum(1) if per_row else product.sum() / sweep.batch
+        with np.errstate(over="ignore", invalid="ignore"):  # an infinite error says it
+            product = (difference * sweep.gradients[name]).astype(np.float64)
+            per_row = product.ndim and len(product) == sweep.batch
+            total += product.reshape(sweep.batch, -1).sum(1) if per_row else product.sum() / sweep.batch
     return total
 
 
@@ -172,7 +173,7 @@ def calibrated(found: Sensitivity, measured: Mapping[tuple[Any, ...], float]) ->
     none with both errors above zero.
     """
     pairs = [(found.error(*together), error) for together, error in measured.items()]
-    usable = np.array([(predicted, error) for predicted, error in pairs if predicted > 0 and error > 0])
+    usable = np.array([(predicted, error) for predicted, error in pairs if 0 < predicted < np.inf and 0 < error < np.inf])
     if not len(usable):
         raise DataError("no configuration changes the outputs", place="sensitivity", hint="measure larger changes")
     scale = float(np.exp(np.log(usable[:, 1] / usable[:, 0]).mean()))

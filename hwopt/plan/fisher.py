@@ -64,7 +64,7 @@ def estimated(graph: Graph, ctx: Context, candidates: Sequence[Pass], samples: S
     estimate = Estimate(found, scales, None)
     together = _configurations(candidates, ctx.seed)
     actual = {chosen: measure(PassManager(merged(chosen)).run(graph, ctx).graph) for chosen in together}
-    known = {chosen: error for chosen, error in actual.items() if error > 0 and found.error(*chosen) > 0}
+    known = {chosen: error for chosen, error in actual.items() if 0 < error < np.inf and 0 < found.error(*chosen) < np.inf}
     return Estimate(found, scales, calibrated(found, known)[1]) if known else estimate
 
 
@@ -87,12 +87,12 @@ def error_pairs(graph: Graph, ctx: Context, options: Sequence[Option], samples: 
 
 def _scale(found: Sensitivity, members: Sequence[Pass], graph: Graph, ctx: Context, measure: Measure) -> float:
     """Measured over predicted errors, geometric mean over candidates spread evenly; 1 if there are none."""
-    usable = sorted((one for one in members if found.error(one) > 0), key=found.error)
+    usable = sorted((one for one in members if 0 < found.error(one) < np.inf), key=found.error)
     if not usable:
         return 1.0
     picked = [usable[place] for place in np.unique(np.linspace(0, len(usable) - 1, CHECKED + 2).round().astype(int)[1:-1])]
     pairs = [(found.error(one), measure(run_pass(one, graph, ctx))) for one in picked]
-    logs = [np.log(actual / predicted) for predicted, actual in pairs if actual > 0]
+    logs = [np.log(actual / predicted) for predicted, actual in pairs if 0 < actual < np.inf]
     return float(np.exp(np.mean(logs))) if logs else 1.0
 
 
