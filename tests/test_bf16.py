@@ -312,6 +312,15 @@ def test_the_largest_bfloat16_is_found_without_widening() -> None:
     assert "bfloat16_max" in [call.label for call in program.calls]
 
 
+def test_softmax_and_layer_norm_store_bfloat16() -> None:
+    heading = f"rows (float[3,12,32] x) => (float[3,12,7] y) <{weights(n=(32,), z=(32,), w=(32, 32), v=(32, 7))}>"
+    body = "{ a = LayerNormalization(x, n, z) b = MatMul(a, w) c = Add(b, a) d = Softmax <axis = -1> (c) y = MatMul(d, v) }"
+    after = rounded(graph_of(heading + body))
+    stored = {region.name: after.tensor(region.output).dtype for region in regions(after) if region.kind != "matmul"}
+    assert set(stored.values()) == {"bfloat16"}
+    assert error(compiled(after, find_target("host")), ort.run(after, feeds_of(after))) < 1e-2
+
+
 def test_padding_and_odd_depths_do_not_read_what_is_no_number() -> None:
     """The last pair of a run of odd length reads one element: its neighbour may be NaN."""
     heading = f"odd (float[1,3,5,5] x) => (float[1,8,5,5] y) <{weights(w=(8, 3, 3, 3))}>"

@@ -228,8 +228,10 @@ def _sums_rows(graph: Graph, add: Node, value: str, user: Node) -> bool:
 
 
 def _quantized(graph: Graph, value: str, owner: dict[str, int]) -> tuple[Node, ...]:
-    """The quantization to 8 bits that is all that reads the value; () if it is read otherwise."""
+    """The quantization to 8 bits, or rounding to bfloat16, that is all that reads the value; () if it is read otherwise."""
     user = None if value in graph.outputs else graph.sole_user(value)
+    if user is not None and user.name not in owner and narrows(graph, user):
+        return (user,)
     if user is None or user.op != "QuantizeLinear" or user.name in owner or user.inputs[0] != value:
         return ()
     found = quantization(graph, user)

@@ -1,4 +1,4 @@
-"""Regions [Add ->] Softmax or LayerNormalization [-> QuantizeLinear] -> one call of a row kernel."""
+"""Regions [Add ->] Softmax or LayerNormalization [-> QuantizeLinear, or Cast to bfloat16] -> one call of a row kernel."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from hwopt.analysis.bfloat16 import widened
 from hwopt.analysis.qdq import dequantized, quantization
 from hwopt.analysis.regions import ROWS, Region, by_rows
 from hwopt.backends.tvm.kernels import layer_norm, softmax
@@ -51,7 +52,7 @@ def emit(lowering: Lowering, region: Region) -> bool:
     axis = len(dims) - 1 if node.op == "Softmax" else node.attr("axis", -1) % len(dims)
     spec = RowsSpec(
         BUILDERS[node.op][0], (*dims[:axis], math.prod(dims[axis:])), add, addend_dims, float(node.attr("epsilon", 1e-5)),
-        found.dtype if found else "float32", steps,
+        graph.tensor(region.output).dtype, steps,
     )  # fmt: skip
     arguments = [data, *([addend] if add else []), *parameters]
     lowering.values.put(region.output, _called(lowering.templates, spec, node, arguments, dims), last)
@@ -72,14 +73,20 @@ def _operands(lowering: Lowering, anchor: Node, node: Node, last: bool) -> tuple
         lowering.provide(node)
         return values.get(node.inputs[0], last), None
     full = graph.tensor(anchor.output).dims
-    data, other = sorted(
-        anchor.inputs, key=lambda value: (graph.tensor(value).dims != full, dequantized(graph, value) is not None)
-    )
+
+    def stored(value: str) -> bool:
+        """True if the value lies in memory as something narrower than float32."""
+        return dequantized(graph, value) is not None or widened(graph, value) != ""
+
+    data, other = sorted(anchor.inputs, key=lambda value: (graph.tensor(value).dims != full, stored(value)))
     through = dequantized(graph, other)
     step = Add(through[1].dtype, float(through[1].scale), int(through[1].zero_point)) if through else Add()
+    narrow = widened(graph, other)
+    step = Add("bfloat16") if narrow else step
     lowering.provide(dataclasses.replace(anchor, inputs=(data,) if through else (data, other)))
     shape = graph.tensor(other).dims
-    return values.get(data), (step, values.get(through[0] if through else other), (1,) * (len(full) - len(shape)) + shape)
+    addend = values.get(through[0] if through else narrow or other)
+    return values.get(data), (step, addend, (1,) * (len(full) - len(shape)) + shape)
 
 
 def _parameters(values: Values, graph: Graph, node: Node) -> list[Any] | None:

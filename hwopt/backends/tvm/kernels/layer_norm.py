@@ -41,4 +41,4 @@ def build(spec: RowsSpec, micro: MicroKernel, threads: int, symbol: str) -> tirx
 
     rows.each(code, row)
     added = [rows.addend] if spec.addend else []
-    return function(symbol, [rows.data, *added, gamma, beta, *rows.epilogue.parameters, rows.out], code)
+    return function(symbol, [rows.data, *added, gamma, beta, *rows.epilogue.parameters, rows.out], code, rows.library)

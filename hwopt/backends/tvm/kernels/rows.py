@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
+from hwopt.backends.tvm.kernels import bfloat16
 from hwopt.backends.tvm.kernels.code import Code, Value, cast, load, pieces, splat
 from hwopt.backends.tvm.kernels.epilogue import Epilogue, Place
 from hwopt.backends.tvm.kernels.micro import fused_multiply_add
@@ -60,7 +61,8 @@ class Rows:
         for dim in spec.addend_dims:
             added *= dim
         self.addend = tirx.decl_buffer((added,), spec.addend.dtype, "addend") if spec.addend else None
-        self.epilogue = Epilogue(spec.epilogue, "float32", spec.out_dtype, spec.size, 1, count, self.fused)
+        self.epilogue = Epilogue(spec.epilogue, "float32", spec.out_dtype, spec.size, 1, count, self.fused, micro)
+        self.library = bfloat16.library(micro)
 
     def each(self, code: Code, row: Callable[[Code, Value, Value], None]) -> None:
         """row(code, number, workspace of one row) for all rows, in blocks that are one task each."""
@@ -90,7 +92,9 @@ class Rows:
 
         def value(at: Value, lanes: int) -> Value:
             found = load(self.addend, other + at, lanes)
-            if add.dtype != "float32":
+            if add.dtype == "bfloat16":
+                found = bfloat16.widen(found, lanes)
+            elif add.dtype != "float32":
                 floats = cast(cast(found, "int32", lanes), "float32", lanes)
                 found = (floats - splat(float(add.zero_point), lanes)) * splat(add.scale, lanes)
             return given(at, lanes) + found

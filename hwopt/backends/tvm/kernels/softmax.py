@@ -38,4 +38,4 @@ def build(spec: RowsSpec, micro: MicroKernel, threads: int, symbol: str) -> tirx
 
     rows.each(code, row)
     masks = [rows.addend] if spec.addend else []
-    return function(symbol, [rows.data, *masks, rows.scale, *rows.epilogue.parameters, rows.out], code)
+    return function(symbol, [rows.data, *masks, rows.scale, *rows.epilogue.parameters, rows.out], code, rows.library)
