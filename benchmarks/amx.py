@@ -34,7 +34,7 @@ def peak_kernel(micro: MicroKernel, steps: int = STEPS) -> object:
     """PrimFunc(operands, accumulators): `steps` times every data tile x every weight tile."""
     from tvm import tirx
 
-    from hwopt.backends.tvm.kernels.amx import address, number_of, stride, tile_instruction
+    from hwopt.backends.tvm.kernels.amx_instructions import address, number_of, stride, tile_instruction
     from hwopt.backends.tvm.kernels.code import Code, Value, function
 
     operands = tirx.decl_buffer((2 * ACROSS * TILE,), "uint8", "operands")

@@ -226,6 +226,41 @@ def test_bfloat16_is_within_its_precision(child, kernel):
     np.testing.assert_allclose(found, wanted.reshape(-1), atol=1e-5 * np.abs(wanted).max())
 
 
+PRODUCTS = [(3, 20, 40, 32, False), (2, 33, 17, 128, True), (2, 50, 20, 30, True), (12, 16, 70, 64, False)]
+
+
+@pytest.mark.parametrize(("batch", "m", "n", "k", "transposed"), PRODUCTS)
+def test_matmuls_of_two_computed_values_are_exact(child, batch, m, n, k, transposed):
+    generator = np.random.default_rng(m)
+    kinds = {"data_dtype": "uint8", "weight_dtype": "int8", "out_dtype": "int32"}
+    spec = MatmulSpec(batch, m, n, k, constant=False, transposed=transposed, **kinds)
+    left = generator.integers(0, 256, (batch, m, k)).astype(np.uint8)
+    right = generator.integers(-128, 128, (batch, n, k) if transposed else (batch, k, n)).astype(np.int8)
+    wanted = left.astype(int) @ (right.swapaxes(1, 2) if transposed else right).astype(int)
+    for cores in (1, 3):
+        schedule = kernels.default_schedule(spec, AMX, cores)
+        if cores == 3:
+            schedule = dataclasses.replace(schedule, block_tiles=1, parallel=True)
+        found, counts = child(_amx.run, spec, AMX, left, right, (), schedule)
+        np.testing.assert_array_equal(found.reshape(wanted.shape), wanted)
+        assert not child.emulator or counts[3] > 0
+
+
+def test_bfloat16_attention_runs_on_tiles(child):
+    if "avx512_bf16" not in host_features():
+        pytest.skip("the processor has no bfloat16 conversions")
+    import ml_dtypes
+
+    kinds = {"data_dtype": "bfloat16", "weight_dtype": "bfloat16", "out_dtype": "float32"}
+    spec = MatmulSpec(4, 64, 64, 32, constant=False, transposed=True, **kinds)
+    assert kernels.suited(spec, _isa_x86.AMX_BF16) is _isa_x86.AMX_BF16
+    generator = np.random.default_rng(0)
+    left, right = (generator.standard_normal((4, 64, 32), np.float32).astype(ml_dtypes.bfloat16) for _ in range(2))
+    found, _ = child(_amx.run, spec, _isa_x86.AMX_BF16, left, right)
+    wanted = left.astype(np.float32) @ right.astype(np.float32).swapaxes(1, 2)
+    np.testing.assert_allclose(found, wanted.reshape(-1), atol=1e-5 * np.abs(wanted).max())
+
+
 def test_a_product_needs_one_tile_load(child):
     """Two by two tiles: loads take half of the time that products do. Counted as they are executed."""
     spec = conv(16, 16, 128, 64, (1, 1), True)

@@ -46,8 +46,8 @@ def suited(spec: Spec, micro: MicroKernel) -> MicroKernel:
 
 def _tiles(spec: ConvSpec | ConvTransposeSpec | MatmulSpec, micro: MicroKernel) -> str:
     """Why a matrix unit should not compute `spec`, or ""."""
-    if isinstance(spec, ConvTransposeSpec) or (isinstance(spec, MatmulSpec) and not spec.constant):
-        return "tiles take constant weights of convolutions and matmuls"
+    if isinstance(spec, ConvTransposeSpec):
+        return "tiles take convolutions and matmuls"
     return amx_schedule.reason_for_vectors(geometry(spec), micro)
 
 
@@ -86,8 +86,9 @@ def build(spec: Spec, schedule: Schedule, micro: MicroKernel, symbol: str) -> An
     if isinstance(spec, ConvTransposeSpec):
         return conv_transpose.ConvTranspose(spec, schedule, micro).build(symbol)
     if amx_schedule.is_tile(micro):
-        return amx.TileGemm(geometry(spec), schedule, micro).build(symbol)
-    kernel = gemm.Gemm(geometry(spec), schedule, micro)
+        kernel: gemm.Gemm | amx.TileGemm = amx.TileGemm(geometry(spec), schedule, micro)
+    else:
+        kernel = gemm.Gemm(geometry(spec), schedule, micro)
     if isinstance(spec, MatmulSpec) and not spec.constant:
         return kernel.build_computed(spec, symbol)
     return kernel.build(symbol)

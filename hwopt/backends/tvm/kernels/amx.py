@@ -25,28 +25,25 @@ from typing import Any
 from tvm import tirx
 
 from hwopt.backends.tvm.kernels import bfloat16
+from hwopt.backends.tvm.kernels.amx_instructions import address, number_of, prefetch, room, stride, tile_instruction
 from hwopt.backends.tvm.kernels.amx_layout import SIZES, WORD, layout_of, packed_size
+from hwopt.backends.tvm.kernels.amx_spread import Background, Spread
 from hwopt.backends.tvm.kernels.amx_stage import stage
 from hwopt.backends.tvm.kernels.code import Code, Value, function, load, pieces, stored
 from hwopt.backends.tvm.kernels.epilogue import Epilogue, Place
 from hwopt.backends.tvm.kernels.geometry import Geometry
 from hwopt.backends.tvm.kernels.micro import fused_multiply_add
+from hwopt.backends.tvm.kernels.repack import Repack
 from hwopt.backends.tvm.kernels.schedule import Schedule, split
+from hwopt.backends.tvm.kernels.spec import MatmulSpec
 from hwopt.target import MicroKernel
 
-TILES = 8
 ROW_BYTES = 64
 LINE = 64  # bytes of a cache line
 UNROLLED = 9  # taps that are written one by one
-ROWS_AT_ONCE = 4  # rows of results without a loop around them
 
-
-@dataclass(frozen=True)
-class Background:
-    """Rows of results that wait for the epilogue: `row(code, index)` finishes one of `count`."""
-
-    row: Callable[[Code, Value], None]
-    count: int
+# Of a task's image and first channel tile: the packed weights, and where those of vector 0 are, or would be
+Weights = Callable[[Code, Value, Value], tuple[Value, Value]]
 
 
 class TileGemm:
@@ -76,13 +73,32 @@ class TileGemm:
 
     def build(self, symbol: str) -> tirx.PrimFunc:
         """PrimFunc(data, packed weights, *epilogue tensors, out)."""
-        code = Code()
-        code.loop("task", self.schedule.tasks(self.shape, self.vectors), self._task, parallel=self.schedule.parallel)
-        return function(
-            symbol, [self.data, self.weights, *self.epilogue.parameters, self.out], code, bfloat16.library(self.micro)
-        )
+        return self._function(symbol, self.weights, lambda *_: (self.weights, 0))
 
-    def _task(self, code: Code, number: Value) -> None:
+    def build_computed(self, spec: MatmulSpec, symbol: str) -> tirx.PrimFunc:
+        """PrimFunc(left, right, *epilogue tensors, out): every task packs the part of the right side that it multiplies.
+
+        The words of 4 bytes lie as vector instructions want them; 16 words of 16 channels are a tile.
+        """
+        right = tirx.decl_buffer(((1 if spec.shared else spec.batch) * spec.k * spec.n,), spec.weight_dtype, "right")
+        count = min(self.schedule.block_tiles * self.schedule.vectors, self.vectors)
+
+        def packed(code: Code, image: Value, tile: Value) -> tuple[Value, Value]:
+            space = room(code, "packed", count * self.panel, stored(spec.weight_dtype))
+            first = tile * self.schedule.vectors
+            base = 0 if spec.shared else image * (spec.k * spec.n)
+            Repack(spec, self.micro.others[0], right, base, space).emit(code, first, count)
+            return space, first * -self.panel
+
+        return self._function(symbol, right, packed)
+
+    def _function(self, symbol: str, right: Value, weights: Weights) -> tirx.PrimFunc:
+        code, tasks = Code(), self.schedule.tasks(self.shape, self.vectors)
+        code.loop("task", tasks, lambda inner, number: self._task(inner, number, weights), parallel=self.schedule.parallel)
+        parameters = [self.data, right, *self.epilogue.parameters, self.out]
+        return function(symbol, parameters, code, bfloat16.library(self.micro))
+
+    def _task(self, code: Code, number: Value, weights: Weights) -> None:
         image, row, column, tile = self.schedule.place(number, self.shape, self.vectors)
         vectors = min(self.schedule.vectors, self.vectors)
         scratch = room(code, "scratch", self.across * self.tile_rows * vectors * self.lanes, self.shape.accumulator)
@@ -90,12 +106,13 @@ class TileGemm:
         if self.layout.staged:
             size = self.layout.space(self.shape, self.height, self.across * self.micro.rows)
             source = room(code, "staged", size, stored(self.shape.data_dtype))
+        packed = weights(code, image, tile)
         self._configure(code)
         total, first = (self.shape.rows, row) if self.shape.rows > 1 else (self.shape.columns, column)
         rest = total % self.block
 
         def of_size(size: int) -> Callable[[Code], None]:
-            return lambda inner: Block(self, image, first, size, source, scratch).emit(inner, tile)
+            return lambda inner: Block(self, image, first, size, source, scratch, *packed).emit(inner, tile)
 
         code.when(rest == 0 or tirx.LE(first + self.block, total), of_size(self.block), of_size(rest))
         tile_instruction(code, "tilerelease")
@@ -126,6 +143,8 @@ class Block:
     size: int
     source: Value
     scratch: Value
+    weights: Value
+    offset: Value  # of vector 0 in the weights
 
     @property
     def height(self) -> int:
@@ -192,7 +211,8 @@ class Sweep:
         gemm, height = self.block.gemm, self.block.gemm.tile_rows
         shared = self._shared(code)
         origin = code.bind("origin", self.block.origin(self.group))
-        panel = code.bind("panel", self.group * (gemm.vectors * gemm.panel) + self.vector * gemm.panel)
+        panel = self.block.offset + self.group * (gemm.vectors * gemm.panel) + self.vector * gemm.panel
+        panel = code.bind("panel", panel)
         size = gemm.across * height
         whole, rest = divmod(self.block.positions, size)
         products = Products(self, origin, panel)
@@ -345,7 +365,7 @@ class Products:
                 self._chunk(inner, [base + data for base in bases], self.panel + number * gemm.chunk)
                 for line in range(gemm.schedule.prefetch):
                     at = ahead + (number * gemm.schedule.prefetch + line) * (LINE // gemm.size)
-                    prefetch(inner, address(gemm.weights, at))
+                    prefetch(inner, address(self.sweep.block.weights, at))
                 spread.emit(inner, number, rows)
 
             code.loop("chunk", len(chunks), body, start=chunks[0])
@@ -359,7 +379,7 @@ class Products:
         for row, at in enumerate(data):
             for column in range(vectors):
                 if row == 0:
-                    panel = address(gemm.weights, weights + column * gemm.panel)
+                    panel = address(self.sweep.block.weights, weights + column * gemm.panel)
                     tile_instruction(code, "tileloadd64", number_of(first_weights + column), panel, stride(ROW_BYTES))
                 if column == 0:
                     tile = address(self.sweep.block.source, at)
@@ -367,56 +387,3 @@ class Products:
                     tile_instruction(code, "tileloadd64", number_of(first_data + row), tile, step)
                 operands = (row * vectors + column, first_data + row, first_weights + column)
                 tile_instruction(code, gemm.micro.intrinsic.removeprefix("llvm.x86."), *map(number_of, operands))
-
-
-class Spread:
-    """Rows of the background over `iterations`, so that the last ones may have none."""
-
-    def __init__(self, background: Background | None, iterations: int) -> None:
-        self.background = background
-        self.count = background.count if background else 0
-        self.each = -(-self.count // iterations)
-
-    def rows(self, iteration: Value) -> int:
-        return max(0, min(self.each, self.count - iteration * self.each)) if self.count else 0
-
-    def emit(self, code: Code, iteration: Value, rows: int) -> None:
-        """`rows` of an iteration whose number may be known at run time only."""
-        if not self.background:
-            return
-        row, first = self.background.row, iteration * self.each
-        if rows > ROWS_AT_ONCE:
-            code.loop("row", rows, lambda inner, index: row(inner, first + index))
-            return
-        for index in range(rows):
-            row(code, first + index)
-
-
-def room(code: Code, name: str, size: int, dtype: str) -> Value:
-    """Memory for tiles. TVM would cut off what it does not see used, and of a tile it sees the first element only."""
-    buffer = code.alloc(name, size, dtype)
-    code.store(buffer, size - 1, tirx.const(0, dtype))
-    return buffer
-
-
-def address(buffer: Value, index: Value) -> Value:
-    return tirx.address_of(tirx.BufferLoad(buffer, [index]))
-
-
-def number_of(tile: int) -> Value:
-    """Tile numbers are immediates."""
-    return tirx.const(tile, "int8")
-
-
-def stride(size: int) -> Value:
-    return tirx.const(size, "int64")
-
-
-def tile_instruction(code: Code, name: str, *arguments: Value) -> None:
-    code.statements.append(tirx.Evaluate(tirx.call_llvm_intrin("void", f"llvm.x86.{name}", *arguments)))
-
-
-def prefetch(code: Code, place: Value) -> None:
-    """A cache line to the second level, for reading; never faults."""
-    read, second_level, data = (tirx.const(value, "int32") for value in (0, 2, 1))
-    code.statements.append(tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", place, read, second_level, data)))

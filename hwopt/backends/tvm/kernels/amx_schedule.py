@@ -84,7 +84,7 @@ def default_schedule(shape: Geometry, micro: MicroKernel, cores: int = 1) -> Sch
             block_tiles = -(-tiles // shares)  # each core reads its weights only
         elif shape.rows > 1:
             rows = min(rows, -(-shape.rows // (2 * shares)) if shape.rows >= 16 * shares else -(-shape.rows // shares))
-        elif not layout.staged:
+        elif not layout.staged and not shape.computed:
             wide = _round(-(-shape.columns // shares), columns)
         elif shape.groups == 1:
             block_tiles = -(-tiles // shares)
@@ -93,7 +93,9 @@ def default_schedule(shape: Geometry, micro: MicroKernel, cores: int = 1) -> Sch
 
 
 def with_prefetch(found: Schedule, shape: Geometry, micro: MicroKernel) -> Schedule:
-    """Every step asks for an equal share of the next channel tile's weights."""
+    """Every step asks for an equal share of the next channel tile's weights; computed ones have just been packed."""
+    if shape.computed:
+        return found
     layout = layout_of(shape, micro)
     block = layout.positions(shape, found.block_rows) if shape.rows > 1 else min(found.block_columns, shape.columns)
     steps = -(-block // found.tile_columns)
@@ -117,6 +119,8 @@ def reason_for_vectors(shape: Geometry, micro: MicroKernel) -> str:
         return f"it has {shape.taps[0]} rows of taps"
     if layout.staged and layout.space(shape, 1, 0) * SIZES[micro.dtype] > WORKSPACE:
         return "one row of its data does not fit into the workspace"
+    if shape.computed and shape.run > micro.depth and shape.run % micro.depth:
+        return f"products of {shape.run} do not fill whole tiles of a computed right side"
     if not micro.others:
         return ""
     tiles, vectors = _fewest(shape, micro), _fewest(shape, micro.others[0])

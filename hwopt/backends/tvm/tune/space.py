@@ -135,12 +135,13 @@ def _knobs(task: Task) -> dict[str, tuple[int, ...]]:
 
 def _tile_knobs(task: Task, shape: Geometry, legal: Sequence[tuple[int, int, int]]) -> dict[str, tuple[int, ...]]:
     """Of a matrix unit: a block is whole rows, or positions of data that are read in place."""
-    in_place = shape.rows == 1 and not amx_layout.layout_of(shape, task.micro).staged
+    in_place = shape.rows == 1 and not shape.computed and not amx_layout.layout_of(shape, task.micro).staged
     return {
         "tile_rows": (1,), "tile_columns": tuple(sorted({tile[1] for tile in legal})),
         "vectors": tuple(sorted({tile[2] for tile in legal})), "unroll": (1,), "row_blocks": _counts(shape.rows),
         "column_blocks": _counts(-(-shape.columns // 16)) if in_place else (1,),
-        "tile_blocks": _counts(shape.vectors(task.micro.lanes)) if shape.groups == 1 else (1,), "prefetch": (0, 1),
+        "tile_blocks": _counts(shape.vectors(task.micro.lanes)) if shape.groups == 1 else (1,),
+        "prefetch": (0,) if shape.computed else (0, 1),
     }  # fmt: skip
 
 
