@@ -17,6 +17,7 @@ from hwopt.target import Target
 from passes._prune_criteria import CRITERIA
 from passes._prune_cut import cut
 
+SEARCHED = ("activation", "taylor", "fisher", "l2", "fpgm")  # the gradient criteria need torch: without it such trials fail
 STEPS = 8  # candidates keep 1/8 .. 7/8 of a group, where that lies on the target's granule
 
 
@@ -33,7 +34,7 @@ class PruneChannels(Pass):
     name: ClassVar[str] = "prune-channels"
     summary: ClassVar[str] = "remove the least important channels, heads or groups, in all layers that share them"
     phase: ClassVar[Phase] = Phase.PRUNE
-    knobs: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"criterion": ("activation", "l1", "l2")})
+    knobs: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"criterion": SEARCHED})
 
     keep: int = 0
     ratio: float = 0.0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -38,6 +39,7 @@ class QuantizeWeights(Pass):
     name: ClassVar[str] = "quantize-weights"
     summary: ClassVar[str] = "weights as 4 or 8 bit integers, float activations"
     phase: ClassVar[Phase] = Phase.QUANTIZE
+    knobs: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"group": (32, 16, 64, 128)})
 
     bits: int = 8
     group: int = 0  # inputs that share a scale; 0: all of an output channel
@@ -69,6 +71,10 @@ class QuantizeWeights(Pass):
             if all(reasons):
                 yield Refusal(cls.name, node.name, reasons[0])
             yield from (one for one, reason in zip(found, reasons, strict=True) if not reason)
+
+    def turned(self, **knobs: Any) -> Pass:
+        """One scale per output channel has no group size to turn."""
+        return super().turned(**{name: value for name, value in knobs.items() if name != "group" or self.group})
 
     def _reason(self, graph: Graph, node: Node) -> str:
         """Why this node's weights stay as they are; empty if they are quantized."""

@@ -11,12 +11,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import hwopt.prove as prove
+from hwopt.cli import main
 from hwopt.decide import make_task
 from hwopt.errors import BudgetError, UsageError
-from hwopt.explore import plan_front, plan_once, plan_report, plan_trials
+from hwopt.explore import plan_front, plan_once, plan_trials
 from hwopt.job import Job, prepare, quiet
 from hwopt.measure import Timing
-from hwopt.page.page import page
 from hwopt.pipeline import PassManager, merged
 from hwopt.plan.attempt import price
 from hwopt.plan.budget import parse_budget
@@ -25,6 +25,7 @@ from hwopt.plan.plan import plan_from_json
 from hwopt.plan.search import aim
 from hwopt.plan.solve import predicted
 from hwopt.plan.trials import knobs_of
+from passes.quantize import Quantize
 
 CLASSES = 8
 TARGET = "systolic-16x16"  # int8 and widths matter much, and energy has a price
@@ -174,14 +175,31 @@ def test_front_is_resumed_and_its_best_point_is_on_disk(network: Path, tmp_path:
     assert again == points
 
 
-def test_page_shows_every_candidate_and_stands_alone(network: Path) -> None:
-    job = job_for(network)
-    found = plan_once(job)
-    text = page(plan_report(job, found), found.plan, [])
-    assert all(offer.text in text for offer in found.plan.offers)
-    assert "src=" not in text and "href=" not in text and "<script" not in text
-    assert text.count("<svg") == 4
-    assert f"three on {TARGET}" in text
+def test_a_value_that_cannot_be_used_is_a_trial_without_a_plan(
+    network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_for(network, passes="quantize")
+    monkeypatch.setattr(Quantize, "knobs", {"calibrator": ("minmax", "nonsense")})
+    plan_trials(job, "grid", 2, tmp_path)
+    trials = json.loads((tmp_path / "trials.json").read_text())["trials"]
+    assert sorted(one["value"] is None for one in trials) == [False, True]
+    assert any("nonsense" in one.get("reason", "") for one in trials)
+
+
+def test_command_line_writes_folder_and_page(network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data.npz"
+    np.savez(data, x=np.random.default_rng(2).standard_normal((64, 3, 12, 12)).astype(np.float32))
+    out, html = tmp_path / "study", tmp_path / "page.html"
+    given = ["--target", TARGET, "--calibrate", str(data), "--max-drop", "20%", "--passes", "low-rank,quantize", "--threads", "1"]
+    command = ["plan", str(network), "-o", str(out), *given]
+    with pytest.raises(SystemExit, match="0"):
+        main([*command, "--pareto", "latency", "--points", "2", "--report", str(html)])
+    assert {one.name for one in out.iterdir()} == {"front.json", "plan-1.json", "plan-2.json", "plan.json"}
+    assert "</html>" in html.read_text()
+    assert f"wrote {out / 'plan.json'}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--pareto", "latency", "--search", "grid"])
+    assert "one after the other" in capsys.readouterr().err
 
 
 def test_changes_that_cost_what_they_should_save_are_taken_out(network: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hwopt.errors import BudgetError, UsageError, did_you_mean
+from hwopt.errors import BudgetError, HwoptError, UsageError, did_you_mean
 from hwopt.plan.attempt import Found, Search, price
 from hwopt.plan.plan import Plan, plan_from_json
 from hwopt.plan.search import search
@@ -89,9 +89,11 @@ def _result(task: Search, trial: optuna.Trial, space: Mapping[str, tuple], folde
     one = dataclasses.replace(task, knobs=turned)
     try:
         found = search(one, price(one))
-    except BudgetError as error:
+    except HwoptError as error:  # the budget cannot be met, or a value needs what is not installed
         trial.set_user_attr("reason", error.message)
         raise optuna.TrialPruned from error
+    if found.plan.note:  # interrupted in the middle: this trial will be made again
+        raise KeyboardInterrupt
     value = worth(found)
     trial.set_user_attr("drop", found.comparison.drop if found.comparison else 0.0)
     trial.set_user_attr("seconds", found.plan.seconds_after)
