@@ -287,6 +287,17 @@ class Artifact:
             "mean_seconds": float(seconds.mean()), "runs": runs, "threads": used,
         }  # fmt: skip
 
+    def simulation(self, inputs: Mapping[str, np.ndarray] | None = None) -> dict[str, float] | None:
+        """Cycles, DRAM bytes and joules of one run on a simulated array; None for artifacts of other targets.
+
+        Counted by the C model in the library while it computes; what runs on the controller beside the array is not in it.
+        """
+        engine = self._load()
+        if not isinstance(engine, CEngine) or engine.simulation(True) is None:
+            return None
+        self.run(self.random_inputs() if inputs is None else inputs)
+        return engine.simulation(True)
+
     def random_inputs(self, seed: int = 0) -> dict[str, np.ndarray]:
         """Inputs of the right names, shapes and dtypes; a dimension that is not static is 1."""
         random = np.random.default_rng(seed)

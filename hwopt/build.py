@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any
 from hwopt.analysis.liveness import peak_activation_bytes
 from hwopt.analysis.size import weight_bytes
 from hwopt.artifact import Artifact, write_artifact
+from hwopt.emit.array import FUNCTIONS, array_sources, simulated
 from hwopt.emit.build import Library, Tensor, build_library
 from hwopt.emit.cpu import host_machine
 from hwopt.emit.products import Form
+from hwopt.emit.program import Program
 from hwopt.errors import UnsupportedError
 from hwopt.io.proto import to_model
 from hwopt.ir import Graph, to_text
 from hwopt.pipeline import Refusal
 from hwopt.plan.plan import Plan
-from hwopt.target import Target
+from hwopt.plugins import find_target
+from hwopt.target import Array, Target
 
 if TYPE_CHECKING:
     from hwopt.backends.tvm.tune.database import Database
@@ -94,7 +97,9 @@ def build(
         library = _machine_library(graph, target, threads, folder / "library")
     else:
         name = identifier(graph.name)
+        target = _code_for(target)
         program = compile_program(graph, target, threads, name, tuned or default_schedule, compact)
+        program = _with_array(program, target.array)
         fallbacks = []
         for index, other in enumerate(target.fallbacks, 1):  # under other names: the same kernel has other code there
             choose = Tuned(database, other) if database is not None else default_schedule
@@ -108,6 +113,24 @@ def build(
     )
     coded = {} if reason else expanded_layers(graph, target, threads, compact)
     return Built(library, graph, target, kind, reason, artifact, tuned.note() if tuned else "", coded)
+
+
+def _code_for(target: Target) -> Target:
+    """The target itself; for an array with a model in C: this machine, which calls the model as the array's controller would."""
+    if target.array is None:
+        return target
+    host = find_target("host")
+    kernels = {dtype: kernel for dtype, kernel in host.microkernels.items() if dtype != "int8"}
+    kernels["int8"] = target.array.microkernel()
+    return dataclasses.replace(target, tvm=host.tvm, features=host.features, microkernels=kernels)
+
+
+def _with_array(program: Program, array: Array | None) -> Program:
+    """The program with the model of the array that its kernels call."""
+    if array is None:
+        return program
+    sources = array_sources(array, program.name)
+    return dataclasses.replace(program, sources=sources, provides=FUNCTIONS, exports=(simulated(program.name),))
 
 
 def _machine_library(graph: Graph, target: Target, threads: int, folder: Path) -> Library:

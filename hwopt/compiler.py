@@ -108,7 +108,7 @@ def compile_model(
             return baseline if same else _build(found.graph, job, Path(tempfile.mkdtemp(prefix="result", dir=folder)))
 
         found, result = decided_and_built(job, replay, baseline, built)
-        report = measured_report(job, found, baseline, result)
+        report = measured_report(job, found, baseline, result) | _simulated(job, baseline, result)
         delivered = result if form == FORM else _build(found.graph, job, folder / "delivered", form)
         return delivered.write(out, found.plan, report)
 
@@ -152,7 +152,7 @@ def _job(model: Any, options: Mapping[str, Any]) -> Job:
 
 
 def _refuse_foreign(target: Target) -> None:
-    if target.kind != "cpu":
+    if target.kind != "cpu" and target.array is None:
         hint = "hwopt plan and hwopt apply work for it"
         raise UnsupportedError(
             f"there is no code generator for {target.kind} targets yet", place=f"target {target.name}", hint=hint
@@ -206,6 +206,18 @@ def estimated_report(job: Job, found: Found, result: Built) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def _simulated(job: Job, baseline: Built, result: Built) -> dict[str, Any]:
+    """What the model of the target's array counts in one run of each library; nothing for targets without one."""
+    if job.target.array is None:
+        return {}
+    feeds = sample_feeds(job, baseline)
+    counted = {"baseline": baseline.artifact.simulation(feeds), "result": result.artifact.simulation(feeds)}
+    for one in filter(None, counted.values()):
+        cycles = one["array_cycles"] + one["stall_cycles"] + one["other_cycles"]
+        one["seconds"] = cycles / job.target.array.hertz
+    return {"simulated": counted}
+
+
 def _measured_times(job: Job, baseline: Built, result: Built) -> dict[str, Timing]:
     """Ours in turns, then the peer: its idle threads go on spinning on the cores that ours would use."""
     feeds = sample_feeds(job, baseline)
@@ -235,6 +247,8 @@ def _notes(job: Job, found: Found, result: Built, compared: Comparison | None) -
     notes = [f"runs in TVM's virtual machine: {result.reason}"] if result.kind == "vm" else []
     if not job.measure:
         notes.append("nothing was measured: scored in ONNX Runtime, timed by the cost model")
+    elif job.target.array is not None:
+        notes.append("runs on this machine with a model of the array in C: scored in ONNX Runtime, timed by the cost model")
     elif not job.target.runs_here:
         notes.append("compiled for another machine: scored in ONNX Runtime, timed by the cost model, the library was not run")
     notes += [result.tuning] if result.tuning else []

@@ -115,6 +115,38 @@ class Evaluator(Protocol):
 
 
 @dataclass(frozen=True)
+class Array:
+    """A weight-stationary multiply-accumulate array, for which kernels call load, compute and store.
+
+    A model of it in C (emit/hwopt_array.c) runs on the host in its place and counts cycles, DRAM traffic and energy.
+    """
+
+    rows: int
+    columns: int
+    hertz: float
+    input_bytes: int  # of the scratchpads
+    weight_bytes: int
+    output_bytes: int
+    dram_bytes_per_cycle: float
+    vector_lanes: int
+    launch_cycles: int
+    double_buffered: bool
+    mac_joules: float
+    input_joules_per_byte: float
+    weight_joules_per_byte: float
+    output_joules_per_byte: float
+    dram_joules_per_byte: float
+
+    def microkernel(self) -> MicroKernel:
+        """For int8; `registers` are the positions whose sums fit the output scratchpad. The rest runs on the controller."""
+        positions = self.output_bytes // (2 if self.double_buffered else 1) // (4 * self.columns)
+        plain = MicroKernel("int8", 4, 1, 16, "int32", "int8")
+        return MicroKernel(
+            "int8", self.columns, self.rows, max(1, positions), "int32", "int8", "hwopt.array", others=(plain,)
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Target:
     """One piece of hardware. `peak` is operations (2 per multiply-add) per second of one core by multiplicand dtype."""
 
@@ -130,6 +162,7 @@ class Target:
     microkernels: Mapping[str, MicroKernel] = field(default_factory=dict)
     features: tuple[str, ...] = ()  # what the machine must have, in /proc/cpuinfo's words
     runs_here: bool = False  # True where this process can execute the compiled code
+    array: Array | None = None  # what a model in C stands in for, so that artifacts of the target run on the host
     fallbacks: tuple[Target, ...] = ()  # other instruction sets that go into the same library, for processors without this one's
 
     @property

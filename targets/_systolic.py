@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hwopt.target import Cost, Workload
+from hwopt.target import Array, Cost, Workload
 from targets._energy import DRAM_JOULES_PER_BYTE, MAC_JOULES, sram_joules_per_byte
 
 DATAFLOWS = {"ws": "weight-stationary", "os": "output-stationary", "is": "input-stationary"}
@@ -62,6 +62,15 @@ class Systolic:
     float_slowdown: float = 16.0  # cycles that a float operation takes on the control core, per int8 one
     launch_cycles: int = 500  # configuration and DMA descriptors of one kernel
     uncertainty: float = 0.1  # SCALE-Sim's cycles: see benchmarks.run fidelity
+
+    def array(self) -> Array:
+        """What the C model needs to know; it keeps weights and sums in place, as dataflow "ws" with "tile"."""
+        inputs, weights, outputs = map(sram_joules_per_byte, (self.input_bytes, self.weight_bytes, self.output_bytes))
+        return Array(
+            self.rows, self.columns, self.hertz, self.input_bytes, self.weight_bytes, self.output_bytes,
+            self.dram_bytes_per_second / self.hertz, self._lanes, self.launch_cycles, self.double_buffered, MAC_JOULES, inputs,
+            weights, outputs, DRAM_JOULES_PER_BYTE,
+        )  # fmt: skip
 
     def estimate(self, workload: Workload, threads: int) -> Cost:
         """Cost of one kernel: max(compute, transfers) + what nothing hides + launch; nothing overlaps across kernels."""

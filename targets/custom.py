@@ -60,6 +60,7 @@ class SystolicFile:
             name, summary, "asic", 1, {"int8": peak, "float32": peak / self.float_slowdown},
             _memories(near, (self.rows + self.columns) * self.clock_hz, self.dram_bytes, self.dram_bytes_per_second),
             {"int8": self.columns, "float32": self.columns}, cost, CONTROLLER,
+            array=cost.array() if (self.dataflow, self.partial_sums) == ("ws", "tile") else None,
         )  # fmt: skip
 
 

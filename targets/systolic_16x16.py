@@ -11,6 +11,7 @@ SIDE = 16
 SCRATCHPAD = 256 * 1024  # Gemmini's default, shared by inputs and weights
 ACCUMULATORS = 64 * 1024  # Gemmini's default
 DRAM_BYTES_PER_SECOND = 16e9  # one 16-byte beat a cycle at 1 GHz, Gemmini's default system bus
+COST = Systolic(SIDE, SIDE, HERTZ, SCRATCHPAD // 2, SCRATCHPAD // 2, ACCUMULATORS, DRAM_BYTES_PER_SECOND)
 
 TARGET = Target(
     name="systolic-16x16",
@@ -23,6 +24,7 @@ TARGET = Target(
         Memory("dram", 1 << 30, DRAM_BYTES_PER_SECOND, DRAM_JOULES_PER_BYTE),
     ),
     granule={"int8": SIDE, "float32": SIDE},
-    cost=Systolic(SIDE, SIDE, HERTZ, SCRATCHPAD // 2, SCRATCHPAD // 2, ACCUMULATORS, DRAM_BYTES_PER_SECOND),
+    cost=COST,
     tvm={"kind": "llvm", "mtriple": "riscv64-linux-gnu", "mcpu": "generic-rv64", "mattr": ["+m", "+a", "+f", "+d", "+c"]},
+    array=COST.array(),  # artifacts run on the host, with a model of the array in C
 )

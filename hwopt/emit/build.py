@@ -158,7 +158,8 @@ def _make(
         made = Path(work)
         sources = _write_sources(made, variants, threads)
         kernels = [file for file in sources if "_kernels" in file]
-        make_products(made, name, compiler, flags, kernels, emit)
+        own = variants[0].layout.program
+        make_products(made, name, compiler, flags, kernels, emit, tuple(own.sources), own.exports)
         for file in () if "source" in emit else (file for file in sources if file != f"{name}.h"):
             (made / file).unlink()
         folder.mkdir(exist_ok=True)
@@ -174,7 +175,7 @@ def _write_sources(folder: Path, variants: Sequence[Variant], threads: int) -> l
     objects = [data for one in variants for data in one.layout.program.objects]
     texts = {
         f"{name}.h": header(variants), f"{name}.c": source(variants, threads), f"{name}_weights.S": assembly(name),
-        **{file: Path(__file__).with_name(file).read_text() for file in RUNTIME},
+        **{file: Path(__file__).with_name(file).read_text() for file in RUNTIME}, **variants[0].layout.program.sources,
     }  # fmt: skip
     blobs = {f"{name}_weights.bin": variants[0].layout.weights.blob}
     blobs |= {f"{name}_kernels{index}.o": data for index, data in enumerate(objects)}

@@ -143,7 +143,8 @@ def _read(program: Program, data: bytes) -> Object:
 
 def _foreign(program: Program, found: Object, defined: set[str]) -> Iterator[str]:
     for symbol, users in sorted({**found.needs, **found.slots}.items()):
-        if symbol not in ALLOWED and symbol not in defined and not symbol.startswith("__aeabi_"):
+        known = symbol in ALLOWED or symbol in defined or symbol in program.provides
+        if not known and not symbol.startswith("__aeabi_"):
             yield f"{_operators(program, users)} needs {symbol}"
 
 

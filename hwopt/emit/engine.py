@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from hwopt.emit.array import FIELDS, simulated
 from hwopt.errors import ArtifactError, UsageError
 from hwopt.ir import numpy_dtype
 
@@ -36,6 +37,12 @@ def aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
+class _Simulation(ctypes.Structure):
+    """hwopt_simulation of the library's hwopt_array.h."""
+
+    _fields_ = [*((name, ctypes.c_uint64) for name in FIELDS), ("joules", ctypes.c_double)]
+
+
 class CEngine:
     """The generated library through ctypes."""
 
@@ -44,7 +51,7 @@ class CEngine:
         self._run, self._error, self._set = (getattr(library, f"{name}_{what}") for what in ("run", "error", "set_threads"))
         self._run.argtypes = [ctypes.c_void_p] * (len(manifest["inputs"]) + len(manifest["outputs"]) + 1)
         self._error.restype = ctypes.c_char_p
-        self._name = name
+        self._name, self._library = name, library
         self._outputs = [(tuple(entry["shape"]), numpy_dtype(entry["dtype"])) for entry in manifest["outputs"]]
         weakref.finalize(self, getattr(library, f"{name}_release"))
 
@@ -59,6 +66,16 @@ class CEngine:
                 raise ArtifactError(f"{self._name}_run: {self._error(code).decode()}", place=f"code {code}")
 
         return call, outputs
+
+    def simulation(self, restart: bool) -> dict[str, float] | None:
+        """What the model of an array in the library has counted, since the last `restart`; None where there is no such model."""
+        function = getattr(self._library, simulated(self._name), None)
+        if function is None:
+            return None
+        found = _Simulation()
+        function.restype = None
+        function(ctypes.byref(found), int(restart))
+        return {name: getattr(found, name) for name in (*FIELDS, "joules")}
 
     def set_threads(self, threads: int) -> None:
         if self._set(threads):

@@ -57,21 +57,25 @@ def library_of(name: str, emit: Collection[str]) -> str:
 
 
 def make_products(
-    folder: Path, name: str, compiler: tuple[str, ...], flags: Sequence[str], kernels: Sequence[str], emit: Collection[str]
-) -> None:
-    """Build what `emit` asks for inside `folder`, where the sources lie; relative names, so that no path gets into the bytes."""
-    parts = _compiled(folder, name, compiler, flags) if {"shared", "static", "object"} & set(emit) else []
+    folder: Path, name: str, compiler: tuple[str, ...], flags: Sequence[str], kernels: Sequence[str], emit: Collection[str],
+    more: Sequence[str] = (), exports: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Build what `emit` asks for inside `folder`, where the sources lie; relative names, so that no path gets into the bytes.
+
+    `more` are further sources, `exports` functions in them that others may call.
+    """
+    parts = _compiled(folder, name, compiler, flags, more) if {"shared", "static", "object"} & set(emit) else []
     objects = [*parts, *kernels]
     if "shared" in emit:
         script = f"{name}.map.tmp"
-        (folder / script).write_text(f"{{ global: {'; '.join(exported(name))}; local: *; }};\n")
+        (folder / script).write_text(f"{{ global: {'; '.join((*exported(name), *exports))}; local: *; }};\n")
         command = [*compiler, *LINK, f"-Wl,--version-script={script}", *flags, "-o", f"lib{name}.so", *objects, "-lm"]
         run_compiler(command, folder)
     if "static" in emit:
         run_compiler([binutil(compiler, "ar"), "rcsD", f"lib{name}.a", *objects], folder)
     if "object" in emit:
         run_compiler([*compiler, "-r", "-nostdlib", "-o", f"{name}.o", *objects], folder)
-        keep = [f"--keep-global-symbol={symbol}" for symbol in exported(name)]
+        keep = [f"--keep-global-symbol={symbol}" for symbol in (*exported(name), *exports)]
         run_compiler([binutil(compiler, "objcopy"), "--strip-debug", *keep, f"{name}.o"], folder)
     if "pc" in emit:
         (folder / f"{name}.pc").write_text(_pkg_config(name, flags))
@@ -79,10 +83,10 @@ def make_products(
         path.unlink()
 
 
-def _compiled(folder: Path, name: str, compiler: tuple[str, ...], flags: Sequence[str]) -> list[str]:
+def _compiled(folder: Path, name: str, compiler: tuple[str, ...], flags: Sequence[str], more: Sequence[str]) -> list[str]:
     """The generated C and the weights as objects."""
     made = []
-    for file in (f"{name}.c", "hwopt_runtime.c", f"{name}_weights.S"):
+    for file in (f"{name}.c", "hwopt_runtime.c", f"{name}_weights.S", *(file for file in more if file.endswith(".c"))):
         made.append(f"{Path(file).stem}.tmp.o")
         run_compiler([*compiler, "-std=c11", "-O2", "-fPIC", *WARNINGS, *flags, "-c", file, "-o", made[-1]], folder)
     return made

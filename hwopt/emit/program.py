@@ -44,4 +44,7 @@ class Program:
     outputs: tuple[tuple[str, str], ...]
     objects: tuple[bytes, ...]  # relocatable object files with the kernels, in TVM's packed calling convention
     scratch_bytes: int = 0  # of temporaries that a kernel asks the runtime for, at most, when it runs serially
+    sources: Mapping[str, str] = field(default_factory=dict)  # C files of its own, compiled and shipped with the driver
+    provides: tuple[str, ...] = ()  # functions in them that kernels call
+    exports: tuple[str, ...] = ()  # functions in them that others may call
     notes: Mapping[str, str] = field(default_factory=dict)  # what the header says of an input or output, by its name in the model

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hwopt.backends.tvm.kernels import amx, amx_layout, amx_schedule, conv_transpose, depthwise, gemm, pool, schedule
+from hwopt.backends.tvm.kernels import amx, amx_layout, amx_schedule, array, conv_transpose, depthwise, gemm, pool, schedule
 from hwopt.backends.tvm.kernels.geometry import geometry
 from hwopt.backends.tvm.kernels.schedule import Schedule
 from hwopt.backends.tvm.kernels.spec import ConvSpec, ConvTransposeSpec, MatmulSpec, PoolSpec
@@ -36,7 +36,16 @@ def supports(spec: Spec, micro: MicroKernel) -> str:
         return f"the micro-kernel takes {micro.dtype} weights, not {spec.weight_dtype}"
     if micro.rows > 1 and (depthwise.is_depthwise(spec) or _single(spec)):
         return f"the micro-kernel multiplies {micro.rows} output positions that share their weights"
+    if array.is_array(micro):
+        return _kept(spec)
     return _tiles(spec, micro) if amx_schedule.is_tile(micro) else ""
+
+
+def _kept(spec: ConvSpec | ConvTransposeSpec | MatmulSpec) -> str:
+    """Why a weight-stationary array should not compute `spec`, or ""."""
+    if isinstance(spec, ConvTransposeSpec) or (isinstance(spec, MatmulSpec) and not spec.constant):
+        return "the array takes constant weights of convolutions and matmuls"
+    return "a depthwise layer would use one column of the array" if depthwise.is_depthwise(spec) else ""
 
 
 def suited(spec: Spec, micro: MicroKernel) -> MicroKernel:
@@ -73,6 +82,8 @@ def default_schedule(spec: Spec, micro: MicroKernel, cores: int = 1) -> Schedule
         return pool.default_schedule(spec, micro, cores)
     if depthwise.is_depthwise(spec):
         return depthwise.default_schedule(spec, micro, cores)
+    if array.is_array(micro):
+        return array.default_schedule(geometry(spec), micro)
     model = amx_schedule if amx_schedule.is_tile(micro) else schedule
     return model.default_schedule(geometry(spec), micro, cores)
 
@@ -85,6 +96,8 @@ def build(spec: Spec, schedule: Schedule, micro: MicroKernel, symbol: str) -> An
         return depthwise.Depthwise(spec, schedule, micro).build(symbol)
     if isinstance(spec, ConvTransposeSpec):
         return conv_transpose.ConvTranspose(spec, schedule, micro).build(symbol)
+    if array.is_array(micro):
+        return array.ArrayGemm(geometry(spec), schedule, micro).build(symbol)
     if amx_schedule.is_tile(micro):
         kernel: gemm.Gemm | amx.TileGemm = amx.TileGemm(geometry(spec), schedule, micro)
     else:

@@ -348,7 +348,7 @@ class Tile:
             column_of = [accumulators[vector] for accumulators in totals[: len(self.positions)]]
             if not gemm.epilogue.heavy:
                 for (y, x), total in zip(self.positions, column_of, strict=True):
-                    self._result(code, vector, total, 0, row + y, column + x)
+                    self.result(code, vector, total, 0, row + y, column + x)
                 continue
             some = 1000 // (4 * lanes)  # as many vectors as TVM puts on the stack
             for first in range(0, len(column_of), some):
@@ -363,11 +363,11 @@ class Tile:
 
         def position(inner: Code, index: Value) -> None:
             x, y = split(index + first, self.width) if self.height > 1 else (index + first, 0)
-            self._result(inner, vector, space, index * lanes, row + y, column + x)
+            self.result(inner, vector, space, index * lanes, row + y, column + x)
 
         code.loop("position", len(totals), position)
 
-    def _result(self, code: Code, vector: int, total: Value, at: Value, row: Value, column: Value) -> None:
+    def result(self, code: Code, vector: int, total: Value, at: Value, row: Value, column: Value) -> None:
         """One vector of results, from element `at` of `total`."""
         gemm, lanes = self.work.gemm, self.work.gemm.micro.lanes
         shape = gemm.shape
