@@ -25,6 +25,7 @@ SUITES = {
     "weights": "weights",
     "planner": "planner",
     "transfer": "transfer",
+    "sensitivity": "sensitivity",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -302,6 +303,30 @@ def test_names_with_dots_are_kept_and_loaded() -> None:
     assert other.state_dict()["layer.0.weight"].tolist() == [[3, 3], [3, 3]]
     with pytest.raises(DataError, match="does not fit"):
         other.load_state_dict({"nothing": torch.zeros(1)})
+
+
+def test_copies_have_values_of_their_own() -> None:
+    graph = small()
+    module = backend.Module(graph)
+    first = next(module.parameters())
+    first.requires_grad_(False)
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        first.fill_(5)
+    other = next(twin.parameters())
+    assert not other.requires_grad
+    assert (other != 5).all()
+    feeds = random_feeds(graph)
+    assert torch.equal(twin(feeds)[graph.outputs[0]], backend.Module(graph)(feeds)[graph.outputs[0]])
+
+
+def test_borders_of_a_clip_pass_gradients() -> None:
+    b = Builder()
+    b.outputs.append(b.op("Clip", [b.input((4,)), b.floats(0.0), b.floats(6.0)], (4,)))
+    x = torch.tensor([-1.0, 0.0, 6.0, 7.0], requires_grad=True)
+    (y,) = backend.Module(b.graph())({"x0": x}).values()
+    y.sum().backward()
+    assert x.grad.tolist() == [0, 1, 1, 0]
 
 
 def test_trained_values_go_back_as_a_recorded_step() -> None:

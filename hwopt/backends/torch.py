@@ -74,6 +74,7 @@ class Module(torch.nn.Module):
         super().__init__()
         refuse_unsupported(graph)
         self.graph, self.precise = graph, precise
+        self._options = {"scales": scales, "integers": integers, "precise": precise, "rounding": rounding}
         self.values: dict[str, Tensor] = {}  # outputs and observed values of the last run
         self.latent = _integer_weights(graph) if integers else frozenset()
         trained = self.latent | _float_weights(graph) | (_scales(graph) if scales else frozenset())
@@ -161,9 +162,17 @@ class Module(torch.nn.Module):
             return value
         return landed(value, kind, precise=self.precise)
 
+    def __deepcopy__(self, _: Any) -> Module:
+        """A module of its own with the same values, for teachers and moving averages."""
+        copy = Module(self.graph, **self._options)  # type: ignore[arg-type]
+        copy.load_state_dict(self.state_dict())
+        for name, parameter in copy.named_parameters():
+            parameter.requires_grad_(self._parameters[name].requires_grad)  # type: ignore[union-attr]
+        return copy.train(self.training)
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ARG002
         """As torch's, for names with dots."""
-        own = {**self._parameters, **self._buffers}
+        own = {name: one for name, one in {**self._parameters, **self._buffers}.items() if one is not None}
         odd = [name for name in state_dict if name not in own] + [name for name in own if name not in state_dict]
         if strict and odd:
             raise DataError(f"state does not fit the graph: {odd[0]}", place=self.graph.name)
