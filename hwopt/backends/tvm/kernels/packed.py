@@ -29,6 +29,7 @@ from hwopt.backends.tvm.kernels.spec import Step
 from hwopt.target import MicroKernel
 
 DIRECT_ROWS = 16  # with more rows, weights are decoded once into workspace
+LINE, AHEAD = 64, 1024  # bytes of a cache line, and how far ahead of the codes in use to ask for more (measured: 1.1 to 1.3 x)
 UNROLLED = 256  # decoding instructions in one chunk of a tile: more takes seconds to compile
 WORKSPACE = 512 << 10  # bytes of decoded weights per task: a share of the second level cache
 
@@ -244,6 +245,8 @@ class Packed:
     def operands(self, code: Code, vector: Value, chunk: Value, registers: list[Value], steps: int) -> Iterator[Value]:
         """The weights of the first steps of a chunk."""
         at = code.bind("at", vector * self.panel + chunk * self.decoder.chunk_bytes)
+        for line in range(0, self.decoder.chunk_bytes, LINE):
+            prefetch(code, self.codes, at + (AHEAD + line))
         return self.decoder.operands(code, self.codes, at, self.table, registers, steps)
 
     def walk(
@@ -363,6 +366,13 @@ class Tile:
                         code, load(total, offset, count), place, shared, count, self._lanes(vector) == lanes
                     )  # fmt: skip
                     code.store(kernel.out, place.flat, value, count)
+
+
+def prefetch(code: Code, buffer: Value, index: Value) -> None:
+    """Ask for a cache line that will be read soon: several streams at once are more than some prefetchers follow."""
+    place = tirx.call_intrin("handle", "tirx.address_of", tirx.BufferLoad(buffer, [index]))
+    hints = (tirx.const(number, "int32") for number in (0, 3, 1))  # to read, to keep in all caches, data
+    code.statements.append(tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", place, *hints)))
 
 
 def multiply_add(micro: MicroKernel, left: Value, right: Value, total: Value) -> Value:
