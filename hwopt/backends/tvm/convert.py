@@ -16,6 +16,8 @@ from hwopt.backends.tvm.layout import Expr, Values, constant
 from hwopt.errors import UnsupportedError
 from hwopt.ir import Graph, Node
 
+UNREDUCED = {"ReduceL1": "abs", "ReduceL2": "abs", "ReduceSumSquare": "square", "ReduceLogSum": "log"}
+
 
 class Converter:
     """Emits Relax for nodes into a BlockBuilder."""
@@ -32,6 +34,8 @@ class Converter:
 
     def convert(self, node: Node, inputs: list[Expr | None]) -> list[Expr]:
         """The node's outputs; raises UnsupportedError that names the node."""
+        from tvm import relax
+
         if inputs and inputs[0] is not None and str(inputs[0].ty.dtype) == "float32":
             function = functions.function_of(node)
             if function is not None:
@@ -41,6 +45,8 @@ class Converter:
                 found = self._converted(node, [keys, *inputs[1:]])[0]
                 exact = node.op.startswith("Arg")
                 return [found if exact else functions.mapped(self.builder, found, functions.disordered, "disordered")]
+        if node.op in UNREDUCED and _reduces_nothing(self.graph, node):
+            return [self.builder.emit(getattr(relax.op, UNREDUCED[node.op])(inputs[0]))]
         if node.op == "Mod" and not node.attr("fmod", 0) and inputs[0] is not None and "float" in str(inputs[0].ty.dtype):
             whole = dataclasses.replace(node, attrs=MappingProxyType({**node.attrs, "fmod": 1}))
             return [self.builder.emit(functions.floor_mod(self._converted(whole, inputs)[0], inputs[1]))]
@@ -74,6 +80,13 @@ class Converter:
         if isinstance(expr, np.ndarray):
             return constant(expr)
         return self.builder.emit(expr)
+
+
+def _reduces_nothing(graph: Graph, node: Node) -> bool:
+    """True for a reduction over no axes at all: what it does to each element is left (as ONNX Runtime has it)."""
+    given = graph.constant(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] else np.zeros(0)
+    empty = given is not None and given.size == 0 and node.attr("axes") is None
+    return bool(node.attr("noop_with_empty_axes", 0)) and empty
 
 
 def node_inputs(values: Values, node: Node, last: bool = False, rank: int = 0) -> list[Expr | None]:
