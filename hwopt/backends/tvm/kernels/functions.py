@@ -14,6 +14,7 @@ from tvm import tirx
 from hwopt.backends.tvm.kernels.code import Code, Value, cast, splat, vector
 
 ROUND = 12582912.0  # 1.5 x 2**23: adding it to a small float32 rounds half to even into the low mantissa bits
+ROUND_BITS = 0x4B400000  # of ROUND, as a float32
 EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 ERF = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
 
@@ -56,7 +57,7 @@ class Maths:
         given = self.name(x)
         x = self.name(self.clip(given, -87.3, 88.3))
         rounded = self.name(self.fma(x, self.constant(1.44269504), self.constant(ROUND)))
-        power = self.name(rounded - self.constant(ROUND))
+        power = self.name(self._whole(rounded))
         rest = self.fma(power, self.constant(-0.693359375), x)  # ln 2 in two parts
         rest = self.name(self.fma(power, self.constant(2.12194440e-4), rest))
         mantissa = self.fma(self.polynomial(rest, EXP), rest * rest, rest + self.constant(1.0))
@@ -66,6 +67,15 @@ class Maths:
         found = tirx.reinterpret(vector("float32", self.lanes), bits)
         beyond = given + splat(tirx.infinity("float32"), self.lanes)  # NaN stays NaN
         return self.name(tirx.Select(tirx.LT(given, self.constant(88.3)), found, beyond))
+
+    def _whole(self, rounded: Value) -> Value:
+        """The number that was added to ROUND. Of a sum that is no intrinsic TVM would take ROUND off without rounding."""
+        return rounded - self.constant(ROUND) if self.fused else self._taken_off(rounded)
+
+    def _taken_off(self, rounded: Value) -> Value:
+        """The same in integers, out of TVM's sight."""
+        steps = tirx.reinterpret(vector("int32", self.lanes), rounded) - splat(ROUND_BITS, self.lanes, "int32")
+        return cast(steps, "float32", self.lanes)
 
     def sigmoid(self, x: Value) -> Value:
         one = self.constant(1.0)
@@ -86,7 +96,7 @@ class Maths:
 
     def round(self, x: Value) -> Value:
         """Round half to even, for |x| below 2**22."""
-        return self.name(x + self.constant(ROUND)) - self.constant(ROUND)
+        return self._taken_off(self.name(x + self.constant(ROUND)))
 
     def floats(self, value: Value) -> Value:
         return cast(value, "float32", self.lanes)
