@@ -39,6 +39,5 @@ def test_reductions_over_no_axes(kind: str, axes: str) -> None:
 def test_volumes(op: str, attrs: str) -> None:
     weights = ", ".join(f"{value:.3f}" for value in np.random.default_rng(1).normal(size=4 * 4 * 18))
     kernel = f"<{attrs}>" if attrs else ""
-    compare(
-        f"agraph (float[1,4,7,8,9] x) => (float y) <float[4,4,3,3,2] w = {{{weights}}}> {{ h = {op} {kernel} (x, w) y = Relu(h) }}"
-    )
+    body = f"h = {op} {kernel} (x, w) y = Relu(h)"
+    compare(f"agraph (float[1,4,7,8,9] x) => (float y) <float[4,4,3,3,2] w = {{{weights}}}> {{ {body} }}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from hwopt.analysis import bfloat16
 from hwopt.analysis.regions import ELEMENTWISE, Region, constant_nodes, regions
-from hwopt.backends.tvm import bfloat16_pools, convert, integer, kernels, pooling, resizing, rowwise
+from hwopt.backends.tvm import bfloat16_pools, convert, integer, kernels, pooling, resizing, rowwise, table
 from hwopt.backends.tvm.coded import coded_kernel, expanded_because
 from hwopt.backends.tvm.fold import constant_values, folded
 from hwopt.backends.tvm.layout import Values, convert_bfloat16, dims_of, reordered, to_first, to_last
@@ -77,7 +77,7 @@ class Lowering:
             if kernel and result is not None:
                 self.values.put(region.output, result, kernel.last)
                 return
-        if rowwise.emit(self, region) or (region.integer and integer.emit(self, region)):
+        if rowwise.emit(self, region) or table.emit(self, region) or (region.integer and integer.emit(self, region)):
             return
         if bfloat16_pools.emit(self, region):
             return
