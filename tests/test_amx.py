@@ -33,8 +33,8 @@ from hwopt.io.onnx import save
 from hwopt.pipeline import Context, parse
 from hwopt.plugins import find_passes, find_target
 from hwopt.samples import Samples
+from hwopt.target import Workload
 from targets import _isa_x86
-from targets._cpu import needed_features
 from targets._roofline import Roofline
 from targets._tiles import TilesOrVectors
 from tests import _amx
@@ -331,8 +331,7 @@ def test_rows_of_an_image_are_joined_where_that_wastes_little():
 
 
 def test_targets_with_amx_state_what_they_need():
-    llvm = _isa_x86.llvm(_amx.FLAGS)
-    needed = needed_features(llvm)
+    needed = find_target("sapphire-rapids").features
     assert {"amx_tile", "amx_int8", "amx_bf16", "avx512_vnni"} <= set(needed)
     assert "0x1023, 18" in check_code(needed, "x86_64")
     without = _isa_x86.microkernels(_amx.FLAGS - {"amx_tile"})
@@ -341,10 +340,7 @@ def test_targets_with_amx_state_what_they_need():
 
 
 def test_prices_are_those_of_the_faster_unit():
-    from hwopt.target import Workload
-    from targets.host import _cost
-
-    model = _cost(_isa_x86.microkernels(_amx.FLAGS), find_target("host").memories, 2e9)
+    model = find_target("sapphire-rapids").cost
     assert isinstance(model, TilesOrVectors)
     large = Workload("c", "conv", "int8", m=3136, n=64, k=576, taps=9)
     narrow = Workload("n", "conv", "int8", m=3136, n=1, k=4)
