@@ -6,7 +6,6 @@ error; a borrowed plan is what another target would have chosen. All times are p
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from benchmarks.layout import Row, lower_is_better, result
@@ -18,6 +17,7 @@ from hwopt.pipeline import PassManager, merged
 from hwopt.plan.attempt import Search, price
 from hwopt.plan.errors import Known
 from hwopt.plan.options import Pricer
+from hwopt.plan.polish import polished
 from hwopt.plan.solve import Limits, Solution, solve
 from hwopt.plugins import find_targets
 
@@ -79,7 +79,9 @@ def _solved(job: Job, errors: Known) -> Solution:
     )  # fmt: skip
     priced = price(task)
     found = solve(priced.base, priced.options, priced.pairs, Limits(ALLOWED))
-    return found if found is not None else dataclasses.replace(Solution((), 0.0, 0, 0, 0.0, 0.0, 0.0))
+    if found is None:
+        raise ValueError(f"nothing to choose on {job.target.name}")
+    return polished(job.graph, job.ctx, priced, found, ALLOWED, task.pricer)
 
 
 def _applied(job: Job, plan: Solution) -> Any:

@@ -22,8 +22,9 @@ from hwopt.plan.attempt import price
 from hwopt.plan.budget import parse_budget
 from hwopt.plan.options import Pricer
 from hwopt.plan.plan import plan_from_json
+from hwopt.plan.polish import polished
 from hwopt.plan.search import aim
-from hwopt.plan.solve import predicted
+from hwopt.plan.solve import Solution, predicted
 from hwopt.plan.trials import knobs_of
 from passes.quantize import Quantize
 
@@ -84,6 +85,20 @@ def test_pairs_price_what_two_changes_cost_together(network: Path) -> None:
         assert predicted(priced.base, chosen, priced.pairs)["seconds"] == pytest.approx(really(*chosen), rel=0.02)
         alone = priced.base.total_seconds - sum(o.gain for o in chosen)
         assert abs(alone - really(*chosen)) > 0.02 * really(*chosen)  # the sum without pairs is wrong
+
+
+def test_polishing_finds_exchanges_that_are_faster_on_the_graph(network: Path) -> None:
+    job = job_for(network)
+    task = make_task(job)
+    assert task is not None
+    priced = price(task)
+    nothing = Solution((), priced.base.total_seconds, priced.base.bytes, 0, 0.0, 0.0, 0.0)
+    allowed = 2 * min(option.error for option in priced.options if option.gain > 0)
+    found = polished(job.graph, job.ctx, priced, nothing, allowed, task.pricer)
+    changed = PassManager(merged(one for o in found.options for one in o.passes)).run(job.graph, job.ctx).graph
+    assert found.options and found.error <= allowed
+    assert task.pricer.graph(changed).seconds < priced.base.total_seconds
+    assert polished(job.graph, job.ctx, priced, nothing, 0.0, task.pricer) is nothing
 
 
 def test_equal_seeds_give_equal_plans_that_keep_the_drop(network: Path) -> None:

@@ -12,6 +12,8 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
+
 from hwopt.analysis.regions import regions
 from hwopt.analysis.workload import kernels
 from hwopt.ir import Graph
@@ -115,21 +117,30 @@ def _completed(
     graph: Graph, ctx: Context, base: Base, forms: Mapping[str, Mapping[str, Sequence[Option]]], links: Sequence[Link],
     savings: Sequence[Cost], pricer: Pricer,
 ) -> list[Cost]:  # fmt: skip
-    """The savings, corrected so that the model in which all layers change to one dtype is priced as it is.
+    """The savings, corrected so that they are right where plans end up: all layers in one dtype, and all but one.
 
-    Conversions of a value with several readers disappear only with the last of them, which no pair can see.
+    Conversions of a value with several readers disappear only with the last of them, which no pair can see by itself. The
+    corrections are the smallest ones (least squares) that explain what those graphs cost.
     """
     found = list(savings)
     for form in dict.fromkeys(form for menu in forms.values() for form in menu):
-        firsts = [menu[form][0] for menu in forms.values() if form in menu]
+        firsts = {group: menu[form][0] for group, menu in forms.items() if form in menu}
         inside = [i for i, (one, other) in enumerate(links) if one[0].form == form == other[0].form]
         if not inside:
             continue
-        rest = _saving(graph, ctx, base, firsts, pricer)
-        missing = [getattr(rest, f) - sum(getattr(found[i], f) for i in inside) for f in ("seconds", "joules")]
-        for i in inside:
-            found[i] = Cost(found[i].seconds + missing[0] / len(inside), found[i].joules + missing[1] / len(inside))
+        ends = [{links[i][0][0].group, links[i][1][0].group} for i in inside]
+        left_out = ["", *(firsts if len(inside) <= NEIGHBOURS else ())]
+        wholes = [_saving(graph, ctx, base, [o for g, o in firsts.items() if g != group], pricer) for group in left_out]
+        sums = np.array([[float(group not in pair) for pair in ends] for group in left_out])
+        for place, change in zip(inside, _corrections(sums, wholes, [found[i] for i in inside]), strict=True):
+            found[place] = Cost(found[place].seconds + change[0], found[place].joules + change[1])
     return found
+
+
+def _corrections(sums: np.ndarray, wholes: Sequence[Cost], savings: Sequence[Cost]) -> np.ndarray:
+    """The least changes of `savings` [links, (seconds, joules)] with which sums @ savings = wholes."""
+    now, wanted = (np.array([(cost.seconds, cost.joules) for cost in costs]) for costs in (savings, wholes))
+    return np.linalg.lstsq(sums, wanted - sums @ now, rcond=1e-9)[0]
 
 
 def _saving(graph: Graph, ctx: Context, base: Base, options: Sequence[Option], pricer: Pricer) -> Cost:

@@ -14,6 +14,7 @@ from hwopt.plan.budget import Amounts, Budget
 from hwopt.plan.nearest import nearest
 from hwopt.plan.options import Option
 from hwopt.plan.plan import Decision, Offer, Plan
+from hwopt.plan.polish import polished
 from hwopt.plan.solve import Limits, Solution, solve
 from hwopt.plugins import find_passes
 
@@ -33,6 +34,7 @@ def search(task: Search, priced: Priced) -> Found:
     note = ""
     try:
         _rounds(task, priced, attempts)
+        _polish(task, priced, attempts)
         _single_family(task, priced, attempts)
     except KeyboardInterrupt:
         if not attempts:
@@ -41,6 +43,17 @@ def search(task: Search, priced: Priced) -> Found:
         task.progress(note, 0, 1)
     found = _best(task, priced, attempts)
     return dataclasses.replace(found, plan=dataclasses.replace(found.plan, note=note))
+
+
+def _polish(task: Search, priced: Priced, attempts: list[Attempt]) -> None:
+    """Exchanges on the best plan so far, priced on the graphs that they make. Limits other than the drop are left alone."""
+    ranked = ranking(task, attempts, task.amounts(task.graph))
+    if not ranked or task.budget.limited:
+        return
+    best = ranked[0]
+    solution = polished(task.graph, task.ctx, priced, best.solution, best.round.allowed_error, task.pricer)
+    if _known(attempts, solution) is None:
+        attempts.append(measured(task, priced, solution, best.round.allowed_error))
 
 
 def _single_family(task: Search, priced: Priced, attempts: list[Attempt]) -> None:
