@@ -299,6 +299,15 @@ def assembly(spec: Any, schedule: Any, folder: Path) -> list[str]:
     return [line.split("\t", 1)[1].strip() for line in lines if "\t" in line]
 
 
+def test_weights_that_are_used_once_pass_the_first_cache_by(child, tmp_path):
+    once, often = conv(4, 8, 256, 64, (1, 1), True), conv(16, 8, 256, 64, (1, 1), True)
+    for spec, name in ((once, "tileloaddt1"), (often, "tileloadd")):
+        exact(child, spec)
+        text = assembly(spec, kernels.default_schedule(spec, AMX), tmp_path)
+        found = {line.split()[0] for line in text if line.startswith("tileload") and re.search("%tmm[67]", line)}
+        assert found == {name}
+
+
 def test_workspace_is_as_large_as_tiles_need():
     """TVM sees only the first element of a tile that it reads or writes; it must not cut off the rest."""
     import tvm

@@ -370,6 +370,12 @@ class Products:
 
             code.loop("chunk", len(chunks), body, start=chunks[0])
 
+    @property
+    def _weight_load(self) -> str:
+        """Weights that one step alone multiplies pass the first cache by, where the data stay for the next channel tile."""
+        block = self.sweep.block
+        return "tileloaddt164" if block.positions <= block.gemm.across * block.gemm.tile_rows else "tileloadd64"
+
     def _chunk(self, code: Code, data: Sequence[Value], weights: Value) -> None:
         """Every data tile times every weight tile; each is loaded once, right before its first product."""
         gemm, vectors = self.sweep.block.gemm, self.sweep.vectors
@@ -380,7 +386,7 @@ class Products:
             for column in range(vectors):
                 if row == 0:
                     panel = address(self.sweep.block.weights, weights + column * gemm.panel)
-                    tile_instruction(code, "tileloadd64", number_of(first_weights + column), panel, stride(ROW_BYTES))
+                    tile_instruction(code, self._weight_load, number_of(first_weights + column), panel, stride(ROW_BYTES))
                 if column == 0:
                     tile = address(self.sweep.block.source, at)
                     step = stride(gemm.layout.step * gemm.size)
