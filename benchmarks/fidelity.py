@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 import onnx
 
-from benchmarks import scale_sim
+from benchmarks import scale_sim, vela
 from benchmarks.layout import Row, result
 from benchmarks.networks import Network, mobilenet_v2, resnet
 from benchmarks.scale_sim_memory import total_cycles
@@ -23,6 +24,7 @@ from hwopt.io.proto import from_model
 from hwopt.plugins import find_target
 from hwopt.target import Workload
 from targets._arm import ArmCore, table
+from targets._npu import BlockArray
 from targets._systolic import DATAFLOWS, Systolic
 
 WITHIN = 0.1
@@ -138,6 +140,33 @@ def _share(hits: Sequence[bool]) -> float:
     return sum(hits) / len(hits)
 
 
+# ----------------------------------------------------------------------------------------------------------------------- NPUs
+
+
+def npu() -> Part:
+    """Every layer of both networks on Ethos-U55 and U65 against the cycles that Arm's compiler Vela states."""
+    known = vela.stored()
+    networks = vela.layers().items()
+    rows: list[Row] = []
+    ratios: dict[str, list[float]] = {target: [] for target in vela.SYSTEMS}
+    for target, (network, layers) in itertools.product(vela.SYSTEMS, networks):
+        cost = find_target(target).cost
+        if not isinstance(cost, BlockArray):
+            raise UsageError(f"{target} is no NPU")
+        pairs = [
+            (cost.estimate(_integer(work), 1).seconds * cost.hertz, known["cycles"][vela.key(target, question)]["total"])
+            for question, work in layers
+        ]
+        ratios[target] += [ours / theirs for ours, theirs in pairs]
+        ours, theirs = (sum(values) for values in zip(*pairs, strict=True))
+        rows.append(Row(f"{network}, {target}", "cycles", "cycles", ours, {"Vela": theirs}, ours / theirs))
+    every = [ratio for found in ratios.values() for ratio in found]
+    summary = {f"npu_layers_within_{limit}": _share([abs(ratio - 1) <= limit / 100 for ratio in every]) for limit in (10, 25)}
+    summary |= {f"npu_{target}_median_ratio": statistics.median(found) for target, found in ratios.items()}
+    note = f"npu: {known['tool']} {known['version']}, its total cycles for each of {len(every)} layers as a network of its own"
+    return Part(rows, summary, [note])
+
+
 # ------------------------------------------------------------------------------------------------------------------ Arm cores
 
 
@@ -173,18 +202,13 @@ def _board_rows(board: Mapping[str, Any]) -> Iterator[Row]:
 def _works(name: str, integer: bool) -> tuple[Workload, ...]:
     """The kernels of a network; as int8 every tensor is a quarter as large."""
     found = workloads(from_model(NETWORKS[name]()))
-    if not integer:
-        return found
-    return tuple(
-        dataclasses.replace(
-            one,
-            dtype="int8",
-            read_bytes=one.read_bytes // 4,
-            write_bytes=one.write_bytes // 4,
-            weight_bytes=one.weight_bytes // 4,
-        )
-        for one in found
-    )
+    return tuple(_integer(one) for one in found) if integer else found
+
+
+def _integer(one: Workload) -> Workload:
+    """A float kernel as int8: every tensor a quarter as large."""
+    sizes = ("read_bytes", "write_bytes", "weight_bytes")
+    return dataclasses.replace(one, dtype="int8", **{size: getattr(one, size) // 4 for size in sizes})
 
 
 def squeezenet() -> onnx.ModelProto:
@@ -210,4 +234,4 @@ NETWORKS: Mapping[str, Callable[[], onnx.ModelProto]] = {
     "resnet50": lambda: resnet(1, (3, 4, 6, 3), True, "resnet50"),
 }
 
-PARTS = (systolic, arm)
+PARTS = (systolic, npu, arm)

@@ -10,7 +10,7 @@ import pytest
 from hwopt.plugins import find_target
 from hwopt.target import Workload
 from targets._energy import DRAM_JOULES_PER_BYTE, MAC_JOULES, SRAM, sram_joules_per_byte
-from targets._npu import BlockArray
+from targets._npu import EXPOSED, BlockArray
 from targets._systolic import DATAFLOWS, Systolic
 
 BIG = 1 << 30
@@ -171,7 +171,18 @@ def test_npu_multiplies_a_block_a_cycle_and_waits_for_its_slowest_memory() -> No
         4, 8, 8, hertz=1.0, sram_bytes=1 << 20, sram_bytes_per_second=8.0, weight_bytes_per_second=1.0, launch_cycles=0
     )
     assert npu.product_cycles(product(8, 16, 32)) == 2 * 2 * 4
-    assert npu.product_cycles(product(9, 17, 33)) == 3 * 3 * 5
+    assert npu.product_cycles(product(9, 17, 33)) == 3 * 3 * 8  # 32 input channels at a time
+    assert npu.product_cycles(product(8, 16, 27, taps=9)) == 2 * 2 * 12  # four taps at a time
     assert npu.product_cycles(dataclasses.replace(product(8, 1, 9, groups=16), kind="depthwise")) == 2 * 2 * 4 * 3
-    assert npu.estimate(product(8, 16, 32), 1).seconds == 16 * 32  # the weights, a byte a cycle
-    assert npu.estimate(product(8, 16, 32, weight_bytes=0), 1).seconds == (8 * 32 + 8 * 16) / 8  # the activations
+    weights = npu.estimate(product(8, 16, 32), 1).seconds
+    others = 2 * 2 * 4 + 8 * 16 / 4 + (8 * 32 + 8 * 16) / 8
+    assert weights == pytest.approx(16 * 32 + EXPOSED * others)  # a byte a cycle, longer than products, results, activations
+    assert npu.estimate(product(8, 16, 32, weight_bytes=0), 1).seconds == pytest.approx(48 + EXPOSED * (16 + 32))
+
+
+def test_npu_cycles_are_near_those_of_the_makers_compiler() -> None:
+    from benchmarks.fidelity import npu
+
+    summary = npu().summary
+    assert summary["npu_layers_within_25"] >= 0.5
+    assert all(0.75 < summary[f"npu_{target}_median_ratio"] < 1.25 for target in ("ethos-u55", "ethos-u65"))
