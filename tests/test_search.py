@@ -138,18 +138,19 @@ def test_budget_that_cannot_be_met_is_answered_with_the_nearest(network: Path) -
         plan_once(job_for(network, "0%", f"latency={fastest.plan.seconds_after * 1.02e6}us"))
 
 
-def test_trials_go_on_where_they_stopped_and_keep_the_best(network: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["random", "bayesian"])
+def test_trials_go_on_where_they_stopped_and_keep_the_best(network: Path, tmp_path: Path, method: str) -> None:
     job, folder = job_for(network), tmp_path / "study"
-    first = plan_trials(job, "random", 1, folder)
+    first = plan_trials(job, method, 1, folder)
     usual = plan_once(job)
     assert first.plan.seconds_after == usual.plan.seconds_after
-    found = plan_trials(job, "random", 3, folder)
+    found = plan_trials(job, method, 3, folder)
     trials = json.loads((folder / "trials.json").read_text())["trials"]
     assert len(trials) == 3
     best = min(one["value"] for one in trials if one["value"] is not None)
     assert found.plan.seconds_after == pytest.approx(best)
     assert plan_from_json((folder / "plan.json").read_text()).decisions == found.plan.decisions
-    plan_trials(job, "random", 3, folder)
+    plan_trials(job, method, 3, folder)
     assert len(json.loads((folder / "trials.json").read_text())["trials"]) == 3
 
 

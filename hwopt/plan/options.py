@@ -135,14 +135,15 @@ def collect(
         ctx, calibration=ctx.calibration.head(batch_of(graph)) if ctx.calibration else None, refused=refused
     )
     options: list[Option] = []
-    chains = _combinations(instances)
-    for done, combination in enumerate(chains):
-        progress("pricing", done, len(chains))
-        option = _priced(combination, graph, base, cheap, pricer, budget)
-        if isinstance(option, Refusal):
-            refused.append(option)
-        else:
-            options.append(option)
+
+    def consider(chains: Sequence[tuple[Pass, ...]]) -> None:
+        for done, chain in enumerate(chains):
+            progress("pricing", done, len(chains))
+            found = _priced(chain, graph, base, cheap, pricer, budget)
+            (refused if isinstance(found, Refusal) else options).append(found)  # type: ignore[arg-type]
+
+    consider([(one,) for one in instances])
+    consider(_combinations([option.passes[0] for option in options]))
     return base, _right_edges(options, refused), list(dict.fromkeys(refused))
 
 
@@ -165,18 +166,14 @@ def _instances(
     return list(dict.fromkeys(instances)), refused
 
 
-def _combinations(instances: Sequence[Pass]) -> list[tuple[Pass, ...]]:
-    """Each instance alone, and on one layer a factorization or shared weights together with quantization."""
+def _combinations(useful: Sequence[Pass]) -> list[tuple[Pass, ...]]:
+    """On one layer a factorization or shared weights together with quantization, where each of them gains something alone."""
     quantize: dict[str, list[Pass]] = {}
-    for one in instances:
+    for one in useful:
         if one.phase == Phase.QUANTIZE:
             quantize.setdefault(_site(one), []).append(one)
-    chains: list[tuple[Pass, ...]] = []
-    for one in instances:
-        chains.append((one,))
-        if one.phase in (Phase.FACTOR, Phase.SHARE):
-            chains.extend((one, other) for other in quantize.get(_site(one), ()))
-    return chains
+    first = (one for one in useful if one.phase in (Phase.FACTOR, Phase.SHARE))
+    return [(one, other) for one in first for other in quantize.get(_site(one), ())]
 
 
 def _site(one: Pass) -> str:
