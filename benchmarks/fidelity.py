@@ -62,6 +62,8 @@ class Compared:
     ours_stalled: float
     theirs_stalled: float
     tiled: float  # of the targets' own model, which fetches blocks and not rounds
+    low: float  # and its interval
+    high: float
 
 
 def systolic() -> Part:
@@ -75,6 +77,7 @@ def systolic() -> Part:
         "systolic_layers_within_10": _share([_near(one.ours_stalled, one.theirs_stalled) for one in found]),
         "systolic_compute_within_10": _share([_near(one.ours, one.theirs) for one in found]),
         "systolic_own_prefetcher_within_10": _share([_near(one.tiled, one.theirs_stalled) for one in found]),
+        "systolic_inside_interval": _share([one.low <= one.theirs_stalled <= one.high for one in found]),
         "systolic_rankings_agree": _share(
             [_ranked(flows, "ours_stalled") == _ranked(flows, "theirs_stalled") for flows in layers]
         ),
@@ -103,7 +106,14 @@ def _compared(network: str, layers: Sequence[Workload], cycles: Mapping[str, Any
         for flow in DATAFLOWS:
             model, theirs = array(flow), cycles[scale_sim.key(layer, flow)]
             stalled = total_cycles(model, one, scale_sim.BANDWIDTH)
-            values = (model.array_cycles(one), theirs["total"] - theirs["stalls"], stalled, theirs["total"], model.cycles(one))
+            values = (
+                model.array_cycles(one),
+                theirs["total"] - theirs["stalls"],
+                stalled,
+                theirs["total"],
+                model.cycles(one),
+                *model.interval(one),
+            )
             yield Compared(network, f"{index} {layer.name}", flow, *(value * layer.groups for value in values))
 
 

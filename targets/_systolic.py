@@ -61,7 +61,7 @@ class Systolic:
     vector_lanes: int = 0  # 0: as many as columns
     float_slowdown: float = 16.0  # cycles that a float operation takes on the control core, per int8 one
     launch_cycles: int = 500  # configuration and DMA descriptors of one kernel
-    uncertainty: float = 0.1  # SCALE-Sim's cycles: see benchmarks.run fidelity
+    margin: float = 0.05  # beyond the interval of the transfers; cycles of the array itself are SCALE-Sim's to one
 
     def array(self) -> Array:
         """What the C model needs to know; it keeps weights and sums in place, as dataflow "ws" with "tile"."""
@@ -75,8 +75,16 @@ class Systolic:
     def estimate(self, workload: Workload, threads: int) -> Cost:
         """Cost of one kernel: max(compute, transfers) + what nothing hides + launch; nothing overlaps across kernels."""
         seconds = (self.cycles(workload) + self.launch_cycles) / self.hertz
-        low, high = (1 - self.uncertainty) * seconds, (1 + self.uncertainty) * seconds
+        low, high = ((cycles + self.launch_cycles) / self.hertz for cycles in self.interval(workload))
         return Cost(seconds, self.joules(workload), workload.weight_bytes, "analytical", low, high)
+
+    def interval(self, workload: Workload) -> tuple[float, float]:
+        """Cycles if every byte crossed the DRAM port once, all of it hidden, and if nothing of the transfers were hidden."""
+        slow = 1.0 if workload.dtype in ("int8", "uint8") else self.float_slowdown
+        elements, compute = workload.elements / self._lanes * slow, self.product_cycles(workload) * slow
+        once = workload.bytes * self.hertz / self.dram_bytes_per_second
+        most = compute + self.transfer_cycles(workload) + elements + self.fill_cycles(workload)
+        return (1 - self.margin) * (max(compute, once) + elements), (1 + self.margin) * most
 
     def cycles(self, workload: Workload) -> float:
         """Of one kernel without its launch."""
