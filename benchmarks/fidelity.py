@@ -106,14 +106,8 @@ def _compared(network: str, layers: Sequence[Workload], cycles: Mapping[str, Any
         for flow in DATAFLOWS:
             model, theirs = array(flow), cycles[scale_sim.key(layer, flow)]
             stalled = total_cycles(model, one, scale_sim.BANDWIDTH)
-            values = (
-                model.array_cycles(one),
-                theirs["total"] - theirs["stalls"],
-                stalled,
-                theirs["total"],
-                model.cycles(one),
-                *model.interval(one),
-            )
+            own = (model.cycles(one), *model.interval(one))
+            values = (model.array_cycles(one), theirs["total"] - theirs["stalls"], stalled, theirs["total"], *own)
             yield Compared(network, f"{index} {layer.name}", flow, *(value * layer.groups for value in values))
 
 

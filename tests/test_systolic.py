@@ -97,6 +97,7 @@ def test_stalls_for_dram_and_the_ranking_of_dataflows_agree_with_scale_sim() -> 
     summary = systolic().summary
     assert summary["systolic_layers_within_10"] >= 0.9
     assert summary["systolic_rankings_agree"] >= 0.9
+    assert summary["systolic_inside_interval"] >= 0.8
 
 
 @pytest.mark.parametrize("flow", DATAFLOWS)
@@ -131,6 +132,14 @@ def test_double_buffers_hide_the_shorter_of_compute_and_transfer() -> None:
     compute, transfer, fill = 100 + 14, one.bytes / 4, 2 * 32 / 4
     assert slow.cycles(one) == max(compute, transfer) + fill
     assert dataclasses.replace(slow, double_buffered=False).cycles(one) == compute + transfer + fill
+
+
+def test_the_interval_reaches_from_all_hidden_and_once_to_nothing_hidden() -> None:
+    one = product(m=100, n=50, k=30)
+    model = dataclasses.replace(array(size=3000), output_bytes=BIG, dram_bytes_per_second=20.0, margin=0.0)
+    compute, moved = model.array_cycles(one), model.traffic(one).bytes / 20
+    assert moved > one.bytes / 20
+    assert model.interval(one) == (max(compute, one.bytes / 20), compute + moved + 2 * 32 / 20)
 
 
 def test_energy_is_the_sum_of_what_is_touched() -> None:

@@ -102,6 +102,11 @@ def test_the_numbers_of_a_preset_give_its_cost(kind: str, same: str, tmp_path: P
     assert mine.seconds == pytest.approx(find_target(same).cost.estimate(LAYER, 1).seconds)
 
 
+def test_a_weight_stationary_array_of_ones_own_has_code(tmp_path: Path) -> None:
+    assert find_target(written(tmp_path, SYSTOLIC)).array == find_target("systolic-16x16").array
+    assert find_target(written(tmp_path, SYSTOLIC + 'dataflow = "os"')).array is None
+
+
 def test_features_choose_the_kernels_of_a_processor(tmp_path: Path) -> None:
     target = find_target(written(tmp_path, CPU))
     assert target.microkernels["int8"].intrinsic == "llvm.aarch64.neon.sdot"
