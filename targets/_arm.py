@@ -103,7 +103,7 @@ def arm_target(
     core: str, summary: str, cores: int, features: frozenset[str], memories: tuple[Memory, ...], *, hertz: float,
     core_bytes_per_second: float, elements_per_cycle: float, joules_per_op: Mapping[str, float],
 ) -> Target:  # fmt: skip
-    """A target for a chip with `cores` of this core; peaks are what its instructions could do."""
+    """A target for a chip with `cores` of this core; peaks are what its inner loops reach."""
     micro, table_loops = _isa_arm.microkernels(features), loops(core)
     granule = {dtype: kernel.lanes * (2 if dtype == "int8" else 1) for dtype, kernel in micro.items()}
     peak = {dtype: 2 * table_loops[f"{dtype} conv"].macs_per_cycle * hertz for dtype in micro}

@@ -12,6 +12,10 @@ from onnx import parser
 
 import hwopt
 from hwopt.analysis.workload import workloads
+from hwopt.backends.tvm import kernels
+from hwopt.backends.tvm.kernels import packed
+from hwopt.backends.tvm.kernels.decode import Coding
+from hwopt.backends.tvm.kernels.spec import ConvSpec, MatmulSpec
 from hwopt.build import build
 from hwopt.io.onnx import save
 from hwopt.io.proto import from_model
@@ -96,6 +100,21 @@ def test_the_model_in_c_counts_the_cycles_of_the_cost_model(what: tuple, tmp_pat
     )
     assert counted["dram_bytes"] == pytest.approx(cost.traffic(work).bytes, rel=0.1)
     assert counted["joules"] == pytest.approx(cost.joules(work), rel=0.25)
+
+
+def test_what_the_array_cannot_take_runs_on_the_controller() -> None:
+    """Depthwise layers, computed right sides and coded weights: the next micro-kernel takes them."""
+    assert ARRAY.array is not None
+    micro = ARRAY.array.microkernel()
+    integers = {"data_dtype": "int8", "weight_dtype": "int8", "out_dtype": "int32"}
+    depthwise = ConvSpec(1, 8, 8, 32, 32, (3, 3), groups=32, **integers)
+    computed = MatmulSpec(2, 8, 8, 8, constant=False, **integers)
+    for spec in (depthwise, computed):
+        assert "array" in kernels.supports(spec, micro)
+        assert kernels.suited(spec, micro) == micro.others[0]
+    assert kernels.suited(MatmulSpec(1, 1, 8, 8, **integers), micro) == micro
+    coded = packed.PackedSpec(1, 32, 32, Coding(4, 1), data_dtype="int8", out_dtype="int32")
+    assert "array" in packed.supports(coded, micro)
 
 
 def test_small_scratchpads_stall_and_cut_the_stream(tmp_path: Path) -> None:

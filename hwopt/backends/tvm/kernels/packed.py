@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 
+from hwopt.backends.tvm.kernels.array import is_array
 from hwopt.backends.tvm.kernels.code import Code, Value, function, load, pieces, splat
 from hwopt.backends.tvm.kernels.decode import Coding, Decoder
 from hwopt.backends.tvm.kernels.epilogue import Epilogue, Place
@@ -86,6 +87,8 @@ class Codes:
 
 def supports(spec: PackedSpec, micro: MicroKernel) -> str:
     """Why there is no kernel, or ""."""
+    if is_array(micro):
+        return "an array is loaded with decoded weights"
     if micro.activation != spec.data_dtype or micro.dtype != spec.weight_dtype:
         return f"the micro-kernel multiplies {micro.activation} by {micro.dtype}"
     reason = Decoder.supports(spec.coding, micro, spec.n)
