@@ -11,43 +11,51 @@ from typing import Any, ClassVar
 import ml_dtypes
 import numpy as np
 
-from hwopt.analysis.covariance import channel_moments
-from hwopt.errors import PassError
+from hwopt.analysis.covariance import channel_moments, second_moments
+from hwopt.errors import PassError, did_you_mean
 from hwopt.ir import Edit, Graph, Node, of_op
 from hwopt.pipeline import Context, Pass, Phase, Refusal
 from hwopt.target import Target
+from passes._gptq import gptq_rows
+from passes._packing import BIT_OPERATORS, decode
 from passes._rounding import round_rows, scales_of
 
 OPS = ("Conv", "Gemm", "MatMul")
-BITS = {4: ml_dtypes.int4, 8: np.int8}
+BITS = {3: np.int8, 4: ml_dtypes.int4, 8: np.int8}
+METHODS = ("nearest", "gptq")
 FORMS = ((8, 0), (4, 32))  # (bits, group) worth considering
 BLOCKED_OPSET = 21  # brought 4-bit integers and blocks
 
 
 @dataclass(frozen=True)
 class QuantizeWeights(Pass):
-    """x @ W -> x @ DequantizeLinear(q, scales): integers of 4 or 8 bits, symmetric, multiplied as float.
+    """x @ W -> x @ DequantizeLinear(q, scales): integers of 3, 4 or 8 bits, symmetric, multiplied as float.
 
     One scale per output channel, or with `group` one for that many neighbours along the inputs (4 bits need it: 32 is usual).
     Scales clip the largest weights where that lowers the squared error; with calibration data a weight counts by the mean
     square of its input. Needs no data. Gains where a layer waits for its weights (few rows: language models, batch 1), and
     makes every model smaller: kernels decode in registers where the target gains by it, else the library holds floats.
     Applies to constant float32 weights that nobody outside of `site` reads; with `group`, which must divide the inputs, not to
-    convolutions larger than 1 x 1. As llama.cpp's Q4_0 and ONNX Runtime's MatMulNBits, in standard operators.
+    convolutions larger than 1 x 1. As llama.cpp's Q4_0 and ONNX Runtime's MatMulNBits, in standard operators; ONNX has no
+    integers of 3 bits: these are packed as indices into the eight numbers.
+
+    method=gptq rounds one input after the other and lets the later ones make up for it, by the inputs' second moments
+    (Frantar et al. 2023): same size, smaller error of the outputs. `act_order` takes the strongest inputs first. Needs
+    calibration data; convolutions larger than 1 x 1 and grouped ones are rounded to the nearest.
     """
 
     name: ClassVar[str] = "quantize-weights"
-    summary: ClassVar[str] = "weights as 4 or 8 bit integers, float activations"
+    summary: ClassVar[str] = "weights as 3, 4 or 8 bit integers, float activations"
     phase: ClassVar[Phase] = Phase.QUANTIZE
-    knobs: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"group": (32, 16, 64, 128)})
+    knobs: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"group": (32, 16, 64, 128), "method": METHODS})
 
     bits: int = 8
     group: int = 0  # inputs that share a scale; 0: all of an output channel
+    method: str = "nearest"  # or gptq
+    act_order: bool = False  # gptq: the strongest inputs first
 
     def run(self, graph: Graph, ctx: Context) -> Graph:
-        self.check_site(graph)
-        if self.bits not in BITS or self.group < 0:
-            raise PassError(f"bits={self.bits},group={self.group} is no form of weights", place=str(self), hint="bits is 4 or 8")
+        self._check(graph, ctx)
         chosen = []
         for node in graph.nodes if self.site else of_op(graph, *OPS):
             reason = self._reason(graph, node) if self.covers(node) else ""
@@ -56,9 +64,29 @@ class QuantizeWeights(Pass):
             elif self.covers(node) and node.op in OPS:
                 chosen.append(node)
         edit, moments = graph.edit(), _moments(graph, chosen, ctx)
+        matrices = [node for node in chosen if self.method == "gptq" and _is_matrix(graph, node)]
+        seconds = _seconds(graph, matrices, ctx)
         for weight, node in {node.inputs[1]: node for node in chosen}.items():
-            self._quantize(edit, graph, weight, node, moments.get(node.name))
+            rows, squares = _rows(graph, node), moments.get(node.name)
+            if node.name in seconds:
+                group = self.group or rows.shape[1]
+                steps, scales = gptq_rows(rows, seconds[node.name], self.bits, group, act_order=self.act_order)
+            else:
+                steps, scales = self._nearest(rows, squares if _is_matrix(graph, node) else None)
+            self._write(edit, graph, weight, node, steps, scales)
         return edit.finish(str(self))
+
+    def _check(self, graph: Graph, ctx: Context) -> None:
+        self.check_site(graph)
+        if self.bits not in BITS or self.group < 0:
+            hint = "bits is 3, 4 or 8"
+            raise PassError(f"bits={self.bits},group={self.group} is no form of weights", place=str(self), hint=hint)
+        if self.method not in METHODS:
+            raise PassError(f"no method {self.method!r}", place=str(self), hint=did_you_mean(self.method, METHODS))
+        if self.act_order and self.method != "gptq":
+            raise PassError("act_order is an order of gptq", place=str(self), hint="add method=gptq")
+        if self.method == "gptq" and ctx.calibration is None:
+            raise PassError("gptq needs calibration data", place=str(self), hint="give some with --calibrate")
 
     @classmethod
     def candidates(cls, graph: Graph, target: Target) -> Iterator[Pass | Refusal]:
@@ -88,7 +116,7 @@ class QuantizeWeights(Pass):
             return f"weight is shared with {', '.join(others) or 'the outputs'}"
         if not np.isfinite(weight).all():
             return "its weights hold NaN or infinity"
-        needed = BLOCKED_OPSET if self.bits < 8 or self.group else 13
+        needed = BLOCKED_OPSET if self.bits == 4 or self.group else BIT_OPERATORS if self.bits < 8 else 13
         if graph.opsets.get("", 0) < needed:
             return f"weights of {self.bits} bits in groups of {self.group or 'a channel'} need opset {needed}"
         return self._ungroupable(node, weight)
@@ -106,22 +134,29 @@ class QuantizeWeights(Pass):
         inputs = weight.shape[1] if node.op == "Conv" or node.attr("transB", 0) else weight.shape[0]
         return f"group {self.group} does not divide {inputs} inputs" if inputs % self.group else ""
 
-    def _quantize(self, edit: Edit, graph: Graph, name: str, node: Node, moment: np.ndarray | None) -> None:
-        weight, axis = graph.params[name], _channel_axis(graph, node)
-        rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)  # [n, k]
-        squares = None if moment is None or moment.shape[1] != rows.shape[1] or math.prod(weight.shape[2:]) != 1 else moment[1]
+    def _nearest(self, rows: np.ndarray, moment: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         group = self.group or rows.shape[1]
-        scales = scales_of(rows, self.bits, group, squares)
-        steps = round_rows(rows, np.repeat(scales, group, axis=1), self.bits)
+        scales = scales_of(rows, self.bits, group, None if moment is None else moment[1])
+        return round_rows(rows, np.repeat(scales, group, axis=1), self.bits), scales
+
+    def _write(self, edit: Edit, graph: Graph, name: str, node: Node, steps: np.ndarray, scales: np.ndarray) -> None:
+        """Integers [n, k] and scales [n, k / group] in the shape of the weights, behind their dequantization."""
+        weight, axis = graph.params[name], _channel_axis(graph, node)
         moved = np.moveaxis(weight, axis, 0).shape
-        whole = np.moveaxis(steps.reshape(moved), 0, axis).astype(BITS[self.bits])
+        whole = np.moveaxis(steps.reshape(moved), 0, axis)
         attrs = {"axis": 1 - axis, "block_size": self.group} if self.group else {"axis": axis}
         scale = np.moveaxis(scales.reshape(len(scales), -1, *moved[2:]), 0, axis) if self.group else scales[:, 0]
-        params = [edit.param(f"{name}_int{self.bits}", np.ascontiguousarray(whole))]
+        params = [self._integers(edit, node, name, np.ascontiguousarray(whole))]
         params.append(edit.param(f"{name}_scale", np.ascontiguousarray(scale)))
         outputs = [edit.fresh(f"{name}_dequantized")]
         value = edit.emit("DequantizeLinear", params, attrs=attrs, name=f"{name}_dequantize", outputs=outputs, like=node)
         edit.forward(name, value)
+
+    def _integers(self, edit: Edit, node: Node, name: str, steps: np.ndarray) -> str:
+        if self.bits != 3:
+            return edit.param(f"{name}_int{self.bits}", steps.astype(BITS[self.bits]))
+        levels = np.arange(-4, 4, dtype=np.int8)[None]
+        return decode(edit, node, steps.shape, levels, (steps + 4).astype(np.uint8).reshape(1, -1), 3, channels_last=False)
 
 
 def _channel_axis(graph: Graph, node: Node) -> int:
@@ -136,3 +171,20 @@ def _moments(graph: Graph, nodes: list[Node], ctx: Context) -> Mapping[str, np.n
         return {}
     others = [node for node in of_op(graph, *OPS) if node.inputs[1] in graph.params]
     return channel_moments(graph, ctx.calibration, nodes, others)
+
+
+def _seconds(graph: Graph, nodes: list[Node], ctx: Context) -> Mapping[str, np.ndarray]:
+    """Second moment of the inputs, [channels, channels] by node name."""
+    return second_moments(graph, ctx.calibration, nodes) if ctx.calibration is not None and nodes else {}
+
+
+def _rows(graph: Graph, node: Node) -> np.ndarray:
+    """The weights as [outputs, inputs x taps]."""
+    weight, axis = graph.params[node.inputs[1]], _channel_axis(graph, node)
+    return np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
+
+
+def _is_matrix(graph: Graph, node: Node) -> bool:
+    """True if every weight belongs to one input channel, and every output channel reads all of these."""
+    shape = graph.params[node.inputs[1]].shape
+    return math.prod(shape[2:]) == 1 and node.attr("group", 1) == 1 if node.op == "Conv" else len(shape) == 2

@@ -13,11 +13,12 @@ import numpy as np
 from hwopt.analysis.covariance import channel_moments
 from hwopt.analysis.memo import remembered
 from hwopt.errors import PassError
-from hwopt.ir import Edit, Graph, Node, frozen, of_op, onnx_dtype, part
+from hwopt.ir import Edit, Graph, Node, frozen, of_op
 from hwopt.pipeline import Context, Pass, Phase, Refusal
 from hwopt.target import Target
 from passes._bias import correct_bias, mean_shift
 from passes._kmeans import CELLS, nearest, optimal_codebook
+from passes._packing import BIT_OPERATORS, decode, planes_of
 
 OPS = ("Conv", "Gemm", "MatMul", "Gather")
 LAYERS = OPS[:3]  # what multiplies its input by the weights
@@ -27,7 +28,6 @@ BITS = (2, 3, 4, 6, 8)  # worth considering for one codebook
 GROUPED_BITS = (2, 3, 4)  # with more entries, codebooks per group cost more than they gain
 GROUPS = (32, 16, 8)  # output channels per codebook, on the target's granule; the first that divides them is considered
 OVERHEAD_BYTES = 96  # shifts, masks and shapes of the decoding nodes
-BIT_OPERATORS = 18  # the opset that brought BitwiseAnd and BitwiseOr
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class ShareWeights(Pass):
             return f"weight is shared with {', '.join(others) or 'the outputs'}"
         if weight.dtype.kind != "f":
             return f"weights are {weight.dtype}"
-        if _planes(self.bits) != (8,) and graph.opsets.get("", 0) < BIT_OPERATORS:
+        if planes_of(self.bits) != (8,) and graph.opsets.get("", 0) < BIT_OPERATORS:
             return f"indices of {self.bits} bits need opset {BIT_OPERATORS}"
         if self.group and (weight.ndim < 2 or (node.op != "Conv" and weight.ndim != 2)):
             return f"weights with {weight.ndim} dimensions have no output channels to group"
@@ -126,7 +126,7 @@ class ShareWeights(Pass):
 
     def _too_small(self, weight: np.ndarray, codebooks: int) -> str:
         """Why it would not shrink, if so. Same formula as what `_decode` emits, with an upper bound for the constants."""
-        indices = sum(math.ceil(weight.size * width / 8) for width in _planes(self.bits))
+        indices = sum(math.ceil(weight.size * width / 8) for width in planes_of(self.bits))
         after = indices + codebooks * 2**self.bits * weight.dtype.itemsize + OVERHEAD_BYTES
         return f"indices and codebook need {after} bytes, the weights {weight.nbytes}" if after >= weight.nbytes else ""
 
@@ -143,7 +143,7 @@ class ShareWeights(Pass):
         groups = int(node.attr("group", 1)) if node.op == "Conv" else 1
         codebooks = channels // self.group if self.group else 1
         books, indices = shared(array, moments.get(node.name), self.bits, codebooks, last, groups)
-        edit.forward(weight, _decode(edit, node, array.shape, books, indices, self.bits, last))
+        edit.forward(weight, decode(edit, node, array.shape, books, indices, self.bits, last))
         for reader in (one for one in nodes if one.name in moments):
             change = unpacked(books, indices, array.shape, last) - array
             correct_bias(edit, graph, reader, mean_shift(reader, change, moments[reader.name][0]))
@@ -163,11 +163,6 @@ def _is_table(graph: Graph, node: Node) -> bool:
 def _takers(graph: Graph) -> Iterator[Node]:
     """The nodes that have weights to share; most Gathers of a model handle shapes."""
     return (node for node in of_op(graph, *OPS) if node.op != "Gather" or _is_table(graph, node))
-
-
-def _planes(bits: int) -> tuple[int, ...]:
-    """The widths that indices are stored in, lowest bits last: every one divides a byte."""
-    return tuple(width for width in (8, 4, 2, 1) if bits & width)
 
 
 def _channels_last(node: Node) -> bool:
@@ -214,53 +209,3 @@ def unpacked(books: np.ndarray, indices: np.ndarray, shape: tuple[int, ...], cha
     """The weights that `_decode` computes."""
     values = np.take_along_axis(books, indices.astype(np.int64), axis=1)
     return values.reshape(shape[::-1]).T if channels_last and len(books) > 1 else values.reshape(shape)
-
-
-def _decode(
-    edit: Edit, node: Node, shape: tuple[int, ...], books: np.ndarray, indices: np.ndarray, bits: int, channels_last: bool
-) -> str:
-    """The nodes that compute the weights of `shape` from codebooks and packed indices."""
-
-    def emit(op: str, *inputs: str, **attrs: object) -> str:
-        return edit.emit(op, inputs, attrs=attrs, name=part(node, "decode"), like=node)
-
-    def param(hint: str, array: np.ndarray) -> str:
-        return edit.param(part(node, hint), array)
-
-    def plane(width: int, offset: int) -> str:
-        """Flat indices of one plane, shifted to its place."""
-        packed = param("indices", pack(indices.ravel() >> offset & (2**width - 1), width))
-        if width == 8:
-            return packed
-        shifts = param("shifts", np.arange(0, 8, width, dtype=np.uint8))
-        bare = emit("BitwiseAnd", emit("BitShift", packed, shifts, direction="RIGHT"), param("mask", _byte(2**width - 1)))
-        flat = emit("Reshape", bare, param("flat", np.array([-1])))
-        if indices.size * width % 8:
-            flat = emit("Slice", flat, param("first", np.array([0])), param("end", np.array([indices.size])))
-        return emit("BitShift", flat, param("offset", _byte(offset)), direction="LEFT") if offset else flat
-
-    codes, offset = "", 0
-    for width in reversed(_planes(bits)):
-        codes, offset = emit("BitwiseOr", codes, plane(width, offset)) if codes else plane(width, offset), offset + width
-    codes = emit("Cast", codes, to=onnx_dtype("int32"))
-    if len(books) == 1:
-        values = emit("Gather", param("codebook", books[0]), codes)
-        return emit("Reshape", values, param("shape", np.array(shape)))
-    codes = emit("Reshape", codes, param("shape", np.array(indices.shape)))
-    values = emit("GatherElements", param("codebooks", books), codes, axis=1)
-    if not channels_last:
-        return emit("Reshape", values, param("shape", np.array(shape)))
-    return emit("Transpose", emit("Reshape", values, param("shape", np.array(shape[::-1]))), perm=(1, 0))
-
-
-def pack(indices: np.ndarray, width: int) -> np.ndarray:
-    """Indices below 2^width, 8 / width to the byte, the first in the lowest bits: [bytes, 1], or [elements] for width 8."""
-    if width == 8:
-        return indices.astype(np.uint8)
-    per_byte = 8 // width
-    padded = np.pad(indices, (0, -len(indices) % per_byte)).reshape(-1, per_byte).astype(np.uint8)
-    return np.bitwise_or.reduce(padded << np.arange(0, 8, width, dtype=np.uint8), axis=1, keepdims=True)
-
-
-def _byte(value: int) -> np.ndarray:
-    return np.array([value], np.uint8)

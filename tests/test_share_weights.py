@@ -20,7 +20,8 @@ from hwopt.samples import Samples
 from hwopt.target import Target
 from passes._kmeans import nearest, optimal_codebook
 from passes.low_rank import LowRank
-from passes.share_weights import ShareWeights, pack
+from passes._packing import pack
+from passes.share_weights import ShareWeights
 
 TARGET = Target("t", "", "cpu", 1, {}, (), {"float32": 8}, None, {})  # type: ignore[arg-type]
 

@@ -280,7 +280,7 @@ def test_what_cannot_be_grouped_or_is_shared_is_refused() -> None:
     ctx = Context()
     assert parse("quantize-weights{bits=4,group=32}", find_passes()).run(graph, ctx) is graph
     assert [one.reason for one in ctx.refused] == ["group 32 does not divide 100 inputs"]
-    with pytest.raises(PassError, match="bits is 4 or 8"):
+    with pytest.raises(PassError, match="bits is 3, 4 or 8"):
         applied("quantize-weights{bits=5}", graph)
 
 
