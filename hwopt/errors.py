@@ -50,6 +50,10 @@ class ToolchainError(HwoptError):
     """A compiler, a linker or a device is missing or failed."""
 
 
+class DeviceError(HwoptError):
+    """A device cannot be reached, refuses, or stays away for too long."""
+
+
 class ArtifactError(HwoptError):
     """An artifact is damaged, foreign to this machine, or not an artifact."""
 

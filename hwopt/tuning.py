@@ -21,7 +21,10 @@ from hwopt.target import Target
 
 if TYPE_CHECKING:  # TVM is imported when something is tuned
     from hwopt.backends.tvm.tune.database import Database
+    from hwopt.backends.tvm.tune.runner import Runner
     from hwopt.backends.tvm.tune.session import Effort, State
+    from hwopt.device.link import Address
+    from hwopt.device.runner import DeviceRunner
 
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -37,11 +40,14 @@ def parse_effort(text: str) -> Effort:
     return Effort(seconds=number * UNITS[found[2]]) if found[2] else Effort(trials=int(number))
 
 
-def open_database(path: Path | str | None, target: Target) -> Database:
-    """The database at `path`, or the user's own; on the target itself only what this processor measured counts."""
+def open_database(path: Path | str | None, target: Target, device: str = "") -> Database:
+    """The database at `path`, or the user's own; where it is known what measures, only what the same measured counts.
+
+    That is a device's name, or, on the target itself, this processor.
+    """
     from hwopt.backends.tvm.tune.database import Database
 
-    return Database(path, cpu=machine()["cpu"] if target.runs_here else "")
+    return Database(path, cpu=device or (machine()["cpu"] if target.runs_here else ""))
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,23 +71,35 @@ def tune_model(
     tuning_db: Path | str | None = None,
     executor: Executor | None = None,
     workers: str | None = None,
+    device: Address | None = None,
     seed: int = 0,
     watch: Callable[[State], None] = lambda _: None,
 ) -> Result:
     """Search schedules for the kernels of an ONNX file or of an artifact; compilations find them in the database.
 
     Candidates are built on `executor`, on the Dask cluster whose address is `workers`, or in local processes.
-    An artifact is tuned for its own target and threads unless others are given. Raises UnsupportedError for a target that is
-    not this machine, and for models that run in TVM's virtual machine.
+    They are measured here, or on `device`; records carry its name. An artifact is tuned for its own target and threads unless
+    others are given. Raises UnsupportedError for a target that is not this machine or the device, and for models that run in
+    TVM's virtual machine; DeviceError where the device cannot be reached, or stays away: what was measured is kept.
     """
     from hwopt.backends.tvm.tune.builder import cluster
 
     graph, hardware, count = _subject(Path(model), target, threads, shapes, binds)
-    database = open_database(tuning_db, hardware)
+    runner = _device_runner(device, hardware, count, seed) if device else None
+    database = open_database(tuning_db, hardware, str(runner.device["name"]) if runner else "")
     with cluster(workers) if workers else contextlib.nullcontext(executor) as chosen:
-        state = tune_graph(graph, hardware, count, database, effort, executor=chosen, seed=seed, watch=watch)
-    times = _compared(graph, hardware, count, database)
+        state = tune_graph(graph, hardware, count, database, effort, executor=chosen, seed=seed, watch=watch, runner=runner)
+    times = _compared(graph, hardware, count, database, device)
     return Result(state, times["default"], times["tuned"], database.path)
+
+
+def _device_runner(device: Address, target: Target, threads: int, seed: int) -> DeviceRunner:
+    from hwopt.device.fit import check_fit
+    from hwopt.device.runner import DeviceRunner
+
+    runner = DeviceRunner(device, threads, seed=seed)
+    check_fit(runner.device, target, threads, str(device))
+    return runner
 
 
 def tune_graph(
@@ -94,18 +112,21 @@ def tune_graph(
     executor: Executor | None = None,
     seed: int = 0,
     watch: Callable[[State], None] = lambda _: None,
+    runner: Runner | None = None,
 ) -> State:
     """The same for a graph that is ready to compile, without timing the whole of it."""
     from hwopt.backends.tvm.tune.session import tune
     from hwopt.backends.tvm.tune.task import tasks_of
     from hwopt.backends.tvm.vm import reasons
 
-    if not target.runs_here:
-        raise UnsupportedError("tuning measures, and this machine is another", place=f"target {target.name}")
+    if not target.runs_here and runner is None:
+        hint = "hwopt device serve on such a machine, then --device host:port"
+        raise UnsupportedError("tuning measures, and this machine is another", place=f"target {target.name}", hint=hint)
     found = reasons(graph)
     if found:
         raise UnsupportedError(f"runs in TVM's virtual machine, whose kernels are not tuned: {found[0]}", place=graph.name)
-    return tune(tasks_of(graph, target, threads), target, database, effort, executor=executor, seed=seed, watch=watch)
+    tasks = tasks_of(graph, target, threads)
+    return tune(tasks, target, database, effort, executor=executor, seed=seed, watch=watch, runner=runner)
 
 
 def _subject(
@@ -129,8 +150,8 @@ def _subject(
     return graph, hardware, threads or hardware.cores
 
 
-def _compared(graph: Graph, target: Target, threads: int, database: Database) -> dict[str, Timing]:
-    """The whole model with default and with tuned schedules."""
+def _compared(graph: Graph, target: Target, threads: int, database: Database, device: Address | None = None) -> dict[str, Timing]:
+    """The whole model with default and with tuned schedules, in turns."""
     from hwopt.build import build
 
     with tempfile.TemporaryDirectory(prefix="hwopt-") as folder:
@@ -138,6 +159,10 @@ def _compared(graph: Graph, target: Target, threads: int, database: Database) ->
             name: build(graph, target, threads, Path(folder) / name, chosen).artifact
             for name, chosen in (("default", None), ("tuned", database))
         }
+        if device:
+            from hwopt.device.bench import bench
+
+            return bench({name: artifact.path for name, artifact in built.items()}, device)
         feeds = built["default"].random_inputs()
         return interleaved({name: artifact.runner(feeds) for name, artifact in built.items()})
 

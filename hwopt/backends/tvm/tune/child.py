@@ -48,7 +48,7 @@ class Arguments:
 
     def __init__(self, signature: Sequence[Sequence[Any]], seed: int) -> None:
         generator = np.random.default_rng(seed)
-        arrays = [_random(generator, dtype, size, low, high) for _, dtype, size, low, high in signature]
+        arrays = [random_array(generator, dtype, size, low, high) for _, dtype, size, low, high in signature]
         self.out = arrays[-1]
         weights = next((array.nbytes for array, (name, *_) in zip(arrays, signature, strict=True) if name == "weights"), 0)
         self.sets = min(COPIES, max(1, COLD // weights)) if weights else 1
@@ -64,7 +64,7 @@ class Arguments:
         self.slots = (FFIAny * len(slots))(*slots)
 
 
-def _random(generator: np.random.Generator, dtype: str, size: int, low: float, high: float) -> np.ndarray:
+def random_array(generator: np.random.Generator, dtype: str, size: int, low: float, high: float) -> np.ndarray:
     made = generator.random(size, np.float32) * np.float32(high - low) + np.float32(low)
     if dtype == BFLOAT16:
         return _aligned((made.view(np.uint32) >> 16).astype(np.uint16))
@@ -114,15 +114,18 @@ class Batch:
         expected, once = np.empty(0), {}
         for index in range(len(self.kernels)):
             self.say({"at": index})
-            self.arguments.out.view(np.uint8)[:] = 0xA5  # whoever writes nothing is wrong
-            first = self._time(index, 1)
-            found = self.arguments.out.copy()
+            first, found = self._first(index)
             expected = found if index == 0 else expected
             status = "failed" if first < 0 else "ok" if self._same(found, expected) else "wrong"
             if status == "ok":
                 once[index] = min(self._time(index, 1) for _ in range(FIRST))
             self.say({"checked": index, "status": status})
         return once
+
+    def _first(self, index: int) -> tuple[float, np.ndarray]:
+        """Seconds of one run, and what it writes."""
+        self.arguments.out.view(np.uint8)[:] = 0xA5  # whoever writes nothing is wrong
+        return self._time(index, 1), self.arguments.out.copy()
 
     def _same(self, found: np.ndarray, expected: np.ndarray) -> bool:
         tolerance = 1e-4

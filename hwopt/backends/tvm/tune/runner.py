@@ -42,6 +42,8 @@ class Outcome:
 class Runner:
     """The child process with its cores; a context manager. `hang` is how many seconds without an answer mean a hang."""
 
+    program = "hwopt.backends.tvm.tune.child"
+
     def __init__(self, threads: int = 1, cores: Sequence[int] = (), hang: float = HANG_SECONDS, seed: int = 0) -> None:
         self.threads, self.cores, self.hang, self.seed = threads, tuple(cores), hang, seed
         self._process: subprocess.Popen[str] | None = None
@@ -119,7 +121,7 @@ class Runner:
                 stdin.flush()
 
     def _start(self) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "hwopt.backends.tvm.tune.child"]
+        command = [sys.executable, "-m", self.program]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,

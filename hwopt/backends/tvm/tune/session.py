@@ -22,6 +22,7 @@ from hwopt.target import Target
 
 BATCH = 16  # candidates that are built, linked and measured together
 ALPHA, WINDOW = 0.5, 3  # of the scheduler's gain: weight of the recent slope, and over how many batches it is taken
+UNSTEADY = "unsteady"  # ran, but while the clock moved: not recorded, and proposed again
 FINALISTS, PASSES = 3, 3  # of the last comparison: how many take part, and how often others may take their place
 
 
@@ -127,20 +128,22 @@ def tune(
     build: Build = build_candidate,
     hang: float = HANG_SECONDS,
     batch: int = BATCH,
+    runner: Runner | None = None,
 ) -> State:
     """Search schedules for tasks (with the number of calls of each) and add what is measured to the database, batch by batch.
 
     Interrupting it (KeyboardInterrupt) loses the batch at work only; running it again goes on from the database.
+    `runner`, which is closed at the end, measures somewhere else; all cores here build then.
     """
     if effort.trials is None and effort.seconds is None:
         raise UsageError("tuning without an end", hint="state a number of trials or a time")
     state = State([_progress(task, calls, database, seed) for task, calls in tasks.items()], effort)
     threads = max((task.threads for task in tasks), default=1)
-    workers, cores, ahead = _machine(threads)
+    workers, cores, ahead = _machine(0 if runner else threads)
     if not state.tasks or state.done:
         return state
-    with Builder(workers, executor, build) as builder, Runner(threads, cores, hang, seed) as runner:
-        session = Session(state, database, builder, runner, batch)
+    with Builder(workers, executor, build) as builder, runner or Runner(threads, cores, hang, seed) as measuring:
+        session = Session(state, database, builder, measuring, batch)
         session.find_limits(target)
         session.measure_defaults()
         session.run(ahead or executor is not None, watch)
@@ -152,6 +155,8 @@ def _machine(threads: int) -> tuple[int, tuple[int, ...], bool]:
     """Workers that build, cores that measure, and whether both can go on at the same time."""
     if not hasattr(os, "sched_getaffinity"):
         return 1, (), False
+    if threads == 0:  # measured elsewhere
+        return len(os.sched_getaffinity(0)), (), True
     cores = sorted(os.sched_getaffinity(0))
     spare = len(cores) - threads
     if spare < 2:  # one core builds too slowly to keep up: better build on all, then measure
@@ -293,7 +298,7 @@ class Session:
         except ToolchainError as error:
             progress.exhausted, progress.reason = True, str(error)
             return
-        self.database.add(task, trials)
+        self.database.add(task, [one for one in trials if one.status != UNSTEADY])  # a time of another clock is none
         self._account(progress, trials, rounds == ROUNDS)
 
     def _trials(self, task: Task, built: Mapping[Schedule, Built], rounds: int) -> list[Trial]:
