@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from hwopt.evaluate import Comparison, compare
 from hwopt.ir import Graph
 from hwopt.job import Job, prepare, quiet
 from hwopt.measure import interleaved
-from hwopt.plan.attempt import Attempt, Found, Priced, Search, measured, price
+from hwopt.pipeline import PassManager, merged
+from hwopt.plan.attempt import Found, Priced, Search, price
 from hwopt.plan.budget import Budget
 from hwopt.plan.options import Pricer
 from hwopt.plan.problem import Problem
@@ -179,7 +181,7 @@ def families(rows: list[Row], summary: dict[str, float], name: str, threads: int
         rows.append(lower_is_better(f"{name} joint plan", "drop", "1", drop.drop, {"own int8": lab.score(built["int8"]).drop}))
         mark = "" if name == "demo" else f"{name}_"
         summary |= {f"{mark}speed_vs_own_int8": times["int8"] / times["joint"], f"{mark}joint_drop": drop.drop}
-        at_equal_latency(rows, summary, lab, name, mark, joint, feeds)
+        at_equal_latency(rows, summary, lab, name, mark, joint, feeds, LATENCIES[:1] if quick else LATENCIES)
         if not quick:
             left_out(rows, summary, lab, name, mark, joint, built["joint"], feeds)
 
@@ -191,17 +193,18 @@ def _int8(priced: Priced) -> Priced:
 
 
 def at_equal_latency(
-    rows: list[Row], summary: dict[str, float], lab: Lab, name: str, mark: str, joint: Found, feeds: dict
-) -> None:
+    rows: list[Row], summary: dict[str, float], lab: Lab, name: str, mark: str, joint: Found, feeds: dict,
+    latencies: Sequence[float],
+) -> None:  # fmt: skip
     """At several latencies the plan with the least error, of all families together and of each alone, built and measured."""
     names = list(dict.fromkeys(one.name for option in lab.priced.options for one in option.passes))
     alone = {family: lab.priced.only(family) for family in names}
     gains = []
-    for factor in LATENCIES:
+    for factor in latencies:
         allowed = joint.plan.seconds_after * factor
         menus = {"joint": lab.priced, **alone}
-        tried = {family: attempt for family, menu in menus.items() if (attempt := _gentlest(lab, menu, allowed)) is not None}
-        libraries = {family: lab.built(attempt.graph) for family, attempt in tried.items()}
+        tried = {family: graph for family, menu in menus.items() if (graph := _gentlest(lab, menu, allowed)) is not None}
+        libraries = {family: lab.built(graph) for family, graph in tried.items()}
         if "joint" not in libraries:
             continue
         times = interleaved({family: one.artifact.runner(feeds) for family, one in libraries.items()})
@@ -218,17 +221,19 @@ def at_equal_latency(
         summary[f"{mark}joint_vs_best_single_least"] = min(gains)
 
 
-def _gentlest(lab: Lab, menu: Priced, seconds: float) -> Attempt | None:
-    """The plan with the least error within a predicted latency; None if the family cannot reach it."""
+def _gentlest(lab: Lab, menu: Priced, seconds: float) -> Graph | None:
+    """What the plan with the least error within a predicted latency makes; None if the family cannot reach it."""
     limit = seconds
     for _ in range(4):
         found = solve(menu.base, menu.options, menu.pairs, Limits(seconds=limit / lab.task.scale))
         if found is None:
             return None
-        attempt = measured(lab.task, menu, found, found.error)
-        if attempt.amounts.seconds <= seconds * 1.01:
-            return attempt
-        limit *= seconds / attempt.amounts.seconds
+        passes = merged(one for option in found.options for one in option.passes)
+        graph = PassManager(passes).run(lab.job.graph, lab.job.ctx).graph
+        reached = lab.task.amounts(graph).seconds
+        if reached <= seconds * 1.01:
+            return graph
+        limit *= seconds / reached
     return None
 
 
