@@ -16,13 +16,15 @@ from hwopt.errors import PassError, did_you_mean
 from hwopt.ir import Edit, Graph, Node, of_op
 from hwopt.pipeline import Context, Pass, Phase, Refusal
 from hwopt.target import Target
+from passes._awq import scaled
+from passes._channel_scales import taker
 from passes._gptq import gptq_rows
 from passes._packing import BIT_OPERATORS, decode
 from passes._rounding import round_rows, scales_of
 
 OPS = ("Conv", "Gemm", "MatMul")
 BITS = {3: np.int8, 4: ml_dtypes.int4, 8: np.int8}
-METHODS = ("nearest", "gptq")
+METHODS = ("nearest", "gptq", "awq")
 FORMS = ((8, 0), (4, 32))  # (bits, group) worth considering
 BLOCKED_OPSET = 21  # brought 4-bit integers and blocks
 
@@ -42,6 +44,9 @@ class QuantizeWeights(Pass):
     method=gptq rounds one input after the other and lets the later ones make up for it, by the inputs' second moments
     (Frantar et al. 2023): same size, smaller error of the outputs. `act_order` takes the strongest inputs first. Needs
     calibration data; convolutions larger than 1 x 1 and grouped ones are rounded to the nearest.
+
+    method=awq multiplies the weights of strong inputs before it rounds them, and divides the inputs: in what computes them
+    where that takes the factors, else by a Mul in front of the layer (Lin et al. 2024).
     """
 
     name: ClassVar[str] = "quantize-weights"
@@ -51,7 +56,7 @@ class QuantizeWeights(Pass):
 
     bits: int = 8
     group: int = 0  # inputs that share a scale; 0: all of an output channel
-    method: str = "nearest"  # or gptq
+    method: str = "nearest"  # or gptq, awq
     act_order: bool = False  # gptq: the strongest inputs first
 
     def run(self, graph: Graph, ctx: Context) -> Graph:
@@ -63,6 +68,9 @@ class QuantizeWeights(Pass):
                 ctx.refuse(self, node, reason)
             elif self.covers(node) and node.op in OPS:
                 chosen.append(node)
+        if self.method == "awq":
+            graph = self._scaled(graph, chosen, ctx)
+            chosen = [graph.node[node.name] for node in chosen]
         edit, moments = graph.edit(), _moments(graph, chosen, ctx)
         matrices = [node for node in chosen if self.method == "gptq" and _is_matrix(graph, node)]
         seconds = _seconds(graph, matrices, ctx)
@@ -85,8 +93,8 @@ class QuantizeWeights(Pass):
             raise PassError(f"no method {self.method!r}", place=str(self), hint=did_you_mean(self.method, METHODS))
         if self.act_order and self.method != "gptq":
             raise PassError("act_order is an order of gptq", place=str(self), hint="add method=gptq")
-        if self.method == "gptq" and ctx.calibration is None:
-            raise PassError("gptq needs calibration data", place=str(self), hint="give some with --calibrate")
+        if self.method != "nearest" and ctx.calibration is None:
+            raise PassError(f"{self.method} needs calibration data", place=str(self), hint="give some with --calibrate")
 
     @classmethod
     def candidates(cls, graph: Graph, target: Target) -> Iterator[Pass | Refusal]:
@@ -133,6 +141,17 @@ class QuantizeWeights(Pass):
             return f"weights of shape {list(weight.shape)} have no groups of inputs"
         inputs = weight.shape[1] if node.op == "Conv" or node.attr("transB", 0) else weight.shape[0]
         return f"group {self.group} does not divide {inputs} inputs" if inputs % self.group else ""
+
+    def _scaled(self, graph: Graph, chosen: list[Node], ctx: Context) -> Graph:
+        """With the factors of activation-aware scaling moved from inputs into weights."""
+        matrices = [node for node in chosen if _is_matrix(graph, node) and not isinstance(taker(graph, node), str)]
+
+        def rounded(weights: np.ndarray, squares: np.ndarray) -> np.ndarray:
+            rows = np.ascontiguousarray(weights.T, np.float32)
+            steps, scales = self._nearest(rows, np.stack([squares, squares]))
+            return (steps * np.repeat(scales, self.group or rows.shape[1], axis=1)).T
+
+        return scaled(graph, matrices, _seconds(graph, matrices, ctx), rounded, str(self))
 
     def _nearest(self, rows: np.ndarray, moment: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         group = self.group or rows.shape[1]

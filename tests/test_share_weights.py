@@ -19,8 +19,8 @@ from hwopt.pipeline import Context, Refusal, parse, run_pass
 from hwopt.samples import Samples
 from hwopt.target import Target
 from passes._kmeans import nearest, optimal_codebook
-from passes.low_rank import LowRank
 from passes._packing import pack
+from passes.low_rank import LowRank
 from passes.share_weights import ShareWeights
 
 TARGET = Target("t", "", "cpu", 1, {}, (), {"float32": 8}, None, {})  # type: ignore[arg-type]
