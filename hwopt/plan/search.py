@@ -57,14 +57,23 @@ def _polish(task: Search, priced: Priced, attempts: list[Attempt]) -> None:
 
 
 def _single_family(task: Search, priced: Priced, attempts: list[Attempt]) -> None:
-    """Quantization alone, with the largest error that was feasible: the sum of gains may have promised more than it kept."""
-    alone = [option for option in priced.options if all(one.phase == Phase.QUANTIZE for one in option.passes)]
-    feasible = [attempt.round.allowed_error for attempt in attempts if attempt.round.feasible]
-    if not feasible or task.budget.limited or len(alone) == len(priced.options):
+    """Quantization alone: the sum of gains may have promised more than it kept, or the errors of other families less.
+
+    Once, with the largest error that was feasible; in rounds of its own where it could be faster than the best joint plan.
+    """
+    alone = tuple(option for option in priced.options if all(one.phase == Phase.QUANTIZE for one in option.passes))
+    if task.budget.limited or len(alone) in (0, len(priced.options)):
         return
-    solution = solve(priced.base, alone, priced.pairs, Limits(max(feasible)), tie=task.tie)
-    if solution is not None and not _known(attempts, solution):
-        attempts.append(measured(task, priced, solution, max(feasible)))
+    menu = dataclasses.replace(priced, options=alone)
+    fastest = solve(priced.base, alone, priced.pairs, Limits(), tie=task.tie)
+    ranked = ranking(task, attempts, task.amounts(task.graph))
+    if fastest is not None and (not ranked or fastest.seconds * task.scale < ranked[0].amounts.seconds):
+        _rounds(task, menu, attempts)
+        return
+    allowed = max((attempt.round.allowed_error for attempt in attempts if attempt.round.feasible), default=0.0)
+    solution = solve(priced.base, alone, priced.pairs, Limits(allowed), tie=task.tie)
+    if solution is not None and _known(attempts, solution) is None:
+        attempts.append(measured(task, priced, solution, allowed))
 
 
 def _known(attempts: Sequence[Attempt], solution: Solution) -> Attempt | None:
