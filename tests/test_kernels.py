@@ -321,6 +321,29 @@ def test_matmuls_with_a_computed_right_side_equal_numpy(sizes, shared, transpose
     close(run(spec, data, given, cores=cores), data.astype(float) @ right.astype(float), 0 if integer else 2e-5)
 
 
+def beside(array, heads):
+    """[batch, rows, size] with its products beside one another: [batch / heads, rows, heads, size]."""
+    return array.reshape(-1, heads, *array.shape[1:]).transpose(0, 2, 1, 3)
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+@pytest.mark.parametrize("integer", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("sides", [("data",), ("right",), ("out",), ("data", "right", "out")], ids=str)
+@pytest.mark.parametrize("sizes", [(6, 7, 33, 13), (6, 37, 32, 70)], ids=str)
+def test_matmuls_of_heads_that_lie_beside_one_another_equal_numpy(sizes, sides, transposed, integer, cores):
+    batch, m, n, k = sizes
+    spec = MatmulSpec(batch, m, n, k, False, transposed, heads=3, beside=sides, **(INT8 if integer else {}))
+    generator = np.random.default_rng(4)
+    data, right = generator.standard_normal((batch, m, k), np.float32), generator.standard_normal((batch, k, n), np.float32)
+    if integer:
+        data, right = np.clip(data * 60 + 128, 0, 255).astype(np.uint8), np.clip(right * 60, -128, 127).astype(np.int8)
+    want = data.astype(float) @ right.astype(float)
+    given = {"data": data, "right": right.swapaxes(1, 2) if transposed else right, "out": want}
+    given |= {side: beside(given[side], 3) for side in sides}
+    close(run(spec, given["data"], given["right"], cores=cores), given["out"], 0 if integer else 2e-5)
+
+
 def _window(spec, axis, position):
     first = position * spec.strides[axis]
     return slice(first, first + (spec.kernel[axis] - 1) * spec.dilations[axis] + 1, spec.dilations[axis])

@@ -34,6 +34,18 @@ class Values:
         self.graph, self.builder = graph, builder
         self.arrays: dict[str, np.ndarray] = dict(graph.params)
         self._exprs: dict[tuple[str, bool], Expr] = {}
+        self._moved: dict[str, tuple[Expr, tuple[int, ...]]] = {}
+
+    def move(self, value: str, expr: Expr, order: Sequence[int]) -> None:
+        """Says that the value is `expr` with its axes in this order; the transposition is emitted where somebody needs it."""
+        if tuple(order) == tuple(range(len(order))):
+            self.put(value, expr)
+        else:
+            self._moved[value] = (expr, tuple(order))
+
+    def moved(self, value: str) -> tuple[Expr, tuple[int, ...]] | None:
+        """The expression and order of a value whose transposition has not been emitted."""
+        return None if (value, False) in self._exprs else self._moved.get(value)
 
     def put(self, value: str, expr: Expr, last: bool = False) -> None:
         self._exprs[value, last] = expr
@@ -46,7 +58,7 @@ class Values:
     def known(self, value: str) -> bool:
         """True if the value has been computed in either order."""
         value = self.origin(value)
-        return (value, False) in self._exprs or (value, True) in self._exprs
+        return (value, False) in self._exprs or (value, True) in self._exprs or value in self._moved
 
     def has_last(self, value: str) -> bool:
         value = self.origin(value)
@@ -69,6 +81,8 @@ class Values:
             expr = constant(np.ascontiguousarray(array.transpose(to_last(array.ndim))) if last else array)
         elif (source := self.origin(value)) != value:
             return convert_bfloat16(self.builder, self.get(source, last))
+        elif (pending := self.moved(value)) is not None:
+            expr = self.builder.emit(_permuted(*pending, last))
         elif (value, not last) in self._exprs:
             expr = self.builder.emit(reordered(self._exprs[value, not last], last))
         else:
@@ -82,6 +96,8 @@ class Values:
             return self.get(value, last)
         if (source := self.origin(value)) != value:
             return convert_bfloat16(self.builder, self.once(source, last))
+        if (pending := self.moved(value)) is not None:
+            return self.builder.emit(_permuted(*pending, last))
         return self.builder.emit(reordered(self._exprs[value, not last], last))
 
 
@@ -108,6 +124,13 @@ def constant(array: np.ndarray) -> Expr:
     from tvm import relax
 
     return relax.const(tvm.runtime.tensor(np.ascontiguousarray(array)) if array.ndim else np.asarray(array), str(array.dtype))
+
+
+def _permuted(expr: Expr, order: Sequence[int], last: bool) -> Expr:
+    """The expression with its axes in this order and then, with `last`, channels last."""
+    from tvm import relax
+
+    return relax.op.permute_dims(expr, [order[axis] for axis in to_last(len(order))] if last else list(order))
 
 
 def reordered(expr: Expr, last: bool) -> Expr:

@@ -13,6 +13,7 @@ from hwopt.analysis.regions import ELEMENTWISE, Region, constant_nodes, regions
 from hwopt.backends.tvm import bfloat16_pools, convert, integer, kernels, pooling, resizing, rowwise, table
 from hwopt.backends.tvm.coded import coded_kernel, expanded_because
 from hwopt.backends.tvm.fold import constant_values, folded
+from hwopt.backends.tvm.heads import composed
 from hwopt.backends.tvm.layout import Values, convert_bfloat16, dims_of, reordered, to_first, to_last
 from hwopt.backends.tvm.templates import Choose, Templates
 from hwopt.backends.tvm.weighted import weighted_kernel
@@ -24,9 +25,7 @@ REORDERED = ("Concat", "Split", "Slice", "Pad", "Resize", "Upsample", "DepthToSp
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
-def lower(
-    graph: Graph, target: Target, threads: int, choose: Choose = kernels.default_schedule, compact: bool = False
-) -> Any:
+def lower(graph: Graph, target: Target, threads: int, choose: Choose = kernels.default_schedule, compact: bool = False) -> Any:
     """A Relax IRModule whose `main` computes the graph; kernels of templates are in it, the rest are Relax operators."""
     return Lowering(folded(graph), target, threads, choose, compact).module()
 
@@ -72,8 +71,11 @@ class Lowering:
         if region.anchor.op in WEIGHTED and region.anchor.domain == "" and region.anchor.name not in self.constant:
             if self._coded(region):
                 return
-            kernel = weighted_kernel(self.graph, region, self.values)
+            kernel = weighted_kernel(self.graph, region, self.values, self.templates.suits)
             result = self.templates.call(kernel, region.name) if kernel else None
+            if kernel and result is not None and kernel.order:
+                self.values.move(region.output, result, kernel.order)
+                return
             if kernel and result is not None:
                 self.values.put(region.output, result, kernel.last)
                 return
@@ -109,6 +111,9 @@ class Lowering:
             return
         if node.op == "Transpose" and self.values.is_last(node.inputs[0]):
             self._transpose(node)
+            return
+        if node.op == "Transpose":
+            self._move(node)
             return
         rank = len(self.graph.tensor(node.output).shape or ())
         follows = rank >= 3 and any(
@@ -170,6 +175,14 @@ class Lowering:
             self.values.put(node.output, expr, True)
         else:
             self.values.put(node.output, self.builder.emit(relax.op.permute_dims(expr, order)))
+
+    def _move(self, node: Node) -> None:
+        """A transposition: emitted where its result is needed, as those who read it may read by strides instead."""
+        source = node.inputs[0]
+        rank = len(self.graph.tensor(node.output).dims)
+        wanted = node.attr("perm", tuple(reversed(range(rank))))
+        expr, order = self.values.moved(source) or (self.values.get(source), tuple(range(rank)))
+        self.values.move(node.output, expr, composed(order, wanted))
 
     def provide(self, node: Node) -> None:
         """Compute the dequantizations that other regions read through but this node needs in float."""

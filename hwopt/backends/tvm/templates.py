@@ -13,6 +13,7 @@ from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.coded import CodedKernel
 from hwopt.backends.tvm.kernels import packed
 from hwopt.backends.tvm.kernels.packed import PackedSpec
+from hwopt.backends.tvm.kernels.spec import MatmulSpec
 from hwopt.backends.tvm.layout import Expr, constant
 from hwopt.backends.tvm.weighted import Kernel, Spec
 from hwopt.target import MicroKernel, Target
@@ -89,6 +90,10 @@ class Templates:
         plain = dataclasses.replace(PLAIN[family], activation=spec.data_dtype, dtype=spec.weight_dtype)
         last = (found, *found.others)[-1]
         return dataclasses.replace(plain, lanes=last.lanes, registers=last.registers)
+
+    def suits(self, default: MatmulSpec, otherwise: MatmulSpec) -> bool:
+        """True if the micro-kernel for `default` takes its operands as they lie in `otherwise`, too."""
+        return not kernels.supports(otherwise, self.micro(default))
 
     def _bfloat16(self, spec: Spec) -> MicroKernel:
         """The target's dot products; float32 products of widened numbers without them, and where data alone are bfloat16."""

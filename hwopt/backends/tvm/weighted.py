@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +13,14 @@ import numpy as np
 from hwopt.analysis.bfloat16 import narrows, widened
 from hwopt.analysis.qdq import Quantization, dequantized, quantization
 from hwopt.analysis.regions import IntegerOperands, Region, integer_operands, self_gated
-from hwopt.backends.tvm import transposed
+from hwopt.backends.tvm import heads, transposed
 from hwopt.backends.tvm.kernels import spec as step
 from hwopt.backends.tvm.kernels.conv_transpose import tap_sums
 from hwopt.backends.tvm.layout import Expr, Values, constant, to_last
 from hwopt.ir import Graph, Node, numpy_dtype, scalar
 
 Spec = step.ConvSpec | step.ConvTransposeSpec | step.MatmulSpec
+Suits = Callable[[step.MatmulSpec, step.MatmulSpec], bool]
 
 
 @dataclass
@@ -45,10 +46,14 @@ class Kernel:
     shape: tuple[int, ...]
     dtype: str
     last: bool  # the result is channels last
+    order: tuple[int, ...] = ()  # in which the axes of the result are the value's, where it lies otherwise
 
 
-def weighted_kernel(graph: Graph, region: Region, values: Values) -> Kernel | None:
-    """The kernel of a region, or None where no template fits its anchor (three-dimensional convolutions ...)."""
+def weighted_kernel(graph: Graph, region: Region, values: Values, suits: Suits) -> Kernel | None:
+    """The kernel of a region, or None where no template fits its anchor (three-dimensional convolutions ...).
+
+    Products whose operands lie otherwise than `MatmulSpec` says by default are asked for where `suits(default, otherwise)`.
+    """
     anchor = region.anchor
     if graph.tensor(anchor.output).dtype != "float32" or 0 in graph.tensor(anchor.output).dims:
         return None
@@ -59,7 +64,9 @@ def weighted_kernel(graph: Graph, region: Region, values: Values) -> Kernel | No
         return _conv(graph, region, values, operands)
     if anchor.op == "ConvTranspose":
         return _conv_transpose(graph, region, values, operands)
-    return _gemm(graph, region, values, operands) if anchor.op == "Gemm" else _matmul(graph, region, values, operands)
+    if anchor.op == "Gemm":
+        return _gemm(graph, region, values, operands)
+    return _matmul(graph, region, values, operands, suits)
 
 
 def _conv(graph: Graph, region: Region, values: Values, operands: IntegerOperands | None) -> Kernel | None:
@@ -169,7 +176,7 @@ def is_row(values: Values, value: str, channels: int, beta: float) -> bool:
     return array is not None and beta == 1.0 and array.size in (1, channels) and (array.ndim < 2 or array.shape[0] == 1)
 
 
-def _matmul(graph: Graph, region: Region, values: Values, operands: IntegerOperands | None) -> Kernel | None:
+def _matmul(graph: Graph, region: Region, values: Values, operands: IntegerOperands | None, suits: Suits) -> Kernel | None:
     anchor = region.anchor
     data = operands.data if operands else _data(graph, region)
     left, right = graph.tensor(data).dims, graph.tensor(anchor.inputs[1]).dims
@@ -189,22 +196,31 @@ def _matmul(graph: Graph, region: Region, values: Values, operands: IntegerOpera
         fused.add(step.Scale(), constant(np.full(right[-1], scale, np.float32)))
     fused_epilogue(graph, region, values, fused, channel=len(left) - 1, last=False)
     right_side = anchor.inputs[1] if not region.bfloat16 else widened(graph, anchor.inputs[1])
-    other = values.get(operands.right if operands else right_side)
+    right_side = operands.right if operands else right_side
     shape = (math.prod(left[:-2]), left[-2], right[-1], left[-1])
-    return _product(graph, region, values.get(data), other, shape, fused, data)
-
-
-def _product(graph: Graph, region: Region, data: Expr, weight: Any, shape: tuple, fused: Fused, value: str) -> Kernel:
-    batch, rows, columns, depth = shape
-    fixed = isinstance(weight, np.ndarray)
-    weight = _rounded(region, weight) if fixed else weight
-    spec = step.MatmulSpec(
-        batch=batch, m=rows, n=columns, k=depth, constant=fixed, data_dtype=graph.tensor(value).dtype,
-        weight_dtype=str(weight.dtype) if fixed else str(weight.ty.dtype), out_dtype=graph.tensor(region.output).dtype,
-        epilogue=tuple(fused.steps),
-    )  # fmt: skip
+    spec = _product_spec(graph, region, shape, fused, data, graph.tensor(right_side).dtype, False)
+    sides = heads.in_place(graph, region, values, spec, data, right_side)
+    if sides.spec != spec and not suits(spec, sides.spec):
+        sides = heads.Sides(spec, values.get(data), values.get(right_side))
     out = graph.tensor(region.output).dims
-    return Kernel(spec, data, weight, tuple(fused.tensors), out, spec.out_dtype, False)
+    dims = tuple(out[axis] for axis in sides.order) if sides.order else out
+    return Kernel(sides.spec, sides.data, sides.right, tuple(fused.tensors), dims, spec.out_dtype, False, sides.order)
+
+
+def _product(graph: Graph, region: Region, data: Expr, weight: np.ndarray, shape: tuple, fused: Fused, value: str) -> Kernel:
+    weight = _rounded(region, weight)
+    spec = _product_spec(graph, region, shape, fused, value, str(weight.dtype), True)
+    return Kernel(spec, data, weight, tuple(fused.tensors), graph.tensor(region.output).dims, spec.out_dtype, False)
+
+
+def _product_spec(
+    graph: Graph, region: Region, shape: tuple, fused: Fused, value: str, weight_dtype: str, constant: bool
+) -> step.MatmulSpec:
+    batch, rows, columns, depth = shape
+    return step.MatmulSpec(
+        batch=batch, m=rows, n=columns, k=depth, constant=constant, data_dtype=graph.tensor(value).dtype,
+        weight_dtype=weight_dtype, out_dtype=graph.tensor(region.output).dtype, epilogue=tuple(fused.steps),
+    )  # fmt: skip
 
 
 def bias_and_scale(

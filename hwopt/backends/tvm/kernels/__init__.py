@@ -57,6 +57,8 @@ def _tiles(spec: ConvSpec | ConvTransposeSpec | MatmulSpec, micro: MicroKernel) 
     """Why a matrix unit should not compute `spec`, or ""."""
     if isinstance(spec, ConvTransposeSpec):
         return "tiles take convolutions and matmuls"
+    if isinstance(spec, MatmulSpec) and spec.beside:
+        return "tiles take products that lie one behind the other"
     return amx_schedule.reason_for_vectors(geometry(spec), micro)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from tvm import tirx
 
 from hwopt.backends.tvm.kernels import bfloat16
+from hwopt.backends.tvm.kernels.beside import begin, stride
 from hwopt.backends.tvm.kernels.code import Code, Value, function, load, pieces, splat, stored
 from hwopt.backends.tvm.kernels.epilogue import Epilogue, Place
 from hwopt.backends.tvm.kernels.geometry import Geometry
@@ -93,7 +94,7 @@ class Gemm:
             image, row, column, tile = self.schedule.place(number, self.shape, self.vectors)
             space = inner.alloc("packed", count * self.panel, spec.weight_dtype)
             first = tile * self.schedule.vectors
-            base = 0 if spec.shared else image * (spec.k * spec.n)
+            base = 0 if spec.shared else Repack.begin(spec, image)
             Repack(spec, self.micro, right, base, space).emit(inner, first, count)
             self.task(inner, image, row, column, tile, lambda _: (space, first * -self.panel))
 
@@ -112,14 +113,19 @@ class Gemm:
 
     def position(self, image: Value, row: Value, column: Value) -> Value:
         """Where an output position lies, counted in positions."""
-        return (image * self.shape.rows + row) * self.shape.columns + column
+        shape = self.shape
+        return begin(shape, "out", image, shape.rows * shape.columns, 1) + (row * shape.columns + column) * stride(
+            shape, "out", 1
+        )
 
     def direct(self, image: Value) -> Source:
         shape = self.shape
-        row_stride = shape.width * shape.channels
+        pixel = stride(shape, "data", shape.channels)
+        row_stride = shape.width * pixel
 
         def at(row: Value, column: Value) -> Value:
-            return (image * shape.height + row * shape.strides[0]) * row_stride + column * (shape.strides[1] * shape.channels)
+            first = begin(shape, "data", image, shape.height * shape.width, shape.channels)
+            return first + row * (shape.strides[0] * row_stride) + column * (shape.strides[1] * pixel)
 
         return Source(self.data, row_stride, at)
 
@@ -319,9 +325,9 @@ class Tile:
             weight_operand(code, micro, self.work.weights, weights + v * gemm.panel + word * gemm.step)
             for v in range(self.vectors)
         ]
+        pixel = stride(shape, "data", shape.channels)
         offsets = [
-            row * shape.strides[0] * source.row_stride + column * shape.strides[1] * shape.channels
-            for row, column in self.positions
+            row * shape.strides[0] * source.row_stride + column * shape.strides[1] * pixel for row, column in self.positions
         ]
         for first in range(0, len(offsets), micro.rows):
             indices = [data + (word * micro.depth + offset) for offset in offsets[first : first + micro.rows]]

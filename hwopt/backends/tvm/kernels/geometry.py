@@ -36,6 +36,8 @@ class Geometry:
     pad_value: int = 0
     epilogue: tuple[Step, ...] = ()
     computed: bool = False  # the weights are packed by the kernel, so a task should reuse them for all positions
+    heads: int = 1  # images whose elements lie beside one another at every position, on the sides named by `beside`
+    beside: tuple[str, ...] = ()
 
     @property
     def padded(self) -> bool:
@@ -87,6 +89,8 @@ def _of_matmul(spec: MatmulSpec) -> Geometry:
         accumulator=spec.accumulator,
         epilogue=spec.epilogue,
         computed=not spec.constant,
+        heads=spec.heads,
+        beside=spec.beside,
     )
 
 

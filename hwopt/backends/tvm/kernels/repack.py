@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from tvm import tirx
 
+from hwopt.backends.tvm.kernels.beside import begin, stride
 from hwopt.backends.tvm.kernels.code import Code, Value, interleaved, load, pieces, splat, stored, vector
 from hwopt.backends.tvm.kernels.spec import MatmulSpec
 from hwopt.target import MicroKernel
@@ -20,7 +21,14 @@ class Repack:
     def __init__(self, spec: MatmulSpec, micro: MicroKernel, right: Value, base: Value, space: Value) -> None:
         self.spec, self.micro, self.right, self.base, self.space = spec, micro, right, base, space
         self.words = -(-spec.k // micro.depth)
+        self.stride = stride(spec, "right", spec.k if spec.transposed else spec.n)  # elements between rows
         self.step = micro.lanes * micro.depth
+
+    @staticmethod
+    def begin(spec: MatmulSpec, image: Value) -> Value:
+        """The element where an image's right side begins."""
+        rows, size = (spec.n, spec.k) if spec.transposed else (spec.k, spec.n)
+        return begin(spec, "right", image, rows, size)
 
     def emit(self, code: Code, first: Value, count: int) -> None:
         """Packs vectors [first, first + count), as far as they exist, to the start of the space."""
@@ -43,8 +51,8 @@ class Repack:
 
         def word(inner: Code, index: Value, rows: int = depth) -> None:
             for offset, lanes in pieces(valid, self.micro.lanes):
-                start = self.base + index * depth * self.spec.n + column + offset
-                parts = [load(self.right, start + row * self.spec.n, lanes) for row in range(rows)]
+                start = self.base + index * depth * self.stride + column + offset
+                parts = [load(self.right, start + row * self.stride, lanes) for row in range(rows)]
                 value = interleaved([*parts, *[splat(0, lanes, stored(self.spec.weight_dtype))] * (depth - rows)], lanes)
                 inner.store(self.space, target + index * self.step + offset * depth, value, lanes * depth)
 
@@ -60,7 +68,7 @@ class Repack:
 
         def single(inner: Code, lane: Value) -> None:
             def element(last: Code, index: Value) -> None:
-                source = self.base + (row + lane) * self.spec.k + index
+                source = self.base + (row + lane) * self.stride + index
                 at = target + tirx.floordiv(index, depth) * self.step + lane * depth + tirx.floormod(index, depth)
                 last.store(self.space, at, load(self.right, source))
 
@@ -77,7 +85,7 @@ class Repack:
         kind = vector("int32" if self.spec.weight_dtype == "bfloat16" else WORDS[depth], lanes)
         rows = []
         for lane in range(lanes):
-            start = self.base + (row + min(lane, valid - 1)) * self.spec.k + word * depth
+            start = self.base + (row + min(lane, valid - 1)) * self.stride + word * depth
             value = load(self.right, start, lanes * depth)
             rows.append(code.bind("row", value if depth == 1 else tirx.reinterpret(kind, value)))
         for index, value in enumerate(_transpose(code, rows)):

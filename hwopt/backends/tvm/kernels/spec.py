@@ -143,7 +143,8 @@ class ConvTransposeSpec:
 class MatmulSpec:
     """[batch, m, k] x [batch or 1, k, n] -> [batch, m, n]. `constant` weights are packed at compile time.
 
-    With `transposed`, a non-constant right side lies as [batch, n, k].
+    With `transposed`, a non-constant right side lies as [batch, n, k]. The sides named by `beside` ("data", "right", "out") have
+    the products of `heads` lying beside one another: [batch / heads, m, heads, k], as the layers around an attention have them.
     """
 
     batch: int
@@ -153,6 +154,8 @@ class MatmulSpec:
     constant: bool = True
     transposed: bool = False
     shared: bool = False  # one right side for the whole batch
+    heads: int = 1
+    beside: tuple[str, ...] = ()
     data_dtype: str = "float32"
     weight_dtype: str = "float32"
     out_dtype: str = "float32"
