@@ -16,6 +16,7 @@ from hwopt.compiler import compile_model
 from hwopt.depends import dependencies, write_depfile
 from hwopt.emit.toolchain import find_compiler
 from hwopt.errors import HwoptError, UsageError
+from hwopt.files import replacing
 
 UNKEYED = ("progress",)  # arguments that change nothing in the result
 
@@ -48,7 +49,8 @@ def deliver(
             cache.keep(key, artifact.path)
     if install is not None:
         for name in products(artifact):
-            _copy(artifact.path / name, install / name)
+            with replacing(install / name) as part:
+                shutil.copyfile(artifact.path / name, part)
     if depfile is not None:
         outputs = tuple((install or out) / name for name in products(artifact))
         write_depfile(depfile, outputs, dependencies(model, options))
@@ -60,13 +62,6 @@ def products(artifact: Artifact) -> tuple[str, ...]:
     name = artifact.manifest["name"]
     known = (f"lib{name}.a", f"{name}.o", f"lib{name}.so", f"{name}.h", f"{name}.c", f"{name}.pc")
     return tuple(file for file in known if file in artifact.manifest["files"])
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Under another name first: who reads it sees the old file or the new one."""
-    part = target.with_name(f".{target.name}.part")
-    shutil.copyfile(source, part)
-    part.replace(target)
 
 
 def _key(model: Path, options: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx
 
+from hwopt.files import write_whole
 from hwopt.plugins import plugin_files
 
 FILES = ("plan", "tuning_db", "calibrate", "evaluate", "target")  # options that may name one
@@ -48,9 +49,7 @@ def external_files(model: Path) -> Iterator[Path]:
 def write_depfile(path: Path, outputs: tuple[Path, ...], inputs: tuple[Path, ...]) -> None:
     """`outputs: inputs` as make reads it, written whole or not at all."""
     text = f"{' '.join(map(escaped, outputs))}: \\\n " + " \\\n ".join(escaped(path) for path in inputs) + "\n"
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
+    write_whole(path, text)
 
 
 def escaped(path: Path | str) -> str:

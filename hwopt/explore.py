@@ -12,13 +12,14 @@ from hwopt.analysis.size import weight_bytes
 from hwopt.compiler import one_blas_thread
 from hwopt.decide import decided, make_task, replayed
 from hwopt.errors import BudgetError, UsageError
+from hwopt.files import write_whole
 from hwopt.ir import Graph
 from hwopt.job import Job, prepare, quiet
 from hwopt.page.page import page
 from hwopt.plan.attempt import Found, Search
 from hwopt.plan.front import FRONT, Point, front
 from hwopt.plan.plan import plan_from_json
-from hwopt.plan.store import PLAN, write_whole
+from hwopt.plan.store import PLAN
 from hwopt.plan.trials import search_knobs
 from hwopt.report import Figures, layer_table, make_report
 

@@ -14,6 +14,7 @@ from types import MappingProxyType
 import numpy as np
 
 from hwopt.errors import DataError, did_you_mean
+from hwopt.files import replacing
 from hwopt.ir import Graph, TensorType, numpy_dtype
 from hwopt.ir.graph import param_digest
 
@@ -83,14 +84,9 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """All arrays by name, under another name first: nothing half-written stays behind."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            np.savez(file, **dict(arrays))  # type: ignore[arg-type]
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    """All arrays by name."""
+    with replacing(path) as part, part.open("wb") as file:
+        np.savez(file, **dict(arrays))  # type: ignore[arg-type]
 
 
 def checked(samples: Samples, graph: Graph) -> Samples:

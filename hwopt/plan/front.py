@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from hwopt.errors import UsageError, did_you_mean
+from hwopt.files import write_whole
 from hwopt.plan.attempt import Attempt, Priced, Search, measured, price
 from hwopt.plan.budget import Amounts
 from hwopt.plan.search import found_of
 from hwopt.plan.solve import Limits, solve
-from hwopt.plan.store import identity, keep_plan, open_folder, write_whole
+from hwopt.plan.store import identity, keep_plan, open_folder
 
 RESOURCES = {"latency": "seconds", "size": "bytes", "energy": "joules"}
 FRONT = "front.json"

@@ -1,4 +1,4 @@
-"""Files of a long search: written whole or not at all, and never mixed up with those of another search."""
+"""Files of a long search, never mixed up with those of another search."""
 
 from __future__ import annotations
 
@@ -8,17 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from hwopt.errors import UsageError
+from hwopt.files import write_whole
 from hwopt.plan.attempt import Search
 from hwopt.plan.plan import Plan
 
 PLAN = "plan.json"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Under another name first: whoever stops or fails in between leaves the old file."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
 
 
 def keep_plan(folder: Path, plan: Plan) -> None:

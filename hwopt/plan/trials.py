@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hwopt.errors import BudgetError, HwoptError, UsageError, did_you_mean
+from hwopt.files import write_whole
 from hwopt.plan.attempt import Found, Search, price
 from hwopt.plan.plan import Plan, plan_from_json
 from hwopt.plan.search import search
-from hwopt.plan.store import PLAN, identity, keep_plan, open_folder, write_whole
+from hwopt.plan.store import PLAN, identity, keep_plan, open_folder
 
 if TYPE_CHECKING:
     import optuna

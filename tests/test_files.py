@@ -1,0 +1,25 @@
+"""Files appear whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hwopt.files import replacing, write_whole
+
+
+def test_a_whole_text_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text("a longer text than the new one")
+    write_whole(file, "new")
+    assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("plan.json", "new")]
+
+
+def test_an_attempt_that_fails_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text("old")
+    with pytest.raises(KeyboardInterrupt), replacing(file) as part:
+        part.write_text("ne")
+        raise KeyboardInterrupt
+    assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("plan.json", "old")]
