@@ -58,6 +58,8 @@ def llvm(features: Set[str]) -> dict[str, object]:
     """The TVM target for these flags: a microarchitecture level and what the micro-kernels need beyond it."""
     kernels = microkernels(features)
     needed = dict.fromkeys(name for kernel in kernels.values() for name in kernel.features)
+    if features >= _CPUINFO and "avx512vbmi" in features:
+        needed["avx512vbmi"] = None  # permutations of bytes, for tables
     return {
         "kind": "llvm",
         "mtriple": "x86_64-linux-gnu",

@@ -8,6 +8,7 @@ ONNX Runtime itself computes the table, so that every result is the oracle's.
 from __future__ import annotations
 
 import dataclasses
+import math
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -16,8 +17,11 @@ import numpy as np
 from hwopt.analysis.qdq import dequantized, quantization
 from hwopt.analysis.regions import ELEMENTWISE, Region
 from hwopt.backends import ort
-from hwopt.backends.tvm.layout import Values, constant
+from hwopt.backends.tvm.kernels import lookup
+from hwopt.backends.tvm.layout import Expr, Values, constant, dims_of
+from hwopt.backends.tvm.templates import OPAQUE, Templates
 from hwopt.ir import Graph, TensorType, infer_types
+from hwopt.target import Target
 
 # A few instructions each: in vectors they are faster than one look-up per element (HardSwish: half of its time, measured).
 TRIVIAL = ("Relu", "Clip", "Add", "Sub", "Mul", "Min", "Max", "Abs", "Neg", "LeakyRelu", "HardSigmoid", "HardSwish")
@@ -30,6 +34,7 @@ class Lowering(Protocol):
     graph: Graph
     values: Values
     builder: Any
+    templates: Templates
 
 
 def emit(lowering: Lowering, region: Region) -> bool:
@@ -37,19 +42,53 @@ def emit(lowering: Lowering, region: Region) -> bool:
     source = source_of(lowering.graph, region)
     if not source:
         return False
-    from tvm import te
-
     last = lowering.values.is_last(source)
     data = lowering.values.get(source, last)
     table = table_of(lowering.graph, region, source)
+    target = lowering.templates.target
+    form = lookup.form_of(_features(target), 32 if str(target.tvm.get("mtriple", "")).startswith("arm") else 64)
+    count = math.prod(dims_of(data))
+    found = (
+        _called(lowering, form, region, data, table) if form and count >= form.lanes else _plain(lowering, region, data, table)
+    )
+    lowering.values.put(region.output, found, last)
+    return True
+
+
+def _features(target: Target) -> frozenset[str]:
+    """LLVM's names of what the target's code can use."""
+    named = (str(name).removeprefix("+") for name in target.tvm.get("mattr", ()))
+    return frozenset(named) | frozenset(name for micro in target.microkernels.values() for name in micro.features)
+
+
+def _called(lowering: Lowering, form: lookup.Form, region: Region, data: Expr, table: np.ndarray) -> Expr:
+    """A look-up of whole vectors."""
+    from tvm import relax
+
+    templates, dims = lowering.templates, dims_of(data)
+    kinds = (str(data.ty.dtype), str(table.dtype))
+    key = ("lookup", math.prod(dims), kinds)
+    if key not in templates.row_kernels:
+        symbol = f"table_{len(templates.row_kernels)}"
+        built = lookup.build(math.prod(dims), kinds, form, templates.threads, symbol)
+        marked = built.with_attr({"hwopt.template": 1, "op_pattern": OPAQUE})
+        templates.row_kernels[key] = lowering.builder.add_func(marked, symbol)
+    arguments = relax.Tuple([data, constant(table)])
+    call = relax.call_tir(templates.row_kernels[key], arguments, relax.TensorType(dims, kinds[1]))
+    found = lowering.builder.emit(call, f"table_{region.name}")
+    templates.labels[found.name] = region.name
+    return found
+
+
+def _plain(lowering: Lowering, region: Region, data: Expr, table: np.ndarray) -> Expr:
+    """A look-up of one byte after the other, fused with what only moves data."""
+    from tvm import te
 
     def compute(tensor: Any, entries: Any) -> Any:
         byte = "uint8"  # the table is in the order of bytes: int8 values from -1 on stand behind the others
         return te.compute(tensor.shape, lambda *at: entries(tensor(*at).astype(byte).astype("int32")), "looked_up")
 
-    found = lowering.builder.emit_te(compute, data, constant(table), primfunc_name_hint=f"table_{region.anchor.op.lower()}")
-    lowering.values.put(region.output, found, last)
-    return True
+    return lowering.builder.emit_te(compute, data, constant(table), primfunc_name_hint=f"table_{region.anchor.op.lower()}")
 
 
 def source_of(graph: Graph, region: Region) -> str:
