@@ -13,6 +13,7 @@ from typing import Any
 import click
 import numpy as np
 
+from hwopt.cli_device import device, naming_device, take_device
 from hwopt.errors import HwoptError, UsageError
 from hwopt.plan.budget import parse_budget
 from hwopt.progress import ProgressBar, TuningBar
@@ -272,6 +273,7 @@ def bench(artifact: Path, runs: int, threads: int | None, as_json: bool) -> None
 @click.option("--time", "duration", metavar="90s|5m|1h", help="How long to search.")
 @click.option("--target", default=None, help="The target; an artifact's own, else host.")
 @click.option("--workers", metavar="ADDRESS", help="A Dask cluster that builds the candidates; local processes if not given.")
+@naming_device
 @TUNING_DB
 @SHAPE
 @BIND
@@ -289,7 +291,7 @@ def tune(model: Path, trials: int | None, duration: str | None, workers: str | N
         raise UsageError("needs an end", place="hwopt tune", hint="give --trials 200 or --time 5m")
     effort = parse_effort(str(trials) if trials else str(duration))
     with TuningBar() as watch:
-        found = tune_model(model, effort, workers=workers, watch=watch, **_job(options))
+        found = tune_model(model, effort, workers=workers, device=take_device(options), watch=watch, **_job(options))
     data = report_data(found)
     if as_json:
         click.echo(json.dumps(data, indent=1))
@@ -329,6 +331,9 @@ def demo(out: Path, target: str, threads: int | None, as_json: bool) -> None:
     with ProgressBar() as progress:
         report = run_demo(out, target=target, threads=threads, progress=progress)
     click.echo(json.dumps(report, indent=1, sort_keys=True) if as_json else _summary(report, out))
+
+
+cli.add_command(device)
 
 
 def main(arguments: list[str] | None = None) -> None:

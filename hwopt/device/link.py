@@ -24,7 +24,7 @@ from hwopt.errors import DeviceError, UsageError
 
 SESSION, MISMATCH, QUESTION, TRACKER = 0xFF271, 0xFF273, 0x71B2A5, 0x2F271  # what a connection begins with
 PROOF = b"hwopt-auth-1\n"
-PUT_REQUEST, SUMMARY = 4, 6  # TVM's TrackerCode.REQUEST and SUMMARY
+REQUEST, SUMMARY = 4, 6  # TVM's TrackerCode.REQUEST and SUMMARY
 KEY, PORT = "hwopt", 9190
 CONNECT_SECONDS = 10.0
 QUEUE_SECONDS = 120.0  # until the sessions of others are over
@@ -110,10 +110,18 @@ def ask(address: Address, question: str) -> str:
 def _connect(address: Address) -> socket.socket:
     made = socket.create_connection((address.host, address.port), timeout=CONNECT_SECONDS)
     made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    _tend(made)
     if address.secret:
         _prove(made, address)
     return made
+
+
+def _tend(link: socket.socket) -> None:
+    """A device that went away without a word is noticed within about a minute (Linux; elsewhere when the system thinks so)."""
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 60_000)):
+        if hasattr(socket, name):
+            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _prove(link: socket.socket, address: Address) -> None:
@@ -237,7 +245,7 @@ def request(tracker: Address, key: str, secret: bytes = b"", wait: float = QUEUE
         link.settimeout(wait)
         end = time.monotonic() + wait
         while time.monotonic() < end:
-            code, (host, port, _) = _command(link, PUT_REQUEST, key, "", 1)
+            code, (host, port, _) = _command(link, REQUEST, key, "", 1)
             if code == 0:
                 link.close()
                 return Address(str(host), int(port), key, secret)
