@@ -34,7 +34,7 @@ from hwopt.plan.search import Found
 from hwopt.plugins import find_passes
 from hwopt.prove import CHECKS
 from hwopt.report import Figures, layer_table, make_report
-from hwopt.target import Target
+from hwopt.target import Target, origin
 from hwopt.tuning import open_database, tune_graph
 
 if TYPE_CHECKING:  # TVM is imported when something is compiled
@@ -253,6 +253,7 @@ def _notes(job: Job, found: Found, result: Built, compared: Comparison | None) -
         notes.append("compiled for another machine: scored in ONNX Runtime, timed by the cost model, the library was not run")
     notes += [result.tuning] if result.tuning else []
     notes += [found.plan.note] if found.plan.note else []
+    notes += [] if origin(job.target.cost) == "analytical" else [f"prices: {origin(job.target.cost)}"]
     if not found.plan.decisions:
         notes.append(
             "nothing was changed: " + (found.plan.refused[0].reason if found.plan.refused else "no pass had anything to do")

@@ -53,3 +53,27 @@ class TuningBar(ProgressBar):
         super().__exit__(*error)
         if error and error[0] is KeyboardInterrupt:
             click.echo("hwopt: what was measured is kept; run the same command to go on", err=True)
+
+
+class ProfilingBar(ProgressBar):
+    """The bar of `hwopt profile`: what was measured, how well others are predicted; an interrupt says what is kept."""
+
+    _told = -1
+
+    def _advance_profile(self, state: Any) -> None:
+        from hwopt.profiling import progress_line
+
+        text = progress_line(state)
+        if self._bar.disable and len(state.records) // 200 != self._told:
+            click.echo(f"hwopt: {text}", err=True)
+            self._told = len(state.records) // 200
+        self._bar.update(self._task, description=text, completed=int(100 * state.share), total=100)
+
+    def __enter__(self) -> Callable[..., None]:
+        super().__enter__()
+        return self._advance_profile
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        if error and error[0] is KeyboardInterrupt:
+            click.echo("hwopt: what was measured is kept; run the same command to go on", err=True)

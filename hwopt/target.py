@@ -68,6 +68,9 @@ class Workload:
     write_bytes: int = 0
     weight_bytes: int = 0  # decoded, as the arithmetic takes them
     coded: Coded | None = None  # the other form of the weights; a cost model prices the cheaper one
+    window: tuple[int, ...] = ()  # of images: batch, then (height, width) of data, kernel, strides, dilations, pads
+    dims: tuple[int, ...] = ()  # of the result
+    steps: tuple[str, ...] = ()  # operators of the anchor and its epilogue, in order; a Transpose with its permutation
 
     @property
     def macs(self) -> int:
@@ -106,6 +109,11 @@ class CostModel(Protocol):
     """Estimates kernels; never to be mistaken for an Evaluator, which measures them."""
 
     def estimate(self, workload: Workload, threads: int) -> Cost: ...
+
+
+def origin(model: CostModel) -> str:
+    """Where a cost model's prices are from, for people."""
+    return str(getattr(model, "origin", "analytical"))
 
 
 class Evaluator(Protocol):

@@ -7,6 +7,7 @@ import platform
 from hwopt.target import Memory, Target
 from targets import _isa_x86
 from targets._cpu import cpu_features, needed_features, operations_per_cycle
+from targets._learned import learned
 from targets._roofline import Roofline
 
 FLAGS = {  # what /proc/cpuinfo shows of it, as far as the micro-kernels ask
@@ -23,6 +24,17 @@ def level(name: str, processor: str, hertz: float, memories: tuple[Memory, ...])
     needed = needed_features(llvm)
     peak = {dtype: operations_per_cycle(kernel) * hertz for dtype, kernel in kernels.items()}
     granule = {dtype: kernel.lanes for dtype, kernel in kernels.items()}
+    here = platform.machine() in ("x86_64", "AMD64") and set(needed) <= cpu_features()
+    model = Roofline(
+        peak=peak,
+        elements_per_second=granule["float32"] * hertz / 4,
+        memories=memories,
+        granule=granule,
+        depth={dtype: kernel.depth for dtype, kernel in kernels.items()},
+        efficiency={"conv": 0.7, "matmul": 0.7, "depthwise": 0.3},
+        launch_seconds=0.5e-6,
+        joules_per_op={"float32": 30e-12, "int8": 15e-12},  # about 5 W a core over the peaks
+    )
     return Target(
         name=name,
         summary=f"any {name} processor, priced as {processor}",
@@ -31,18 +43,9 @@ def level(name: str, processor: str, hertz: float, memories: tuple[Memory, ...])
         peak=peak,
         memories=memories,
         granule=granule,
-        cost=Roofline(
-            peak=peak,
-            elements_per_second=granule["float32"] * hertz / 4,
-            memories=memories,
-            granule=granule,
-            depth={dtype: kernel.depth for dtype, kernel in kernels.items()},
-            efficiency={"conv": 0.7, "matmul": 0.7, "depthwise": 0.3},
-            launch_seconds=0.5e-6,
-            joules_per_op={"float32": 30e-12, "int8": 15e-12},  # about 5 W a core over the peaks
-        ),
+        cost=learned(model, kernels, llvm) if here else model,
         tvm=llvm,
         microkernels=kernels,
         features=needed,
-        runs_here=platform.machine() in ("x86_64", "AMD64") and set(needed) <= cpu_features(),
+        runs_here=here,
     )

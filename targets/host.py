@@ -11,6 +11,7 @@ from hwopt.emit.cpu import host_machine
 from hwopt.target import MicroKernel, Target
 from targets import _isa_arm, _isa_arm32, _isa_riscv, _isa_x86
 from targets._cpu import cpu_features, cpu_hertz, cpu_memories, needed_features, operations_per_cycle
+from targets._learned import learned
 from targets._tiles import is_tile, priced
 
 JOULES_PER_OP = {"float32": 12e-12, "bfloat16": 6e-12, "int8": 3e-12}  # about 5 W a core over AVX-512 peaks
@@ -35,7 +36,7 @@ def TARGET() -> Target:
         peak=peak,
         memories=memories,
         granule=granule,
-        cost=priced(kernels, memories, hertz, JOULES_PER_OP),
+        cost=learned(priced(kernels, memories, hertz, JOULES_PER_OP), kernels, llvm),
         tvm=llvm,
         microkernels=kernels,
         features=needed_features(llvm),

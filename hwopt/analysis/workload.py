@@ -33,6 +33,8 @@ def workload(graph: Graph, region: Region) -> Workload:
         name=region.name, kind=kind, dtype=_dtype(graph, region), m=m, n=n, k=k, groups=groups, taps=taps,
         elements=_extra_elements(graph, region), read_bytes=read, write_bytes=written, weight_bytes=weights,
         coded=None if weight is None else Coded(weight.bytes, weight.bits, weight.books is not None),
+        window=_window(graph, region.anchor), dims=_dims(graph.tensor(region.output)),
+        steps=tuple(map(_step, (region.anchor, *region.epilogue))),
     )  # fmt: skip
 
 
@@ -127,6 +129,25 @@ def _conv(graph: Graph, node: Node) -> tuple[int, int, int, int, int]:
         return out[0] * math.prod(out[2:]), weight[0] // groups, weight[1] * taps, groups, taps
     data = _dims(graph.tensor(node.inputs[0]))  # every input pixel meets every tap
     return data[0] * math.prod(data[2:]), weight[1] * taps, weight[0] // groups, groups, taps
+
+
+def _step(node: Node) -> str:
+    return f"Transpose {','.join(map(str, node.attr('perm') or ()))}" if node.op == "Transpose" else node.op
+
+
+def _window(graph: Graph, node: Node) -> tuple[int, ...]:
+    """Batch, then (height, width) of the data, the kernel, strides, dilations and the pads on both sides; images only."""
+    data = _dims(graph.tensor(node.inputs[0])) if node.inputs else ()
+    if node.op not in ("Conv", "MaxPool", "AveragePool") or len(data) not in (3, 4):
+        return ()
+    weight = _dims(graph.tensor(node.inputs[1]))[2:] if node.op == "Conv" else ()
+    rank = len(data) - 2
+    pads = node.attr("pads", (0,) * (2 * rank))
+    ones = (1,) * rank
+    pairs = (data[2:], weight or node.attr("kernel_shape"), node.attr("strides", ones), node.attr("dilations", ones))
+    flat = [size for pair in pairs for size in ((1,) * (2 - rank) + tuple(pair))]
+    sides = [size for pair in (pads[:rank], pads[rank:]) for size in ((0,) * (2 - rank) + tuple(pair))]
+    return (data[0], *flat, *sides)
 
 
 def _extra_elements(graph: Graph, region: Region) -> int:

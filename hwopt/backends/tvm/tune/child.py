@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from hwopt.backends.tvm.tune.whole import time_program
 from hwopt.emit.cpu import request_tiles
 
 TENSOR = 7  # kTVMFFIDLTensorPtr
@@ -167,6 +168,9 @@ def main() -> None:
         command = json.loads(line)
         if "cores" in command:
             os.sched_setaffinity(0, command["cores"])
+            continue
+        if "calls" in command:
+            time_program(command, say)
             continue
         wanted = json.dumps([command["signature"], command["seed"]])
         if arguments is None or wanted != known:

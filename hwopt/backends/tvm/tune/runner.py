@@ -79,6 +79,29 @@ class Runner:
             library.unlink(missing_ok=True)
         return outcomes
 
+    def time_calls(self, objects: Sequence[bytes], command: Mapping[str, Any]) -> tuple[list[list[float]], float]:
+        """A whole program (see whole.py): the seconds of every call by pass, and of the clock's reference.
+
+        Raises ToolchainError if a kernel fails, crashes or hangs.
+        """
+        library = self._link({str(index): data for index, data in enumerate(objects)})
+        try:
+            self._send({"library": str(library), "threads": self.threads, "seed": self.seed, **command})
+            while True:
+                answer = self._answer()
+                if isinstance(answer, Outcome) or "failed" in answer:
+                    reason = answer.reason if isinstance(answer, Outcome) else "a kernel failed"
+                    raise ToolchainError(f"cannot be timed: {reason}", place="profile")
+                if "passes" in answer:
+                    return answer["passes"], float(answer["clock"])
+        finally:
+            library.unlink(missing_ok=True)
+
+    @property
+    def folder(self) -> Path:
+        """For files that the child reads; gone when the runner closes."""
+        return Path(self._folder.name)
+
     def _try(self, symbols: list[str], library: Path, kernels: Kernels, rounds: int, turn: float) -> dict[str, Outcome]:
         """One command: outcomes of all symbols, or, if one kills the child, of that one only."""
         self._send(

@@ -19,3 +19,39 @@ double hwopt_time(hwopt_kernel kernel, const TVMFFIAny *arguments, int32_t count
   current = NULL;
   return failed ? -1 : ((double)(to.tv_sec - from.tv_sec) + 1e-9 * (double)(to.tv_nsec - from.tv_nsec)) / times;
 }
+
+typedef struct {
+  hwopt_kernel kernel;
+  const TVMFFIAny *arguments;
+  int32_t count;
+} hwopt_timed;
+
+/* Seconds of each of `count` calls, run once in order as a model runs them; -1 for all if one fails. */
+int hwopt_time_calls(const hwopt_timed *calls, int32_t count, int32_t threads, double *seconds) {
+  static hwopt_pool pool;
+  context mine = {&pool, NULL, NULL, NULL, threads};
+  struct timespec from, to;
+  int failed = 0;
+  current = &mine;
+  for (int32_t i = 0; i < count && !failed; ++i) {
+    TVMFFIAny result = {0};
+    clock_gettime(CLOCK_MONOTONIC, &from);
+    failed = calls[i].kernel(NULL, calls[i].arguments, calls[i].count, &result);
+    clock_gettime(CLOCK_MONOTONIC, &to);
+    seconds[i] = (double)(to.tv_sec - from.tv_sec) + 1e-9 * (double)(to.tv_nsec - from.tv_nsec);
+  }
+  current = NULL;
+  return failed;
+}
+
+/* Seconds of 20000 products that wait for each other: what the clock does, whatever others do to the caches. */
+double hwopt_time_clock(void) {
+  struct timespec from, to;
+  volatile uint64_t seed = 3;
+  uint64_t value = seed;
+  clock_gettime(CLOCK_MONOTONIC, &from);
+  for (int i = 0; i < 20000; ++i) value = value * value + 1;
+  seed = value;
+  clock_gettime(CLOCK_MONOTONIC, &to);
+  return (double)(to.tv_sec - from.tv_sec) + 1e-9 * (double)(to.tv_nsec - from.tv_nsec);
+}

@@ -1,0 +1,49 @@
+"""The tile that the templates' schedule chooses, found for all tiles at once: planning asks for thousands of kernels."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from hwopt.target import MicroKernel
+
+LATENCY = 8  # as in kernels/schedule.py, whose `cycles` this is for arrays
+
+
+@functools.lru_cache(maxsize=4096)
+def best_tile(
+    rows: int, columns: int, vectors: int, steps: int, registers: int, group: int
+) -> tuple[float, tuple[int, int, int]]:
+    """Cycles of an image and group, and (rows, columns, vectors) of the tile; `group` positions are computed at once."""
+    tall, wide, deep = _tiles(min(rows, 8), min(columns, 30), min(vectors, 12), registers, group)
+    total = np.zeros(len(tall))
+    for height, ys in _cuts(rows, tall):
+        for width, xs in _cuts(columns, wide):
+            positions = -(-(height * width) // group) * group
+            for depth, vs in _cuts(vectors, deep):
+                issue = np.maximum(np.maximum(positions * depth, positions + group * depth), LATENCY) / 2
+                each = steps * (issue + 0.5) + 2.0 * positions * depth + 12
+                total += ys * xs * vs * each * (height > 0) * (width > 0) * (depth > 0)
+    best = int(total.argmin())
+    return float(total[best]), (int(tall[best]), int(wide[best]), int(deep[best]))
+
+
+@functools.cache
+def _tiles(rows: int, columns: int, vectors: int, registers: int, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tiles whose accumulators and operands fit the registers, in the templates' order."""
+    deep, wide, tall = (one.ravel() for one in np.meshgrid(
+        np.arange(1, vectors + 1), np.arange(1, columns + 1), np.arange(1, rows + 1), indexing="ij"
+    ))  # fmt: skip
+    fits = (-(-(tall * wide) // group) * group) * deep + group * deep + 1 <= registers
+    return tall[fits], wide[fits], deep[fits]
+
+
+def _cuts(size: int, tile: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(tile size, how many) of whole tiles and the rest."""
+    return [(tile, size // tile), (size % tile, np.ones_like(tile))]
+
+
+def tile_of(rows: int, columns: int, channels: int, steps: int, micro: MicroKernel) -> tuple[float, tuple[int, int, int]]:
+    """The same for a micro-kernel and output channels of a group."""
+    return best_tile(rows, columns, -(-channels // micro.lanes), steps, micro.registers, micro.rows)

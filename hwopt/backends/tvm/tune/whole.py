@@ -1,0 +1,106 @@
+"""Whole programs in the measuring process: every call timed where it stands, with the caches as the calls before left them.
+
+A command: {"library", "buffers": [[dtype, shape, place, offset, low, high], ...], "calls": [[symbol, [buffer, ...]], ...],
+"blob": file with the constants, "arena": bytes, "threads", "seconds", "seed"}. A place is blob, arena or own. Answers: {"at": i}
+now and then; at last {"passes": [[seconds of each call], ...], "clock": seconds of the reference}, or {"failed": call}.
+"""
+
+from __future__ import annotations
+
+import _ctypes
+import ctypes
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hwopt.ir import numpy_dtype
+
+LEAST, MOST = 12, 400  # runs of the whole program
+ALIGNMENT = 64
+TENSOR = 7  # kTVMFFIDLTensorPtr
+CODES = {"i": 0, "u": 1, "f": 2, "b": 6}  # DLPack's type codes by numpy's kind
+BFLOAT16_CODE = 4
+INTEGERS_BELOW = 2  # of inputs: indices and masks of real models may be as small
+
+
+class DLTensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32), ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16), ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.c_void_p), ("byte_offset", ctypes.c_uint64),
+    ]  # fmt: skip
+
+
+class FFIAny(ctypes.Structure):
+    _fields_ = [("type_index", ctypes.c_int32), ("padding", ctypes.c_uint32), ("value", ctypes.c_void_p)]
+
+
+class Timed(ctypes.Structure):
+    _fields_ = [("kernel", ctypes.c_void_p), ("arguments", ctypes.POINTER(FFIAny)), ("count", ctypes.c_int32)]
+
+
+class Memory:
+    """The program's buffers: constants from a file, temporaries in one arena as the driver lays them out, the rest random."""
+
+    def __init__(self, command: Mapping[str, Any]) -> None:
+        self.blob = _aligned(np.fromfile(command["blob"], np.uint8))
+        self.arena = _aligned(np.zeros(command["arena"], np.uint8))
+        self.random = np.random.default_rng(command["seed"])
+        self.kept: list[Any] = []
+
+    def tensor(self, dtype: str, shape: list[int], place: str, offset: int) -> DLTensor:
+        base = {"blob": self.blob, "arena": self.arena}.get(place)
+        address = (self._own(dtype, shape) if base is None else base).ctypes.data + offset
+        kind = numpy_dtype(dtype)
+        code = BFLOAT16_CODE if dtype == "bfloat16" else CODES[kind.kind]
+        bits = 8 * kind.itemsize
+        sizes = (ctypes.c_int64 * max(1, len(shape)))(*shape)
+        found = DLTensor(address, 1, 0, len(shape), code, bits, 1, sizes, None, 0)
+        self.kept.append((sizes, found))
+        return found
+
+    def _own(self, dtype: str, shape: list[int]) -> np.ndarray:
+        kind = numpy_dtype(dtype)
+        values = self.random.standard_normal(shape) if kind.kind not in "iub" else self.random.integers(0, INTEGERS_BELOW, shape)
+        made = _aligned(np.frombuffer(np.asarray(values).astype(kind).tobytes(), np.uint8))
+        self.kept.append(made)
+        return made
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
+    space = np.zeros(array.nbytes + 2 * ALIGNMENT, np.uint8)
+    start = -space.ctypes.data % ALIGNMENT
+    copy = space[start : start + max(1, array.nbytes)]
+    copy[: array.nbytes] = array
+    return copy
+
+
+def time_program(command: Mapping[str, Any], say: Callable[[Mapping[str, Any]], None]) -> None:
+    """Run the program until its time is over; every answer says that it is alive."""
+    say({"at": 0})
+    library = ctypes.CDLL(command["library"])
+    library.hwopt_time_clock.restype = ctypes.c_double
+    memory = Memory(command)
+    buffers = [memory.tensor(*buffer) for buffer in command["buffers"]]
+    calls = (Timed * len(command["calls"]))()
+    for place, (symbol, arguments) in enumerate(command["calls"]):
+        slots = (FFIAny * len(arguments))(*(FFIAny(TENSOR, 0, ctypes.addressof(buffers[one])) for one in arguments))
+        memory.kept.append(slots)
+        kernel = ctypes.cast(getattr(library, f"__tvm_ffi_{symbol}"), ctypes.c_void_p)
+        calls[place] = Timed(kernel, slots, len(arguments))
+    passes: list[list[float]] = []
+    seconds, clock = (ctypes.c_double * len(calls))(), float("inf")
+    end = time.perf_counter() + command["seconds"]
+    while len(passes) < LEAST or (time.perf_counter() < end and len(passes) < MOST):
+        say({"at": len(passes)})
+        if library.hwopt_time_calls(calls, len(calls), command["threads"], seconds):
+            say({"failed": True})
+            return
+        passes.append(list(seconds))
+        clock = min(clock, library.hwopt_time_clock())
+    _ctypes.dlclose(library._handle)
+    Path(command["blob"]).unlink(missing_ok=True)
+    say({"passes": passes[1:], "clock": clock})

@@ -1,0 +1,328 @@
+"""Learned prices: trees as data, intervals that cover, tables that are found and checked, profiling that can be interrupted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hwopt.analysis.workload import kernels, workloads
+from hwopt.backends.tvm.kernels import default_schedule
+from hwopt.backends.tvm.kernels.geometry import geometry
+from hwopt.backends.tvm.kernels.schedule import cycles
+from hwopt.backends.tvm.kernels.spec import ConvSpec
+from hwopt.backends.tvm.learn import records as recorded
+from hwopt.backends.tvm.learn import trees
+from hwopt.backends.tvm.learn.features import NAMES, described
+from hwopt.backends.tvm.learn.measure import attribute, profile
+from hwopt.backends.tvm.learn.model import Learned
+from hwopt.backends.tvm.learn.networks import FAMILIES, random_network
+from hwopt.backends.tvm.learn.records import Record, append, clocked, judged, read, table_of
+from hwopt.backends.tvm.learn.table import Table, find_table, from_json, load_table, path_for, table_name, work_key
+from hwopt.backends.tvm.learn.tiles import tile_of
+from hwopt.backends.tvm.learn.trees import Ensemble, Trees, from_sklearn, train
+from hwopt.backends.tvm.tune.runner import Runner
+from hwopt.emit.program import Call
+from hwopt.errors import UnsupportedError, UsageError
+from hwopt.plugins import find_target
+from hwopt.profiling import form_of, profile_target, sample_graph, seconds_of
+from hwopt.target import Coded, MicroKernel, Workload, origin
+from targets._roofline import Roofline
+
+MICRO = MicroKernel("float32", 8, 1, 16, "float32", "float32")
+ANALYTICAL = Roofline({"float32": 1e11}, 1e10, find_target("x86-64-v2").memories, {"float32": 8}, launch_seconds=1e-6)
+
+
+def layer(n: int = 64, k: int = 64, side: int = 14) -> Workload:
+    size = side * side
+    return Workload(
+        "layer", "conv", "float32", size, n, k, read_bytes=4 * size * k, write_bytes=4 * size * n, weight_bytes=4 * n * k,
+        window=(1, side, side, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0), dims=(1, n, side, side), steps=("Conv",),
+    )  # fmt: skip
+
+
+def truth(work: Workload) -> float:
+    """A made-up machine."""
+    return 1e-6 + work.macs / 4e10 * (1.5 if work.n % 8 else 1.0) + work.bytes / 1e10
+
+
+def synthetic(count: int = 240, seed: int = 0) -> list[Record]:
+    random = np.random.default_rng(seed)
+    works = [layer(int(random.integers(4, 256)), int(random.integers(4, 256)), int(random.integers(4, 32))) for _ in range(count)]
+    noise = 1 + 0.01 * random.random(count)
+    return [Record(w, truth(w) * n, 0.01, 1e-5, 1, i, "float32") for i, (w, n) in enumerate(zip(works, noise, strict=True))]
+
+
+@pytest.fixture(scope="module")
+def target():
+    return dataclasses.replace(find_target("x86-64-v2"), microkernels={"float32": MICRO}, runs_here=True)
+
+
+@pytest.fixture(scope="module")
+def table(target) -> Table:
+    return table_of(synthetic(), target, None, "2026-01-01")
+
+
+@pytest.fixture
+def learned(table: Table, tmp_path: Path) -> Learned:
+    path = tmp_path / "table.json"
+    path.write_text(table.to_json())
+    return Learned(path, ANALYTICAL, {"float32": MICRO})
+
+
+def test_trees_predict_what_the_library_predicts() -> None:
+    from sklearn.ensemble import GradientBoostingRegressor
+
+    random = np.random.default_rng(0)
+    rows, wanted = random.random((200, 5)), random.random(200)
+    booster = GradientBoostingRegressor(n_estimators=20, max_depth=4).fit(rows, wanted)
+    fresh = random.random((50, 5))
+    assert np.allclose(from_sklearn(booster).predict(fresh), booster.predict(fresh), atol=1e-6)
+
+
+def test_unseen_kernels_are_predicted_and_covered_by_their_intervals(table: Table, target) -> None:
+    found = judged(table.model, synthetic(200, seed=7), target)
+    assert found.within_10 > 0.85
+    assert found.covered > 0.8
+
+
+def test_intervals_grow_away_from_what_was_measured(table: Table, target) -> None:
+    known, far = (np.array([described(work, target.microkernels, 1)[1]]) for work in (layer(), layer(4000, 4000, 100)))
+    assert table.model.predict(far)[1][0] > 0.1 + table.model.predict(known)[1][0]
+
+
+def test_a_table_is_the_same_after_json(table: Table, target) -> None:
+    again = from_json(table.to_json(), "here")
+    rows = np.array([described(record.work, target.microkernels, 1)[1] for record in synthetic(20, seed=3)])
+    assert again.to_json() == table.to_json()
+    assert np.array_equal(again.model.predict(rows)[0], table.model.predict(rows)[0])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("format", 99),
+        ("features", ["m"]),
+        ("threads", []),
+        ("measured", {"a": ["fast"]}),
+        ("model", {"members": []}),
+        ("facts", None),
+    ],
+)
+def test_a_bad_table_is_one_error_that_names_file_and_key(table: Table, tmp_path: Path, key: str, value: object) -> None:
+    data = json.loads(table.to_json())
+    data[key] = value
+    if value is None:
+        del data[key]
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(UsageError, match=key) as caught:
+        load_table(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_table_that_is_no_json_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text("{")
+    with pytest.raises(UsageError, match=r"t\.json"):
+        load_table(tmp_path / "t.json")
+
+
+def test_measured_kernels_cost_what_was_measured(learned: Learned) -> None:
+    record = synthetic()[0]
+    found = learned.estimate(record.work, 1)
+    assert (found.source, found.seconds) == ("measured", pytest.approx(record.seconds, rel=1e-4))
+    assert found.low is not None and found.high is not None and found.low <= found.seconds <= found.high
+
+
+def test_other_kernels_are_learned_with_an_interval(learned: Learned) -> None:
+    work = layer(100, 100, 21)
+    found = learned.estimate(work, 1)
+    assert found.source == "learned"
+    assert found.seconds == pytest.approx(truth(work), rel=0.2)
+    assert found.low is not None and found.high is not None and found.low < found.seconds < found.high
+
+
+def test_what_no_graph_made_or_nobody_measured_stays_analytical(learned: Learned) -> None:
+    for work in (dataclasses.replace(layer(), steps=()), dataclasses.replace(layer(), dtype="float64")):
+        assert learned.estimate(work, 1) == ANALYTICAL.estimate(work, 1)
+
+
+def test_numbers_of_threads_that_were_not_measured_scale_as_the_analytical_model_says(learned: Learned) -> None:
+    work = layer(256, 256, 28)
+    ratio = ANALYTICAL.estimate(work, 4).seconds / ANALYTICAL.estimate(work, 1).seconds
+    assert learned.estimate(work, 4).seconds == pytest.approx(ratio * learned.estimate(work, 1).seconds)
+    assert ratio < 1
+
+
+def test_weights_as_codes_cost_as_much_more_as_the_analytical_model_says(learned: Learned) -> None:
+    plain = layer(256, 256)
+    coded = dataclasses.replace(plain, m=1, coded=Coded(8_000, 2, True))
+    one = dataclasses.replace(coded, coded=None)
+    ratio = ANALYTICAL.estimate(coded, 1).seconds / ANALYTICAL.estimate(one, 1).seconds
+    assert learned.estimate(coded, 1).seconds == pytest.approx(ratio * learned.estimate(one, 1).seconds)
+
+
+def test_sums_of_learned_and_measured_prices_say_that_they_are_mixed(learned: Learned) -> None:
+    total = learned.estimate(synthetic()[0].work, 1) + learned.estimate(layer(100, 100, 21), 1)
+    assert total.source == "mixed"
+
+
+def test_prices_say_where_they_are_from(learned: Learned) -> None:
+    assert "2026-01-01" in origin(learned)
+    assert origin(ANALYTICAL) == "analytical"
+
+
+def test_a_table_is_found_by_processor_and_instructions(tmp_path: Path, target) -> None:
+    path = path_for(target, tmp_path)
+    assert find_table(target.tvm, tmp_path) is None
+    path.write_text("")
+    assert find_table(target.tvm, tmp_path) == path
+    assert table_name("a", "avx2") != table_name("a", "avx512f")
+    assert find_table({**target.tvm, "mattr": ["+other"]}, tmp_path) is None
+
+
+def test_keys_ignore_names_and_tell_kernels_apart() -> None:
+    assert work_key(layer(), 1) == work_key(dataclasses.replace(layer(), name="other"), 1)
+    assert len({work_key(layer(), 1), work_key(layer(), 2), work_key(layer(65), 1)}) == 3
+
+
+def test_tiles_are_the_ones_that_the_templates_choose() -> None:
+    for micro in (MICRO, MicroKernel("int8", 16, 4, 32, "int32", "uint8")):
+        for n, channels, side, kernel in ((64, 64, 14, 3), (24, 10, 7, 1), (100, 3, 30, 5)):
+            spec = ConvSpec(1, side, side, channels, n, (kernel, kernel))
+            shape, plan = geometry(spec), default_schedule(spec, micro)
+            steps = shape.taps[0] * shape.taps[1] * shape.words(micro.depth)
+            found = tile_of(shape.rows, shape.columns, n, steps, micro)
+            tile = (plan.tile_rows, plan.tile_columns, plan.vectors)
+            assert found == (pytest.approx(cycles(shape, micro, *tile)), tile)
+
+
+def test_features_have_names_and_are_finite() -> None:
+    base, values = described(layer(), {"float32": MICRO}, 1)
+    assert len(values) == len(NAMES)
+    assert base > 0 and np.isfinite(values).all()
+
+
+def test_calls_between_labels_belong_to_the_regions_between() -> None:
+    graph = sample_graph(1, "float32", find_target("x86-64-v2"))
+    names = [work.name for _, work in kernels(graph)]
+    calls = [Call("transpose", ("a",), label="layout"), *(Call("k", ("a",), label=name) for name in names)]
+    best = np.arange(1.0, len(calls) + 1)
+    samples, other = attribute(graph, calls, best, np.zeros(len(calls)))
+    assert other == 1.0
+    assert [(one.work.name, one.seconds) for one in samples] == [(name, 2.0 + i) for i, name in enumerate(names)]
+
+
+def test_fused_calls_are_divided_and_marked_as_shared() -> None:
+    graph = sample_graph(4, "float32", find_target("x86-64-v2"))
+    samples, _ = attribute(graph, [Call("fused", ("a",), label="fused")], np.array([3.0]), np.zeros(1))
+    assert sum(one.seconds for one in samples) == pytest.approx(3.0)
+    assert all(one.shared == len(workloads(graph)) for one in samples)
+
+
+def test_records_survive_their_file_and_a_cut_last_line(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    append(path, synthetic(3))
+    append(path, [dataclasses.replace(synthetic(1)[0], work=dataclasses.replace(layer(), coded=Coded(1, 4, False)))])
+    whole = read(path)
+    assert whole[:3] == synthetic(3)
+    assert whole[3].work.coded == Coded(1, 4, False)
+    path.write_text(path.read_text()[:-20])
+    assert read(path) == whole[:3]
+
+
+def test_a_bad_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    append(path, synthetic(2))
+    path.write_text("nonsense\n" + path.read_text())
+    with pytest.raises(UsageError, match="line 1"):
+        read(path)
+
+
+def test_noise_is_dropped_and_a_slow_clock_taken_out() -> None:
+    one, two, three = synthetic(3)
+    slow = dataclasses.replace(two, seconds=2 * two.seconds, clock=2 * two.clock)
+    found = clocked([one, slow, three, dataclasses.replace(three, noise=0.5), dataclasses.replace(three, shared=2)])
+    assert [record.seconds for record in found] == pytest.approx([one.seconds, two.seconds, three.seconds])
+
+
+def test_random_networks_are_the_same_for_the_same_seed_and_differ_else() -> None:
+    texts = [random_network(seed)[0].SerializeToString() for seed in (5, 5, 6)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_every_family_comes_in_every_dtype() -> None:
+    target = find_target("x86-64-v3")
+    found = {(FAMILIES[seed % len(FAMILIES)], form_of(seed, target)) for seed in range(48)}
+    assert len(found) == len(FAMILIES) * len({form for _, form in found})
+
+
+def test_an_interrupted_profile_goes_on_where_it_stopped(tmp_path: Path, target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measurement is replaced: everything else is real."""
+    from hwopt.backends.tvm.learn import measure
+
+    seen: list[int] = []
+
+    def measured(graph, target, threads, runner, seconds) -> measure.Profile:
+        seen.append(len(seen))
+        if len(seen) == 12:
+            raise KeyboardInterrupt
+        samples = tuple(measure.Sample(work, 1e-6 + work.macs / 4e10 + work.bytes / 1e10, 0.01) for work in workloads(graph))
+        return measure.Profile(samples, 1.0, 0.0, 1e-5)
+
+    monkeypatch.setattr(measure, "profile", measured)
+    monkeypatch.setattr(trees, "TREES", 6)
+    out = tmp_path / "table.json"
+    with pytest.raises(KeyboardInterrupt):
+        profile_target(target, 100, out=out)
+    kept = read(out.with_suffix(".jsonl"))
+    assert kept and load_table(out).measured
+    _, state = profile_target(target, 0.5, out=out)
+    seeds = [record.seed for record in state.records[len(kept) :]]
+    assert state.records[: len(kept)] == kept
+    assert seeds and min(seeds) > max(record.seed for record in kept)
+
+
+def test_profiling_another_machine_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="another"):
+        profile_target("cortex-a53", 1)
+
+
+def test_times_are_read_with_their_unit() -> None:
+    assert [seconds_of(text) for text in ("90s", "10m", "1h")] == [90, 600, 3600]
+    with pytest.raises(UsageError, match="10"):
+        seconds_of("10")
+
+
+def test_a_graph_is_timed_kernel_by_kernel_in_its_own_process() -> None:
+    host = find_target("host")
+    graph = sample_graph(1, "float32", host)
+    with Runner(1, hang=60) as runner:
+        found = profile(graph, host, 1, runner, 0.05)
+    assert [one.work for one in found.samples] == list(workloads(graph))
+    assert all(one.seconds > 0 for one in found.samples)
+    assert found.clock > 0
+
+
+def test_an_empty_tree_is_refused() -> None:
+    with pytest.raises(UsageError, match="tree"):
+        Trees.from_data({"base": 0.0, "trees": [[]]})
+    with pytest.raises(UsageError, match="node"):
+        Trees.from_data({"base": 0.0, "trees": [[[0, 1.0, 0, 0]]]})
+
+
+def test_training_is_the_same_for_the_same_seed(target) -> None:
+    rows, wanted = recorded.matrix(synthetic(60), target)
+    one, two = (train(rows, wanted, np.ones(60), 3, 2) for _ in range(2))
+    assert isinstance(one, Ensemble)
+    assert one.to_data() == two.to_data()
+
+
+def test_listing_targets_does_not_import_tvm() -> None:
+    script = "import sys; from hwopt.plugins import find_targets; find_targets(); sys.exit('tvm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
