@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
 from hwopt.analysis.memo import remembered
 from hwopt.analysis.regions import constant_nodes, integer_operands
 from hwopt.errors import ModelError
 from hwopt.ir import Graph, Node
+from passes._rounding import scales_of
 
 OPS = ("Conv", "Gemm", "MatMul", "ConvTranspose")
 ACCUMULATOR = 2**31 - 1
@@ -38,7 +40,7 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Integers:
-    """int8 weights with their scales ([channels] or []), and int32 biases that count in steps of input x weight scale."""
+    """int8 or int4 weights with their scales ([channels] or []), and int32 biases that count in steps of input x weight scale."""
 
     weight: np.ndarray
     scale: np.ndarray
@@ -157,18 +159,23 @@ def _bias(graph: Graph, node: Node) -> np.ndarray | str | None:
     return np.broadcast_to(bias.ravel(), (channels,))
 
 
-def integers_of(layer: Layer, data_scale: float, mean: np.ndarray | None, *, reduce_range: bool) -> Integers:
+def integers_of(layer: Layer, data_scale: float, mean: np.ndarray | None, *, reduce_range: bool, bits: int = 8) -> Integers:
     """The layer's numbers for inputs that count in steps of `data_scale`.
 
-    A channel's scale is its largest |weight| / 127 (/ 64 with reduce_range: pairs of products then fit 16 bits). It is made
-    larger where the bias would not fit beside the products, and follows the bias where all weights are zero. With the `mean`
-    of the input's channels, the bias makes up for what rounding the weights adds to the mean of the output.
+    A channel's scale is its largest |weight| / 127 (/ 64 with reduce_range: pairs of products then fit 16 bits), in 4 bits
+    the one with the least squared error (codebooks stay in 8 bits: they are small). It is made larger where the bias would
+    not fit beside the products, and follows the bias where all weights are zero. With the `mean` of the input's channels, the
+    bias makes up for what rounding the weights adds to the mean of the output.
     """
-    weight, limit = layer.weight, 64 if reduce_range else 127
+    coded = bits < 8 and not layer.lookup
+    weight, limit = layer.weight, 2 ** (bits - 1) - 1 if coded else 64 if reduce_range else 127
     if weight is None:
         raise ValueError(f"{layer.node} has no constant weights")
     others = tuple(axis for axis in range(weight.ndim) if axis != layer.axis) if layer.axis is not None else None
     scale = np.abs(weight).max(axis=others).astype(np.float64) / limit
+    if coded:
+        scale = scales_of(_channels(weight, layer.axis), bits, weight.size // max(scale.size, 1))[:, 0].reshape(scale.shape)
+        scale = np.where(scale > 2 * TINY, scale, 0).astype(np.float64)
     bias = np.zeros(1) if layer.bias is None else np.abs(layer.bias.astype(np.float64))
     bias = bias.max() if scale.ndim == 0 else np.broadcast_to(bias, scale.shape)
     room = min(2.0**30, ACCUMULATOR - layer.reach)
@@ -179,7 +186,13 @@ def integers_of(layer: Layer, data_scale: float, mean: np.ndarray | None, *, red
     steps = np.clip(np.rint(weight / scale.reshape(shape)), -limit, limit).astype(np.int8)
     bias_scale = (scale * np.float32(data_scale)).astype(np.float32)
     shift = None if mean is None else shift_of(layer, steps * scale.reshape(shape).astype(np.float64) - weight, mean)
+    steps = steps.astype(ml_dtypes.int4) if coded else steps
     return Integers(steps, scale, _bias_steps(layer, shift, bias_scale), bias_scale, shift)
+
+
+def _channels(weight: np.ndarray, axis: int | None) -> np.ndarray:
+    """[channels, all others] of weights; one row where all share a scale."""
+    return weight.reshape(1, -1) if axis is None else np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
 
 
 def shift_of(layer: Layer, error: np.ndarray, mean: np.ndarray) -> np.ndarray | None:

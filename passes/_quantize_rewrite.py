@@ -17,7 +17,13 @@ from passes._quantize_places import DATA, LEFT, RIGHT, Key, Places
 
 
 def rewrite(
-    places: Places, layers: Mapping[str, Layer], grids: Mapping[Key, Grid], means: Mapping[str, np.ndarray], *, reduce_range: bool
+    places: Places,
+    layers: Mapping[str, Layer],
+    grids: Mapping[Key, Grid],
+    means: Mapping[str, np.ndarray],
+    *,
+    reduce_range: bool,
+    bits: int = 8,
 ) -> Edit:
     """All changes as one Edit; `grids` holds the grid of every group of points, `means` those of layers' input channels."""
     form = _Form(places, grids, places.graph.edit())
@@ -35,7 +41,7 @@ def rewrite(
         if layer.weight is not None:
             key = layer.node.inputs[0], DATA
             mean = means.get(layer.node.name)
-            form.weigh(layer, integers_of(layer, form.scale_of(key), mean, reduce_range=reduce_range))
+            form.weigh(layer, integers_of(layer, form.scale_of(key), mean, reduce_range=reduce_range, bits=bits))
     return form.finish(name for name, layer in layers.items() if layer.node.op == "Gemm")
 
 
@@ -219,15 +225,15 @@ class _Form:
         key = f"{source} {layer.axis}", numbers.scale.tobytes()
         if key not in self.weights:
             lookup = layer.lookup
-            integer = self.edit.param(f"{lookup[0].inputs[0] if lookup else source}_int8", numbers.weight)
+            integer = self.edit.param(f"{lookup[0].inputs[0] if lookup else source}_{numbers.weight.dtype}", numbers.weight)
             for step in lookup:  # the same decoding, of the integer codebook
                 inputs = [integer, *step.inputs[1:]]
                 integer = self.edit.emit(step.op, inputs, attrs=step.attrs, name=part(step, "int8"), like=step)
-            names = self._params(source, numbers.scale, np.int8)
+            names = self._params(source, numbers.scale, numbers.weight.dtype)
             self.weights[key] = self._dequantize(source, integer, names, layer.axis if numbers.scale.ndim else None)
         return self.weights[key]
 
-    def _params(self, name: str, scale: np.ndarray, dtype: type) -> tuple[str, str]:
+    def _params(self, name: str, scale: np.ndarray, dtype: np.typing.DTypeLike) -> tuple[str, str]:
         return self.edit.param(f"{name}_scale", scale), self.edit.param(f"{name}_zero_point", np.zeros(scale.shape, dtype))
 
     def finish(self, gemms: Iterable[str]) -> Edit:

@@ -19,6 +19,8 @@ from passes._quantize_rewrite import rewrite
 
 OPSET = 13  # brought one scale per channel, and bfloat16 to Cast
 DTYPES = ("int8", "bf16")
+WEIGHTS = {"int8": 8, "int4": 4}
+INT4_OPSET = 21
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class Quantize(Pass):
     and MatMul nodes (their parts after low-rank included); without a site all of them. A MatMul of two computed values
     (attention) is quantized where `site` names it. What lies between quantized layers (activations, residual adds, pools,
     concats, moves) stays in 8 bits. Needs calibration data.
+
+    weights=int4: symmetric, in [-7, 7], one scale per output channel, the one with the least squared error. Half the size; the
+    same kernels compute them, as int8. Needs opset 21.
 
     dtype=bf16:  conv(x, w) + b -> conv(f32(bf16(x)), f32(bf16 w)) + b, with casts that vanish: the kernels multiply and store
     bfloat16 and add in float32. Residuals and moves in between are bfloat16, everything else stays float32, products of two
@@ -51,16 +56,22 @@ class Quantize(Pass):
     correct_bias: bool = True  # biases make up for the mean error of rounded weights
     reduce_range: bool = False  # 7-bit weights, for kernels that add pairs of products in 16 bits
     dtype: str = "int8"  # or bf16
+    weights: str = "int8"  # or int4
 
     def run(self, graph: Graph, ctx: Context) -> Graph:
         self.check_site(graph)
         if self.dtype not in DTYPES:
             raise PassError(f"no dtype {self.dtype!r}", place=str(self), hint=did_you_mean(self.dtype, DTYPES))
+        if self.weights not in WEIGHTS or (self.dtype == "bf16" and self.weights != "int8"):
+            hint = did_you_mean(self.weights, WEIGHTS)
+            raise PassError(f"no weights {self.weights!r} with dtype {self.dtype}", place=str(self), hint=hint)
         if self.dtype == "bf16":
             return self._to_bfloat16(graph, ctx)
         check_calibrator(self.calibrator)
-        if graph.opsets.get("", 0) < OPSET:
-            raise PassError(f"one scale per channel needs opset {OPSET}, the model has {graph.opsets.get('')}", place=str(self))
+        needed = INT4_OPSET if self.weights == "int4" else OPSET
+        if graph.opsets.get("", 0) < needed:
+            what = "4-bit weights need" if self.weights == "int4" else "one scale per channel needs"
+            raise PassError(f"{what} opset {needed}, the model has {graph.opsets.get('')}", place=str(self))
         layers = self._layers(graph, ctx)
         if not layers:
             return graph
@@ -73,7 +84,8 @@ class Quantize(Pass):
         seen = observed(graph, ctx.calibration, probes, everywhere(graph, self.correct_bias))
         means = {name: seen.mean(*mean_probe(layer)) for name, layer in layers.items() if mean_probe(layer) in seen.found}
         grids = self._grids(places, seen, ctx.target)
-        return rewrite(places, layers, grids, means, reduce_range=self.reduce_range).finish(str(self))
+        bits = WEIGHTS[self.weights]
+        return rewrite(places, layers, grids, means, reduce_range=self.reduce_range, bits=bits).finish(str(self))
 
     @classmethod
     def candidates(cls, graph: Graph, target: Target) -> Iterator[Pass | Refusal]:

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import ml_dtypes
 import numpy as np
 
 from hwopt.analysis.memo import remembered
@@ -70,10 +71,14 @@ def dequantized(graph: Graph, value: str) -> tuple[str, Quantization] | None:
 
 
 def quantized_weight(graph: Graph, value: str, channel_axis: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """The int8 array behind a dequantized constant and its scales [channels] (or []), if symmetric; else None."""
+    """The int8 array behind a dequantized constant and its scales [channels] (or []), if symmetric; else None.
+
+    Weights of 4 bits are unpacked: the same kernels compute them.
+    """
     node = graph.producer.get(value)
     found = quantization(graph, node) if node is not None and node.op == "DequantizeLinear" else None
     array = _decoded(graph, node.inputs[0]) if node is not None and found is not None else None
+    array = array.astype(np.int8) if array is not None and array.dtype == ml_dtypes.int4 else array
     if found is None or array is None or array.dtype != np.int8 or np.any(found.zero_point):
         return None
     if not found.whole and found.axis != channel_axis % array.ndim:
