@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hwopt.cli.files import print_table
+from hwopt.cli.options import JSON
 from hwopt.errors import DeviceError, UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +25,6 @@ NAMING = (
     click.option("--key", default="hwopt", show_default=True, help="What the device is registered as."),
     click.option("--secret-file", type=click.Path(path_type=Path), help="Its first line is the secret that the daemon knows."),
 )
-JSON = click.option("--json", "as_json", is_flag=True, help="Print data instead of text.")
 
 
 def naming_device(command: Command) -> Command:
@@ -51,12 +52,6 @@ def _named(options: dict[str, Any]) -> Address:
     if address is None:
         raise UsageError("which device?", hint="give --device host:port, or --tracker host:port --key name")
     return address
-
-
-def _table(rows: list[dict[str, Any]], as_json: bool) -> None:
-    from hwopt.cli import _table
-
-    _table(rows, as_json)
 
 
 @click.group()
@@ -124,7 +119,7 @@ def list_(tracker: str, as_json: bool) -> None:
     if not rows and not as_json:
         click.echo("no device is registered")
         return
-    _table(rows, as_json)
+    print_table(rows, as_json)
 
 
 @device.command()
@@ -136,7 +131,7 @@ def info(as_json: bool, **options: Any) -> None:
 
     found = facts(_named(options))
     if as_json:
-        _table([found], True)
+        print_table([found], True)
         return
     told = (("clock_khz", ""), ("clock_most_khz", " at most"))
     clock = [f"{found[name] / 1e6:.2f} GHz{what}" for name, what in told if found[name]]
@@ -163,4 +158,4 @@ def bench(artifacts: tuple[Path, ...], threads: int | None, as_json: bool, **opt
         {"artifact": name, "median ms": one.median * 1e3, "iqr ms": one.spread * 1e3, "runs": one.runs}
         for name, one in found.items()
     ]
-    _table(rows, as_json)
+    print_table(rows, as_json)

@@ -1,0 +1,86 @@
+"""The verbs that show something and change nothing: print, diff, explain, passes, targets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from hwopt.cli.files import page_of, print_table, read_graph, read_text
+from hwopt.cli.options import BIND, JSON, MODEL, REPORT, SHAPE
+from hwopt.files import write_whole
+
+
+@click.command("print")
+@MODEL
+@click.option("--history", is_flag=True, help="Show which passes made each node.")
+@SHAPE
+@BIND
+def print_(model: Path, history: bool, shapes: tuple[str, ...], binds: tuple[str, ...]) -> None:
+    """Print a model as hwopt sees it. MODEL is an ONNX file or an artifact."""
+    from hwopt.ir import to_text
+
+    click.echo(to_text(read_graph(model, shapes, binds), history=history), nl=False)
+
+
+@click.command()
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("after", type=click.Path(path_type=Path))
+def diff(before: Path, after: Path) -> None:
+    """Show how two models (ONNX files or artifacts) differ; exit code 1 if they do."""
+    from hwopt.ir import diff as difference
+
+    text = difference(read_graph(before), read_graph(after))
+    if text:
+        click.echo(text)
+        raise click.exceptions.Exit(1)
+
+
+@click.command("explain")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--layer", default="", help="Only this layer.")
+@REPORT
+def explain_(source: Path, layer: str, report: Path | None) -> None:
+    """Why did this layer get that? SOURCE is a plan.json or an artifact (whose page --report can write)."""
+    from hwopt.plan.explain import explain
+    from hwopt.plan.plan import plan_from_json
+
+    path = source / "plan.json" if source.is_dir() else source
+    plan = plan_from_json(read_text(path), str(path))
+    if report:
+        write_whole(report, page_of(source))
+    click.echo(explain(plan, layer), nl=False)
+
+
+@click.command()
+@JSON
+def passes(as_json: bool) -> None:
+    """List the passes: name, family, what they do."""
+    from hwopt.plugins import find_passes
+
+    rows = [
+        {"name": name, "phase": kind.phase.name.lower(), "exact": kind.exact, "summary": kind.summary}
+        for name, kind in find_passes().items()
+    ]
+    print_table(rows, as_json)
+
+
+@click.command()
+@JSON
+def targets(as_json: bool) -> None:
+    """List the targets: name, kind, what they are. `--target mine.toml` takes hardware of your own, by its figures."""
+    from hwopt.plugins import find_targets
+    from hwopt.target import origin
+
+    rows = [
+        {
+            "name": t.name,
+            "kind": t.kind,
+            "cores": t.cores,
+            "runs here": t.runs_here,
+            "prices": origin(t.cost),
+            "summary": t.summary,
+        }
+        for t in find_targets().values()
+    ]
+    print_table(rows, as_json)
