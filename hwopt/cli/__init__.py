@@ -11,7 +11,8 @@ import click
 from hwopt.cli.device import device
 from hwopt.cli.look import diff, explain_, passes, print_, targets
 from hwopt.cli.make import apply_, compile_, demo, plan
-from hwopt.cli.use import bench, cache, profile, run, tune
+from hwopt.cli.profile import profile
+from hwopt.cli.use import bench, cache, run, tune
 from hwopt.errors import HwoptError
 
 

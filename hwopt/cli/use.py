@@ -1,4 +1,4 @@
-"""The verbs for what has been built: run, bench, tune, profile, cache."""
+"""The verbs for what has been built: run, bench, tune, cache."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import click
 
 from hwopt.cli.device import naming_device, take_device
 from hwopt.cli.files import check_parent, print_table
-from hwopt.cli.options import BIND, JSON, MODEL, SEED, SHAPE, TARGET, THREADS, TUNING_DB, job_arguments
+from hwopt.cli.options import BIND, JSON, MODEL, SEED, SHAPE, THREADS, TUNING_DB, job_arguments
 from hwopt.errors import UsageError
 from hwopt.plan.budget import parse_budget
-from hwopt.progress import ProfilingBar, TuningBar
+from hwopt.progress import TuningBar
 
 
 @click.command()
@@ -77,28 +77,6 @@ def tune(model: Path, trials: int | None, duration: str | None, workers: str | N
         return
     print_table(data["kernels"], False)
     click.echo(data["summary"])
-
-
-@click.command()
-@TARGET
-@click.option("--time", "duration", metavar="90s|10m|1h", required=True, help="How long to measure.")
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="The table; in XDG_DATA_HOME, where targets look, if not given."
-)
-@click.option("--core", "cores", type=int, multiple=True, help="A processor to stay on; may be repeated.")
-@JSON
-def profile(target: str, duration: str, threads: int, out: Path | None, cores: tuple[int, ...], as_json: bool) -> None:
-    """Measure kernels on this machine, where they tell most, and learn what others cost: plans get better prices.
-
-    An interrupted call keeps what it has measured; the next one goes on from there.
-    """
-    from hwopt.profiling import profile_target, report_data, seconds_of
-
-    with ProfilingBar() as watch:
-        path, state = profile_target(target, seconds_of(duration), threads=threads, out=out, cores=cores, watch=watch)
-    data = report_data(path, state)
-    click.echo(json.dumps(data, indent=1) if as_json else data["summary"])
 
 
 @click.command()
