@@ -7,12 +7,14 @@ import functools
 import json
 import math
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import tvm
 
 from hwopt.backends.tvm import kernels
+from hwopt.backends.tvm.kernels import schedule as schedules
 from hwopt.backends.tvm.kernels.spec import Activation, Add, Bias, ConvSpec, MatmulSpec, Multiply, PoolSpec, Quantize, Scale
 from targets import _isa_arm, _isa_x86
 
@@ -39,7 +41,9 @@ def machine():
 
 
 def compiled(spec, micro, target, cores=1):
-    function = kernels.build(spec, kernels.default_schedule(spec, micro, cores), micro, "kernel")
+    with mock.patch.object(schedules, "SERIAL_CYCLES", 0):  # as many tasks as large kernels have
+        schedule = kernels.default_schedule(spec, micro, cores)
+    function = kernels.build(spec, schedule, micro, "kernel")
     with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
         return tvm.tirx.build(tvm.IRModule({"kernel": function}), tvm.target.Target(target))
 
@@ -425,3 +429,15 @@ def test_what_a_microkernel_cannot_take_is_refused_with_the_reason():
 def test_a_schedule_survives_json():
     schedule = kernels.default_schedule(conv(**SHAPES[0]), _isa_x86.AVX512_FLOAT, 4)
     assert kernels.Schedule(**json.loads(json.dumps(dataclasses.asdict(schedule)))) == schedule
+
+
+def test_short_kernels_are_not_worth_a_parallel_launch():
+    """What counts is the time of one core: int8 products are faster than those of floats."""
+    floats = MatmulSpec(1, 64, 256, 128)
+    integers = dataclasses.replace(floats, **INT8)
+    vectors = _isa_x86.microkernels(FLAGS["avx512-vnni"])
+    found = [
+        kernels.default_schedule(spec, micro, 2).parallel
+        for spec, micro in zip((floats, integers), (vectors["float32"], vectors["int8"]), strict=True)
+    ]
+    assert found == [True, False]

@@ -18,7 +18,7 @@ from hwopt.backends.tvm.kernels import bfloat16
 from hwopt.backends.tvm.kernels.code import Code, Value, function, interleaved, load, load_part, pieces, splat
 from hwopt.backends.tvm.kernels.epilogue import Epilogue, Place
 from hwopt.backends.tvm.kernels.micro import accumulate, fused_multiply_add, widened
-from hwopt.backends.tvm.kernels.schedule import SERIAL_MACS, Schedule
+from hwopt.backends.tvm.kernels.schedule import Schedule, parallel_pays
 from hwopt.backends.tvm.kernels.spec import ConvSpec
 from hwopt.target import MicroKernel
 
@@ -44,7 +44,7 @@ def default_schedule(spec: ConvSpec, micro: MicroKernel, cores: int = 1) -> Sche
     """The tile whose loads, products and waste are least per row, and rows enough for every core."""
     most = max(2, min(8 if micro.registers > 16 else 4, CODE // (spec.kernel[0] * spec.kernel[1])))
     columns = min(range(1, min(most, spec.out_width) + 1), key=lambda width: _row_cost(spec, width))
-    parallel = cores > 1 and spec.macs >= SERIAL_MACS // 4
+    parallel = parallel_pays(spec.macs / micro.lanes, cores)  # a cycle each, loads included
     rows = spec.out_height
     if parallel:
         rows = max(1, -(-spec.batch * spec.out_height // (4 * cores)))

@@ -14,6 +14,7 @@ from hwopt.target import MicroKernel
 
 LATENCY = 8  # independent accumulators that hide a multiply-add's latency: 4 cycles x 2 a cycle
 SERIAL_MACS = 200_000  # below this a parallel launch costs more than it gains
+SERIAL_CYCLES = 30_000  # of one core, 10 us at 3 GHz: below this a parallel launch, 2 to 5 us, costs more than it gains
 WORKSPACE = 256 << 10  # bytes of padded rows per task: a share of the second level cache
 
 
@@ -72,6 +73,11 @@ def default_schedule(shape: Geometry, micro: MicroKernel, cores: int = 1) -> Sch
     return _blocked(shape, micro, cores, Schedule(rows, columns, vectors, min(unroll, words), 1, 1, 1))
 
 
+def parallel_pays(cycles: float, cores: int) -> bool:
+    """Whether work of so many cycles of one core is worth a parallel launch."""
+    return cores > 1 and cycles >= SERIAL_CYCLES
+
+
 def tiles_of(shape: Geometry, micro: MicroKernel) -> Iterator[tuple[int, int, int]]:
     """(rows, columns, vectors) whose accumulators and operands fit the registers."""
     most = shape.vectors(micro.lanes)
@@ -109,7 +115,8 @@ def _cuts(size: int, tile: int) -> list[tuple[int, int]]:
 def _blocked(shape: Geometry, micro: MicroKernel, cores: int, tile: Schedule) -> Schedule:
     """Blocks for a tile: padded rows must fit the workspace, and there should be some tasks for every core."""
     tiles = -(-shape.vectors(micro.lanes) // tile.vectors)
-    parallel = cores > 1 and shape.macs >= SERIAL_MACS
+    work = cycles(shape, micro, tile.tile_rows, tile.tile_columns, tile.vectors) * shape.images * shape.groups
+    parallel = parallel_pays(work, cores)
     wanted = 4 * cores if parallel else 1
     block_rows = _round(shape.rows, tile.tile_rows)
     if shape.padded:
