@@ -14,6 +14,7 @@ import numpy as np
 
 from hwopt.analysis.workload import workloads
 from hwopt.errors import HwoptError, UnsupportedError, UsageError
+from hwopt.files import write_whole
 from hwopt.ir import Graph
 from hwopt.job import choose_families, prepare, quiet
 from hwopt.pipeline import PassManager
@@ -72,16 +73,9 @@ def profile_target(
     finally:
         if state.records:
             state.quality = quality(clocked(state.records), hardware)
-            write(path, table_of(state.records, hardware, state.quality).to_json())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, table_of(state.records, hardware, state.quality).to_json())
     return path, state
-
-
-def write(path: Path, text: str) -> None:
-    """Under another name first: an interrupt leaves the old table."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
 
 
 def _measuring(target: Target, threads: int, log: Path, cores: tuple[int, ...], state: State) -> Iterator[None]:

@@ -29,8 +29,8 @@ from hwopt.cli.options import (
     job_arguments,
     planning,
 )
+from hwopt.cli.progress import ProgressBar
 from hwopt.files import write_whole
-from hwopt.progress import ProgressBar
 
 
 @click.command("compile")

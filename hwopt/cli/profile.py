@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from hwopt.cli.options import JSON, TARGET
-from hwopt.progress import ProfilingBar
+from hwopt.cli.progress import ProfilingBar
 
 
 @click.command()

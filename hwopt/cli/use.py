@@ -11,9 +11,9 @@ import click
 from hwopt.cli.device import naming_device, take_device
 from hwopt.cli.files import check_parent, print_table
 from hwopt.cli.options import BIND, JSON, MODEL, SEED, SHAPE, THREADS, TUNING_DB, job_arguments
+from hwopt.cli.progress import TuningBar
 from hwopt.errors import UsageError
 from hwopt.plan.budget import parse_budget
-from hwopt.progress import TuningBar
 
 
 @click.command()

@@ -34,20 +34,26 @@ class ProgressBar:
         self._bar.stop()
 
 
-class TuningBar(ProgressBar):
-    """The bar of a search: the best time so far, its share of the limit, what remains; an interrupt says what is kept."""
+class PausableBar(ProgressBar):
+    """The bar of work that keeps what it has measured; a subclass says in one line what it has reached."""
 
-    def _advance_search(self, state: Any) -> None:
-        from hwopt.tuning import progress_line
+    def line(self, state: Any) -> str:
+        """What has been reached, and what remains."""
+        raise NotImplementedError
 
-        text = progress_line(state)
-        if self._bar.disable:
-            click.echo(f"hwopt: {text}", err=True)
-        self._bar.update(self._task, description=text, completed=int(100 * state.share), total=100)
+    def news(self, _: Any) -> bool:
+        """False for a state that is not worth a line of its own where there is no terminal."""
+        return True
 
     def __enter__(self) -> Callable[..., None]:
         super().__enter__()
-        return self._advance_search
+        return self._advance_state
+
+    def _advance_state(self, state: Any) -> None:
+        text = self.line(state)
+        if self._bar.disable and self.news(state):
+            click.echo(f"hwopt: {text}", err=True)
+        self._bar.update(self._task, description=text, completed=int(100 * state.share), total=100)
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
@@ -55,25 +61,26 @@ class TuningBar(ProgressBar):
             click.echo("hwopt: what was measured is kept; run the same command to go on", err=True)
 
 
-class ProfilingBar(ProgressBar):
-    """The bar of `hwopt profile`: what was measured, how well others are predicted; an interrupt says what is kept."""
+class TuningBar(PausableBar):
+    """The bar of a search: the best time so far, its share of the limit, what remains."""
+
+    def line(self, state: Any) -> str:
+        from hwopt.tuning import progress_line
+
+        return progress_line(state)
+
+
+class ProfilingBar(PausableBar):
+    """The bar of `hwopt profile`: what was measured, how well others are predicted."""
 
     _told = -1
 
-    def _advance_profile(self, state: Any) -> None:
+    def line(self, state: Any) -> str:
         from hwopt.profiling import progress_line
 
-        text = progress_line(state)
-        if self._bar.disable and len(state.records) // 200 != self._told:
-            click.echo(f"hwopt: {text}", err=True)
-            self._told = len(state.records) // 200
-        self._bar.update(self._task, description=text, completed=int(100 * state.share), total=100)
+        return progress_line(state)
 
-    def __enter__(self) -> Callable[..., None]:
-        super().__enter__()
-        return self._advance_profile
-
-    def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
-        if error and error[0] is KeyboardInterrupt:
-            click.echo("hwopt: what was measured is kept; run the same command to go on", err=True)
+    def news(self, state: Any) -> bool:
+        """Every two hundred kernels."""
+        told, self._told = self._told, len(state.records) // 200
+        return told != self._told
