@@ -130,9 +130,10 @@ def _given(job: Job, replay: Plan | None) -> Found:
 
 
 def _fastest(job: Job, found: Found, build: Build) -> tuple[Found, Built]:
-    """Of the plans within the budget that are predicted to be nearly as fast as the best one, the one that is measured so."""
+    """Of the plans within the budget that may be as fast as the best one, and of those in one precision, the fastest one."""
     near = [one for one in found.others if one.plan.seconds_after <= NEAR * found.plan.seconds_after][: CONTENDERS - 1]
     near += [one for one in found.others if len(one.plan.families) == 1 and one not in near][:1]  # the sums may promise too much
+    near += [one for one in found.others if one.uniform and one not in near]
     first = build(found)
     if not near or not job.target.runs_here or job.check == "none" or job.budget.limited:
         return found, first

@@ -11,21 +11,24 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import hwopt.prove as prove
+from hwopt.backends.ort import Session
 from hwopt.cli import main
 from hwopt.decide import make_task
 from hwopt.errors import BudgetError, UsageError
+from hwopt.evaluate import Run
 from hwopt.explore import plan_front, plan_once, plan_trials
 from hwopt.job import Job, prepare, quiet
 from hwopt.measure import Timing
 from hwopt.pipeline import PassManager, merged
 from hwopt.plan.attempt import price
-from hwopt.plan.budget import parse_budget
+from hwopt.plan.budget import Budget, parse_budget
 from hwopt.plan.options import Pricer
 from hwopt.plan.plan import plan_from_json
 from hwopt.plan.polish import polished
-from hwopt.plan.search import aim
+from hwopt.plan.search import aim, search
 from hwopt.plan.solve import Solution, predicted
 from hwopt.plan.trials import knobs_of
+from hwopt.plan.uniform import uniform_solutions
 from passes.quantize import Quantize
 
 CLASSES = 8
@@ -99,6 +102,47 @@ def test_polishing_finds_exchanges_that_are_faster_on_the_graph(network: Path) -
     assert found.options and found.error <= allowed
     assert task.pricer.graph(changed).seconds < priced.base.total_seconds
     assert polished(job.graph, job.ctx, priced, nothing, 0.0, task.pricer) is nothing
+
+
+class Coarse:
+    """Few samples: whatever is not all int8 (or unchanged) has `other` of 64 answers wrong, all int8 has `plain`."""
+
+    metric = "coarse"
+
+    def __init__(self, job: Job, plain: int, other: int) -> None:
+        random = np.random.default_rng(3)
+        self.feeds, self.plain, self.other = {"x": random.standard_normal((1, 3, 12, 12)).astype(np.float32)}, plain, other
+        int8 = PassManager((Quantize(),)).run(job.graph, job.ctx).graph
+        self.answers = [Session(graph).run(self.feeds)["y"] for graph in (job.graph, int8)]
+
+    def __call__(self, run: Run) -> np.ndarray:
+        same = [np.array_equal(run(self.feeds)["y"], answer) for answer in self.answers]
+        wrong = 0 if same[0] else self.plain if same[1] else self.other
+        return (np.arange(64) >= wrong).astype(np.float64)
+
+
+def test_no_search_ends_slower_than_one_precision_for_all_that_keeps_the_drop(network: Path) -> None:
+    job = job_for(network)
+    task = make_task(job)
+    assert task is not None
+    priced = price(task)
+    unlucky = dataclasses.replace(task, scorer=Coarse(job, plain=0, other=8), budget=Budget(1e-6))
+    found = search(unlucky, priced)
+    int8 = next(iter(uniform_solutions(priced)))
+    assert found.uniform and {option.text for option in int8.options} == {text for d in found.plan.decisions for text in d.by}
+    assert found.comparison is not None and found.comparison.drop == 0.0
+
+
+def test_one_precision_for_all_needs_no_margin_below_the_allowed_drop(network: Path) -> None:
+    job = job_for(network, passes="quantize")
+    task = make_task(job)
+    assert task is not None
+    close = dataclasses.replace(task, scorer=Coarse(job, plain=1, other=0), budget=Budget(0.02))
+    found = search(close, price(task))
+    assert found.uniform and found.comparison is not None and found.comparison.drop == pytest.approx(1 / 64)
+    assert found.comparison.drop > aim(close.budget, found.comparison)
+    over = dataclasses.replace(close, budget=Budget(0.01))
+    assert not search(over, price(task)).uniform
 
 
 def test_equal_seeds_give_equal_plans_that_keep_the_drop(network: Path) -> None:

@@ -100,13 +100,15 @@ class Priced:
 class Found:
     """The best plan, the graph it makes, and how that compares with the original (None without evaluation data).
 
-    `others` are further plans within the budget, predicted to be slower: a measurement may disagree.
+    `others` are further plans within the budget, predicted to be slower: a measurement may disagree. `uniform`: every layer in
+    one precision.
     """
 
     plan: Plan
     graph: Graph
     comparison: Comparison | None
     others: tuple[Found, ...] = ()
+    uniform: bool = False
 
 
 @dataclass(frozen=True, eq=False)

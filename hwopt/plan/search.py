@@ -16,6 +16,7 @@ from hwopt.plan.options import Option
 from hwopt.plan.plan import Decision, Offer, Plan
 from hwopt.plan.polish import polished
 from hwopt.plan.solve import Limits, Solution, solve
+from hwopt.plan.uniform import UNIFORM, uniform_solutions
 from hwopt.plugins import find_passes
 
 __all__ = ["Attempt", "Found", "Priced", "Search", "price", "search", "versions"]
@@ -33,6 +34,7 @@ def search(task: Search, priced: Priced) -> Found:
     attempts: list[Attempt] = []
     note = ""
     try:
+        _uniform(task, priced, attempts)
         _rounds(task, priced, attempts)
         _polish(task, priced, attempts)
         _single_family(task, priced, attempts)
@@ -43,6 +45,16 @@ def search(task: Search, priced: Priced) -> Found:
         task.progress(note, 0, 1)
     found = _best(task, priced, attempts)
     return dataclasses.replace(found, plan=dataclasses.replace(found.plan, note=note))
+
+
+def _uniform(task: Search, priced: Priced, attempts: list[Attempt]) -> None:
+    """Every layer in one precision: no search ends slower than the fastest of these plans that keeps the budget.
+
+    Where scores move in coarse steps (one wrong answer of 100 is a point), an early round may fail by bad luck, and all later
+    ones look at less and less.
+    """
+    if task.budget.latency_seconds is None:  # else the aim is the score
+        attempts.extend(measured(task, priced, one, one.error) for one in uniform_solutions(priced))
 
 
 def _polish(task: Search, priced: Priced, attempts: list[Attempt]) -> None:
@@ -84,7 +96,10 @@ def _known(attempts: Sequence[Attempt], solution: Solution) -> Attempt | None:
 def _rounds(task: Search, priced: Priced, attempts: list[Attempt]) -> None:
     """Solve -> apply -> measure, moving the allowed error between the largest feasible and the smallest infeasible one."""
     most = sum(option.error for option in priced.options) + 1e-9
-    allowed = min(max(FIRST_ERROR * task.budget.max_drop, 1e-6), most)
+    menu = set(map(id, priced.options))
+    uniform = [one for one in attempts if one.solution.by == UNIFORM and menu.issuperset(map(id, one.solution.options))]
+    proven = max((one.solution.error for one in ranking(task, uniform, task.amounts(task.graph))), default=0.0)
+    allowed = min(max(FIRST_ERROR * task.budget.max_drop, proven, 1e-6), most)
     low, high = 0.0, math.inf
     limits = task.first_limits()
     for number in range(ROUNDS):
@@ -141,11 +156,17 @@ def _best(task: Search, priced: Priced, attempts: Sequence[Attempt]) -> Found:
 
 
 def ranking(task: Search, attempts: Sequence[Attempt], start: Amounts) -> list[Attempt]:
-    """The feasible attempts, fastest first; only careful ones if there are any at all inside of the budget's edge."""
+    """The feasible attempts, fastest first; only careful ones if there are any at all inside of the budget's edge.
+
+    What was searched for is the luckiest of several; plans in one precision are not, and need no margin.
+    """
     feasible = [attempt for attempt in attempts if attempt.round.feasible]
     if not task.budget.limited:
         feasible = [attempt for attempt in feasible if attempt.amounts.seconds < start.seconds]
-    careful = [attempt for attempt in feasible if attempt.comparison.drop <= aim(task.budget, attempt.comparison)]
+    careful = [
+        attempt for attempt in feasible
+        if attempt.solution.by == UNIFORM or attempt.comparison.drop <= aim(task.budget, attempt.comparison)
+    ]  # fmt: skip
     return sorted(careful or feasible, key=lambda attempt: attempt.amounts.seconds)
 
 
@@ -158,7 +179,7 @@ def found_of(task: Search, priced: Priced, best: Attempt, attempts: Sequence[Att
     amounts = task.amounts(best.graph)
     if best.round.feasible and (broken := task.exceeded(amounts)):
         raise HwoptError(f"the plan breaks a limit: {broken}", place="plan", hint="this is an error in hwopt")
-    return Found(plan, best.graph, best.comparison)
+    return Found(plan, best.graph, best.comparison, uniform=best.solution.by == UNIFORM)
 
 
 def make_plan(task: Search, priced: Priced, best: Attempt | None, attempts: Sequence[Attempt], start: Amounts) -> Plan:

@@ -1,0 +1,32 @@
+"""Plans that need no search: every layer that has the choice in one precision. Whatever is searched for has to beat them.
+
+They were not picked by their score, so it is no luck: the drop that they show needs no margin.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from hwopt.pipeline import Pass, Phase
+from hwopt.plan.attempt import Priced
+from hwopt.plan.options import Option
+from hwopt.plan.solve import Solution, predicted
+
+UNIFORM = "uniform"  # the solver's name in such a solution
+
+
+def uniform_solutions(priced: Priced) -> Iterator[Solution]:
+    """One for each way to quantize, such as int8 or bfloat16; what cannot take it stays as it is."""
+    ways: dict[Pass, dict[str, Option]] = {}
+    for option in priced.options:
+        one = option.passes[0]
+        if option.form and len(option.passes) == 1 and one.phase == Phase.QUANTIZE:
+            ways.setdefault(dataclasses.replace(one, site=()), {})[option.group] = option
+    for menu in ways.values():
+        options = tuple(menu.values())
+        figures = predicted(priced.base, options, priced.pairs)
+        yield Solution(
+            options, figures["seconds"], round(figures["bytes"]), round(figures["peak_bytes"]), figures["joules"],
+            figures["error"], 0.0, UNIFORM,
+        )  # fmt: skip
