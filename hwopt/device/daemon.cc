@@ -5,7 +5,7 @@
 // read. That proves who connects; it does not encrypt.
 //
 // A connection: [with a secret: proof] then either TVM's handshake (magic, "client:<key> -timeout=<seconds>") or a question
-// (magic, "info" | "ended <serial>"), which is answered also while a session is at work. Sessions run one at a time.
+// (magic, "info" | "ended <serial>" | "end <serial>"), which is answered also while a session is at work. Sessions run one at a time.
 #include <dirent.h>
 #include <fcntl.h>
 #include <ftw.h>
@@ -100,6 +100,11 @@ bool proven(int socket, const std::string& secret) {
 std::string answer(const Server& server, const std::string& question) {
   if (question == "info") return facts(server.options.name, server.options.key, server.instance);
   int serial = -1;
+  if (sscanf(question.c_str(), "end %d", &serial) == 1) {
+    for (const auto& one : server.running)
+      if (one.second.serial == serial) kill(-one.first, SIGKILL);
+    return server.instance;
+  }
   if (sscanf(question.c_str(), "ended %d", &serial) != 1) return "";
   for (const auto& one : server.ended)
     if (one.first == serial) return server.instance + " " + one.second;

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import json
 import queue
 import time
 from collections import Counter
@@ -28,6 +29,7 @@ HANG_SECONDS = 20.0  # one turn takes milliseconds there, an upload longer
 SESSION_SECONDS = 1800  # of one batch, at most
 START_SECONDS = 120.0  # until TVM is imported on a busy machine
 PATIENCE_SECONDS = 300.0  # for a device that reboots
+STRIKES = 2  # hangs after which a candidate is said to hang: networks and busy boards stall, too
 BLAMED = 3  # a candidate at which the device itself went away so often is to blame
 DRIFT = 0.05  # the reference's time may differ by that between the halves of a batch: more, and the clock moved
 DISTURBED = 1.3  # a round in which the reference takes that much longer than usual says nothing
@@ -57,7 +59,9 @@ class DeviceRunner(Runner):
         if self.device["key"] != address.key:
             raise DeviceError(f"serves the key {self.device['key']!r}", place=str(address), hint="give it as --key")
         self.losses: Counter[str] = Counter()  # by the candidate that was running when the device went away
+        self.stalls: Counter[str] = Counter()
         self._places: dict[str, int] = {}
+        self._session = ""  # the device's name for the one at work
 
     def measure(self, kernels: Kernels, rounds: int = 9, turn: float = 1.5e-3) -> dict[str, Outcome]:
         """An outcome for every symbol: "unsteady" for what ran, but while the clock moved, also when it was measured again."""
@@ -84,7 +88,7 @@ class DeviceRunner(Runner):
         }  # fmt: skip
         end = time.monotonic() + self.patience
         while True:
-            session, at, ended = "", -1, None
+            self._session, at, ended = "", -1, None
             found: dict[str, Outcome] = {}
             self._send(command)
             while ended is None:
@@ -92,32 +96,46 @@ class DeviceRunner(Runner):
                 ended = answer if isinstance(answer, Outcome) else _lost(answer)
                 if isinstance(answer, Outcome) or ended:
                     continue
-                session, at = str(answer.get("session", session)), int(answer.get("at", at))
+                if "refused" in answer:
+                    raise DeviceError(f"refuses a batch: {answer['refused']}", place=str(self.address))
+                self._session, at = str(answer.get("session", self._session)), int(answer.get("at", at))
                 if "checked" in answer:
                     found[symbols[answer["checked"]]] = Outcome(answer["status"])
+                    end = time.monotonic() + self.patience  # it gets on
                 if "times" in answer:
                     for index, times in answer["times"].items():
                         found[symbols[int(index)]].times = times
                     return found
-            blamed = self._blamed(ended, session, symbols[at] if at >= 0 else "", end)
+            blamed = self._blamed(ended, symbols[at] if at >= 0 else "", end)
             if blamed:
                 return {symbols[at]: blamed}
 
-    def _blamed(self, ended: Outcome, session: str, symbol: str, end: float) -> Outcome | None:
+    def _blamed(self, ended: Outcome, symbol: str, end: float) -> Outcome | None:
         """The candidate's outcome if it is why the session ended; None, once the device is back, if it is not."""
+        session = self._session
         if session and symbol and ended.status != "crashed":  # that was our own worker
             verdict = self._verdict(session)
-            if verdict and verdict != "exit 0":
-                return Outcome("hung" if verdict in ("hung", "timeout") else "crashed", verdict)
-            if verdict and ended.status == "lost":  # it ended in order: what failed was the call, not the process
-                raise DeviceError(f"a batch cannot be measured: {ended.reason}", place=str(self.address))
-            self.losses[symbol] += 1
+            if ended.status == "hung" or verdict in ("hung", "timeout"):
+                self.stalls[symbol] += bool(verdict)
+                if verdict and self.stalls[symbol] >= STRIKES:
+                    return Outcome("hung", ended.reason)
+            elif verdict and verdict != "exit 0":
+                return Outcome("crashed", verdict)
+            self.losses[symbol] += not verdict
             if self.losses[symbol] >= BLAMED:
                 return Outcome("crashed", f"the device went away {BLAMED} times while it ran")
-        elif session and ended.status == "lost" and self._verdict(session):
-            raise DeviceError(f"a batch cannot be loaded: {ended.reason}", place=str(self.address))
         self._await(end, ended.reason)
         return None
+
+    def _unblock(self) -> None:
+        """Let the device end the session, so that the worker, which takes seconds to start, can go on."""
+        with contextlib.suppress(DeviceError, queue.Empty):
+            if self._session:
+                link.ask(self.address, f"end {self._session.split()[1]}")
+                while "lost" not in json.loads(self._answers.get(timeout=self.hang) or '{"lost": ""}'):
+                    pass
+                return
+        self._stop()
 
     def _verdict(self, session: str) -> str:
         """How a session ended, says the daemon that ran it; "" if it is gone itself."""

@@ -1,8 +1,9 @@
 """The process that measures on a device: TVM's client, and the loops of backends/tvm/tune/child.py over it.
 
-TVM's calls do not end when a device hangs; runner.py notices that no answer comes and ends this process instead. Commands
-and answers are those of child.py, a JSON object a line, and: the first command is {"device": {...}, "seconds"}; every batch
-is a session of its own and is answered first by {"session": name}; {"lost": why} means that the session ended early.
+TVM's calls do not end when a device hangs; runner.py notices that no answer comes and has the session, or this process, ended.
+Commands and answers are those of child.py, a JSON object a line, and: the first command is {"device": {...}, "seconds"}; every
+batch is a session of its own and is answered first by {"session": name}; {"lost": why} means that the session ended early,
+{"refused": why} that the device cannot do it.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Remote(Batch):
         place, threads = self.command["places"][index], self.command["threads"]
         seconds = float(self.call(place, threads, times, self.sets, self.weights, *self.tensors))
         if seconds <= -2:
-            raise DeviceError("the timing loop refuses its arguments")
+            raise AttributeError("the timing loop refuses its arguments")
         return seconds
 
 
@@ -98,15 +99,17 @@ def main() -> None:
     if not first:
         return
     os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")  # the compiler is large and not needed
-    import tvm.rpc  # noqa: F401  # takes seconds: before the first answer is waited for
+    from tvm.error import RPCError  # takes seconds: before the first answer is waited for
 
     device = dict(first["device"], secret=base64.b64decode(first["device"]["secret"]))
     say({"ready": True})
     for line in sys.stdin:
         try:
             measure(json.loads(line), Address(**device), first["seconds"], say)
-        except (DeviceError, RuntimeError, AttributeError) as error:  # TVM's errors are RuntimeErrors
-            say({"lost": str(error) if isinstance(error, DeviceError) else first_line(error)})
+        except (RPCError, AttributeError) as error:  # the device's answer, in a session that works
+            say({"refused": first_line(error)})
+        except (DeviceError, RuntimeError) as error:  # TVM's are RuntimeErrors
+            say({"lost": error.message if isinstance(error, DeviceError) else first_line(error)})
 
 
 if __name__ == "__main__":

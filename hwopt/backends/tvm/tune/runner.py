@@ -128,13 +128,17 @@ class Runner:
         try:
             line = self._answers.get(timeout=self.hang)
         except queue.Empty:
-            self._stop()
+            self._unblock()
             return Outcome("hung", f"no answer within {self.hang:g} s")
         if line is not None:
             return json.loads(line)
         code = self._process.wait() if self._process else 0
         self._stop()
         return Outcome("crashed", f"signal {-code}" if code < 0 else f"exit code {code}")
+
+    def _unblock(self) -> None:
+        """Whatever hangs: end it."""
+        self._stop()
 
     def _send(self, command: Mapping[str, Any]) -> None:
         stdin = (self._process or self._start()).stdin
