@@ -8,6 +8,7 @@ batches nor automatic differentiation: the result depends on nothing but the dat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -21,7 +22,8 @@ from hwopt.ir import Graph, Node
 from hwopt.ir.graph import in_order
 from hwopt.samples import Samples, batch_of
 
-SAMPLES = 128
+SAMPLES = 32, 128  # at least and at most, as many as give ROWS rows for each product
+ROWS = 4
 POSITIONS = 96  # of a convolution's output that count in each sample, evenly spread
 ITERATIONS, WARM = 400, 0.2  # of these, the first share without the regularizer
 RATE, WEIGHT = 0.03, 0.02  # of Adam; of the regularizer beside errors in squared steps
@@ -47,10 +49,9 @@ def adapted(
     """The quantized graph with the integer weights of these layers rounded anew, one after the other in graph order.
 
     Each layer sees what the layers before it, rounded already, hand it, and aims at the float layer's outputs. A layer's int32
-    bias takes what is left of the mean. At most SAMPLES samples count; memory does not grow with them.
+    bias takes what is left of the mean. At most 128 samples count; memory does not grow with them.
     """
     wanted = [node for node in graph.nodes if node.name in set(names)]
-    samples = samples.head(max(SAMPLES, batch_of(graph)))
     for done, node in enumerate(wanted):
         if progress is not None:
             progress(f"rounding {node.name}", done, len(wanted))
@@ -88,13 +89,10 @@ def _solved(graph: Graph, node: Node, quantized: Graph, layer: Node, samples: Sa
     bias = quantized.producer.get(layer.inputs[2]) if len(layer.inputs) > 2 else None
     biased = bias is not None and bias.op == "DequantizeLinear" and bias.inputs[0] in quantized.params
     exact = _rows(node, _weight_of(graph, node))[0].astype(np.float64)
-    moments = _moments(_pairs(graph, node, quantized, layer, samples), centred=biased)
+    few = samples.head(max(_needed(graph, node, steps.shape[2]), batch_of(graph)))
+    moments = _moments(_pairs(graph, node, quantized, layer, few), centred=biased)
     limit = max(int(np.abs(steps.astype(np.int8)).max(initial=1)), 1)  # every layer has a channel that reaches it
-    found = np.empty(steps.shape, np.int8)
-    for one in range(len(steps)):
-        aim = moments.cross[one] / scale[one]
-        near = steps[one].astype(np.float64)
-        found[one] = best_rounding(exact[one] / scale[one], moments.covariance[one], aim, near, limit)
+    found = best_rounding(exact / scale, moments.covariance, moments.cross / scale, steps.astype(np.float64), limit)
     changed = {source.inputs[0]: restore(found).astype(stored.dtype)}
     if biased and bias is not None:
         left = moments.outputs - np.einsum("gnk,gk->gn", found * scale, moments.inputs)
@@ -103,21 +101,29 @@ def _solved(graph: Graph, node: Node, quantized: Graph, layer: Node, samples: Sa
     return changed
 
 
-def best_rounding(exact: np.ndarray, covariance: np.ndarray, cross: np.ndarray, nearest: np.ndarray, limit: int) -> np.ndarray:
-    """Integers [n, k] for weights `exact` [n, k], all in steps, that bring u x nearest to y in the mean square.
+def _needed(graph: Graph, node: Node, products: int) -> int:
+    """How many samples to look at: a layer with many positions shows all it has on few of them."""
+    shape = graph.tensor(node.output).shape or ()
+    space = shape[2:] if node.op == "Conv" else shape[1:-1]
+    positions = min(math.prod(dim if isinstance(dim, int) else 1 for dim in space), POSITIONS if node.op == "Conv" else 2**31)
+    return int(np.clip(-(-ROWS * products // max(positions, 1)), *SAMPLES))
 
-    `covariance` [k, k] is E[x x^T], `cross` [n, k] E[y x^T] in steps. The better of AdaRound's choice and the nearest, after
-    both have been improved by single weights while that helps.
+
+def best_rounding(exact: np.ndarray, covariance: np.ndarray, cross: np.ndarray, nearest: np.ndarray, limit: int) -> np.ndarray:
+    """Integers [groups, n, k] for weights `exact` [groups, n, k], all in steps, that bring u x nearest to y in the mean square.
+
+    `covariance` [groups, k, k] is E[x x^T], `cross` [groups, n, k] E[y x^T] in steps. The better of AdaRound's choice and the
+    nearest, after both have been improved by single weights while that helps.
     """
-    unit = float(np.trace(covariance)) / len(covariance)
-    if unit <= 0:
-        return nearest.astype(np.int8)
-    hessian = covariance / unit + DAMPING * np.eye(len(covariance))
+    inputs = exact.shape[2]
+    unit = np.trace(covariance, axis1=1, axis2=2)[:, None, None] / inputs
+    unit = np.where(unit > 0, unit, 1.0)  # nothing was seen: the damping alone asks for the nearest
+    hessian = covariance / unit + DAMPING * np.eye(inputs)
     aim = cross / unit + DAMPING * exact
     soft = _soft_rounding(exact, hessian, aim, limit).astype(np.float64)
-    found = [_polished(start.copy(), hessian, aim, limit) for start in (soft, nearest)]
-    errors = [np.einsum("nk,nk->n", one @ hessian - 2 * aim, one) for one in found]
-    return np.where((errors[0] <= errors[1])[:, None], found[0], found[1]).astype(np.int8)
+    found = [_polished(start, hessian, aim, limit) for start in (soft, nearest)]
+    errors = [((one @ hessian - 2 * aim) * one).sum(2) for one in found]
+    return np.where((errors[0] <= errors[1])[..., None], found[0], found[1]).astype(np.int8)
 
 
 def _soft_rounding(exact: np.ndarray, hessian: np.ndarray, aim: np.ndarray, limit: int) -> np.ndarray:
@@ -135,7 +141,7 @@ def _soft_rounding(exact: np.ndarray, hessian: np.ndarray, aim: np.ndarray, limi
         if share > 0:
             beta = BETA[0] + share * (BETA[1] - BETA[0])
             away = 2 * soft - 1
-            gradient -= WEIGHT * 2 * beta * np.sign(away) * np.abs(away) ** (beta - 1)
+            gradient -= np.float32(WEIGHT * 2 * beta) * np.sign(away) * np.abs(away) ** np.float32(beta - 1)
         gradient *= 1.2 * sigmoid * (1 - sigmoid)
         mean = 0.9 * mean + 0.1 * gradient
         square = 0.999 * square + 0.001 * gradient**2
@@ -144,23 +150,28 @@ def _soft_rounding(exact: np.ndarray, hessian: np.ndarray, aim: np.ndarray, limi
     return floor + (chosen >= 0)
 
 
-def _polished(steps: np.ndarray, hessian: np.ndarray, aim: np.ndarray, limit: int) -> np.ndarray:
+def _polished(start: np.ndarray, hessian: np.ndarray, aim: np.ndarray, limit: int) -> np.ndarray:
     """Change one weight of every output by one step, the one that helps most, for as long as any helps."""
-    slope = 2 * (steps @ hessian - aim)
-    own = np.diag(hessian)
-    rows = np.arange(len(steps))
-    for _ in range(4 * steps.shape[1]):
-        up = np.where(steps < limit, own + slope, np.inf)
-        down = np.where(steps > -limit, own - slope, np.inf)
+    outputs, inputs = start.shape[1:]
+    steps = start.reshape(-1, inputs).copy()
+    slope = 2 * (start @ hessian - aim).reshape(-1, inputs)
+    own = np.repeat(np.diagonal(hessian, axis1=1, axis2=2), outputs, axis=0)
+    active = np.arange(len(steps))  # outputs that a change may still help
+    for _ in range(4 * inputs):
+        now, gradient = steps[active], slope[active]
+        up = np.where(now < limit, own[active] + gradient, np.inf)
+        down = np.where(now > -limit, own[active] - gradient, np.inf)
         gain = np.minimum(up, down)
         column = gain.argmin(1)
-        helps = gain[rows, column] < -1e-9
-        if not helps.any():
+        picked = np.arange(len(active)), column
+        helps = gain[picked] < -1e-9
+        change = np.where(up[picked] <= down[picked], 1.0, -1.0)[helps]
+        active, column = active[helps], column[helps]
+        if not len(active):
             break
-        change = np.where(up[rows, column] <= down[rows, column], 1.0, -1.0) * helps
-        steps[rows, column] += change
-        slope += 2 * change[:, None] * hessian[column]
-    return steps
+        steps[active, column] += change
+        slope[active] += 2 * change[:, None] * hessian[active // outputs, column]
+    return steps.reshape(start.shape)
 
 
 # --- what a layer sees and should answer ---

@@ -94,7 +94,7 @@ def test_few_weights_are_rounded_nearly_as_well_as_by_the_best_choice_of_all() -
     exact = random.uniform(-5, 5, (20, 8))
     data = random.standard_normal((100, 3)) @ random.standard_normal((3, 8)) + 0.2 * random.standard_normal((100, 8))
     moment = data.T @ data / len(data)
-    found = best_rounding(exact, moment, exact @ moment, np.rint(exact), 7)
+    found = best_rounding(exact[None], moment[None], (exact @ moment)[None], np.rint(exact)[None], 7)[0]
     choices = np.array(list(itertools.product((0, 1), repeat=8)))
 
     best = np.array([min(error_of(exact[row], np.floor(exact[row]) + choices, moment)) for row in range(20)])
