@@ -1,6 +1,6 @@
 """A daemon for tests, here or under qemu-user; and, run as a program, a tuning host that can be killed.
 
-python -m tests._device PORT DATABASE TRIALS MACHINE
+python -m tests._device PORT DATABASE TRIALS BATCH MACHINE
 """
 
 from __future__ import annotations
@@ -111,16 +111,16 @@ def device_task(machine: str) -> Task:
     return make_task(spec, target.microkernels["float32"], target, 1)
 
 
-def host(port: int, path: Path, trials: int, machine: str) -> None:
+def host(port: int, path: Path, trials: int, batch: int, machine: str) -> None:
     """Tune one small kernel; times under emulation mean nothing, so the clock may do what it wants."""
-    runner = DeviceRunner(Address("127.0.0.1", port), 1, hang=4.0, drift=1e9, cool=0.0, patience=60.0)
+    runner = DeviceRunner(Address("127.0.0.1", port), 1, hang=3.0, drift=1e9, cool=0.0, patience=60.0)
     database = Database(path, cpu=str(runner.device["name"]))
     build = Chaos(path.parent, machine)
     tune(
         {device_task(machine): 1}, device_target(machine), database, Effort(trials=trials), executor=Here(), build=build,
-        batch=6, runner=runner,
+        batch=batch, runner=runner,
     )  # fmt: skip
 
 
 if __name__ == "__main__":
-    host(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    host(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
