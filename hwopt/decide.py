@@ -51,7 +51,7 @@ def decided_and_built(job: Job, replay: Plan | None, baseline: Built, build: Bui
     task = dataclasses.replace(task, scale=_time_scale(job, baseline), memory_scale=_memory_scale(baseline))
     priced = price(task)
     for _ in range(TURNS):
-        found, result = _fastest(job, search(task, priced), build)
+        found, result = fastest(job, search(task, priced), build)
         seconds = _seconds(job, baseline, result)
         broken = _broken(job, result, seconds["result"])
         if not broken:
@@ -129,7 +129,7 @@ def _given(job: Job, replay: Plan | None) -> Found:
     return Found(_plan_of(job, (), refused), job.graph, None)
 
 
-def _fastest(job: Job, found: Found, build: Build) -> tuple[Found, Built]:
+def fastest(job: Job, found: Found, build: Build) -> tuple[Found, Built]:
     """Of the plans within the budget that may be as fast as the best one, and of those in one precision, the fastest one."""
     near = [one for one in found.others if one.plan.seconds_after <= NEAR * found.plan.seconds_after][: CONTENDERS - 1]
     near += [one for one in found.others if len(one.plan.families) == 1 and one not in near][:1]  # the sums may promise too much
@@ -152,7 +152,10 @@ def _proved(job: Job, task: Search, found: Found, baseline: Built, result: Built
     if state.found.graph is found.graph:
         return state.found, state.result
     before, after = (task.scorer(Session(graph).run) for graph in (job.graph, state.found.graph))
-    return dataclasses.replace(state.found, comparison=compare(task.scorer.metric, before, after)), state.result
+    comparison = compare(task.scorer.metric, before, after)
+    if comparison.drop > job.budget.max_drop:  # errors of changes may have cancelled each other
+        return found, result
+    return dataclasses.replace(state.found, comparison=comparison), state.result
 
 
 def _worth_it(job: Job, found: Found, baseline: Built, result: Built) -> tuple[Found, Built]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from hwopt.ir import Graph
 ROUNDS = 40  # timed turns of each runner, one after the other
 SECONDS_PER_TURN = 0.01
 SETTLE_SECONDS = 0.002  # longer than idle worker threads of the runtimes spin
+MEDIAN_ERROR, QUARTILES = 1.2533, 1.349  # of normal noise: a median's error over a mean's, quartiles apart over the deviation
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,26 @@ def interleaved(
     (the caches hold the data of others).
     """
     repeats = {name: _repeats(run) for name, run in runners.items()}
+    return {name: _timing(values, repeats[name]) for name, values in _turns(runners, repeats, rounds, settle).items()}
+
+
+def side_by_side(
+    runners: Mapping[str, Callable[[], object]], rounds: int = ROUNDS, settle: float | None = SETTLE_SECONDS
+) -> dict[str, np.ndarray]:
+    """The same as seconds per run of each turn, [rounds]: those at one place were taken one after the other."""
+    repeats = {name: _repeats(run) for name, run in runners.items()}
+    return {name: np.array(values) for name, values in _turns(runners, repeats, rounds, settle).items()}
+
+
+def difference(slower: np.ndarray, faster: np.ndarray) -> tuple[float, float]:
+    """Median of slower - faster, turn by turn, and its standard error: of normal noise as the quartiles show it, no outliers."""
+    low, median, high = np.percentile(slower - faster, (25, 50, 75))
+    return float(median), float(MEDIAN_ERROR * (high - low) / QUARTILES / math.sqrt(len(slower)))
+
+
+def _turns(
+    runners: Mapping[str, Callable[[], object]], repeats: Mapping[str, int], rounds: int, settle: float | None
+) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(rounds):
         for name, run in runners.items():
@@ -47,7 +69,7 @@ def interleaved(
                 time.sleep(settle)
                 run()
             seconds[name].append(_turn(run, repeats[name]))
-    return {name: _timing(values, repeats[name]) for name, values in seconds.items()}
+    return seconds
 
 
 def _repeats(run: Callable[[], object]) -> int:

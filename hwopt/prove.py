@@ -1,4 +1,4 @@
-"""Leave one out: no change stays in a plan if the built model is faster without it."""
+"""Leave one out: no change stays in a plan unless the built model is measurably slower without it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hwopt.analysis.workload import workloads
 from hwopt.build import Built
 from hwopt.ir import Graph
 from hwopt.job import Job
-from hwopt.measure import interleaved
+from hwopt.measure import difference, side_by_side
 from hwopt.pipeline import Refusal, parse
 from hwopt.plan.attempt import Found
 from hwopt.plan.plan import Decision, Offer, Plan, apply_plan
@@ -21,26 +21,49 @@ from hwopt.target import total
 
 CHECKS = ("none", "doubtful", "all")
 DOUBT = 0.03  # changes that are predicted to save less than this share of the whole are built without
-AGREE = 2  # timings that must all say that the model is faster without a change
+SURE = 2.0  # standard errors of the timing: a change that saves less than this is not worth what it does to the outputs
+CLEAR, TIMINGS, ROUNDS = 4.0, 3, 16  # more timings, at most so many of so many rounds, until an effect is this clear
 Build = Callable[[Found], Built]
 Feeds = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """A plan with its library, as changes are taken out of it."""
+    """A plan with its library, as changes are taken out of it; `first` is the library with all of them."""
 
     found: Found
     result: Built
+    first: Built
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Seconds that a change saves, and that the model without it is slower than it was with all; both with standard errors."""
+
+    saved: float
+    error: float
+    lost: float
+    lost_error: float
+
+    @property
+    def worth_it(self) -> bool:
+        """Measurable; or too small to see, as were others that are gone, and together they are seen."""
+        return self.saved > 0 and (self.saved >= SURE * self.error or self.lost >= SURE * self.lost_error)
+
+    @property
+    def text(self) -> str:
+        if self.saved < 0:
+            return f"measured: the model is {-self.saved * 1e6:.2f} us faster without it"
+        return f"measured: it saves {self.saved * 1e6:.2f} us, within the timing's error of {SURE * self.error * 1e6:.2f} us"
 
 
 def proved(job: Job, found: Found, result: Built, build: Build, feeds: Feeds, kept: Callable[[Built], bool]) -> State:
-    """The plan without the changes whose measured effect is negative, the doubtful ones looked at or all (`job.check`).
+    """The plan without the changes that save nothing that can be measured, the doubtful ones looked at or all (`job.check`).
 
     Each is taken out, the rest built, both timed in turns. `kept` says if a library keeps the budget: a change that another
     limit needs stays.
     """
-    state = State(found, result)
+    state = State(found, result, result)
     waiting = list(_doubtful(job, found))
     for number, (decision, without) in enumerate(waiting):
         job.progress("leaving out one change after the other", number, len(waiting))
@@ -65,30 +88,33 @@ def _tried(
 ) -> State:
     plan = _less(state.found.plan, decision)
     other = build(Found(plan, without, None))
-    saved = _saved(state.result, other, feeds)
-    if all(seconds < 0 for seconds in saved) and kept(other):
+    effect = _effect(state, other, feeds)
+    if not effect.worth_it and kept(other):
         text = " + ".join(decision.by)
-        reason = f"{text}: measured: the model is {-max(saved) * 1e6:.2f} us faster without it"
+        reason = f"{text}: {effect.text}"
         refused = (*plan.refused, Refusal(decision.by[-1].partition("{")[0], _place(decision), reason))
         scale = state.found.plan.seconds_after / max(_seconds(job, state.found.graph), 1e-12)
         plan = dataclasses.replace(plan, refused=refused, seconds_after=_seconds(job, without) * scale)
         plan = dataclasses.replace(plan, offers=tuple(_unchosen(one, text) for one in plan.offers))
-        return State(Found(plan, without, None), other)
-    measured = dataclasses.replace(decision, measured_seconds=max(saved))
+        return State(Found(plan, without, None), other, state.first)
+    measured = dataclasses.replace(decision, measured_seconds=effect.saved)
     decisions = tuple(measured if one.by == decision.by else one for one in state.found.plan.decisions)
     plan = dataclasses.replace(state.found.plan, decisions=decisions)
-    return State(dataclasses.replace(state.found, plan=plan), state.result)
+    return dataclasses.replace(state, found=dataclasses.replace(state.found, plan=plan))
 
 
-def _saved(result: Built, without: Built, feeds: Feeds) -> list[float]:
-    """Seconds that the change saves, of each timing; the second one is taken only if the first says that it costs."""
-    saved: list[float] = []
-    for _ in range(AGREE):
-        times = interleaved({"with": result.artifact.runner(feeds), "without": without.artifact.runner(feeds)})
-        saved.append(times["without"].median - times["with"].median)
-        if saved[-1] >= 0:
+def _effect(state: State, without: Built, feeds: Feeds) -> Effect:
+    """Timed in turns, again while it is not clear."""
+    libraries = {"with": state.result, "without": without, "first": state.first}
+    runners = {name: built.artifact.runner(feeds) for name, built in libraries.items()}
+    turns: list[dict[str, np.ndarray]] = []
+    for _ in range(TIMINGS):
+        turns.append(side_by_side(runners, ROUNDS))
+        seconds = {name: np.concatenate([turn[name] for turn in turns]) for name in runners}
+        saved, error = difference(seconds["without"], seconds["with"])
+        if abs(saved) >= CLEAR * error:
             break
-    return saved
+    return Effect(saved, error, *difference(seconds["without"], seconds["first"]))
 
 
 def _without(job: Job, found: Found, decision: Decision) -> Graph:

@@ -18,7 +18,7 @@ from hwopt.errors import BudgetError, UsageError
 from hwopt.evaluate import Run
 from hwopt.explore import plan_front, plan_once, plan_trials
 from hwopt.job import Job, prepare, quiet
-from hwopt.measure import Timing
+from hwopt.measure import difference
 from hwopt.pipeline import PassManager, merged
 from hwopt.plan.attempt import price
 from hwopt.plan.budget import Budget, parse_budget
@@ -29,6 +29,7 @@ from hwopt.plan.search import aim, search
 from hwopt.plan.solve import Solution, predicted
 from hwopt.plan.trials import knobs_of
 from hwopt.plan.uniform import uniform_solutions
+from hwopt.prove import Effect
 from passes.quantize import Quantize
 
 CLASSES = 8
@@ -102,6 +103,8 @@ def test_polishing_finds_exchanges_that_are_faster_on_the_graph(network: Path) -
     assert found.options and found.error <= allowed
     assert task.pricer.graph(changed).seconds < priced.base.total_seconds
     assert polished(job.graph, job.ctx, priced, nothing, 0.0, task.pricer) is nothing
+    again = polished(job.graph, job.ctx, priced, found, allowed, task.pricer)
+    assert again is found  # where it ends, no exchange helps any more
 
 
 class Coarse:
@@ -275,15 +278,15 @@ def test_changes_that_cost_what_they_should_save_are_taken_out(network: Path, mo
         def runner(self, feeds: object) -> tuple:
             return self.decisions
 
-    def timed(runners: dict) -> dict:
+    def timed(runners: dict, rounds: int) -> dict:
         """Every change saves a millisecond but the guilty one, which costs one."""
 
         def seconds(decisions: tuple) -> float:
             return 1.0 - 1e-3 * len(decisions) + (2e-3 if any(d.by == guilty.by for d in decisions) else 0.0)
 
-        return {name: Timing(seconds(d), 0.0, 0.0, 1) for name, d in runners.items()}
+        return {name: np.full(rounds, seconds(d)) for name, d in runners.items()}
 
-    monkeypatch.setattr(prove, "interleaved", timed)
+    monkeypatch.setattr(prove, "side_by_side", timed)
     state = prove.proved(
         job,
         found,
@@ -306,6 +309,16 @@ def test_changes_that_cost_what_they_should_save_are_taken_out(network: Path, mo
         lambda _: False,  # type: ignore[arg-type, return-value]
     )
     assert len(needed.found.plan.decisions) == len(found.plan.decisions)
+
+
+def test_a_change_stays_if_its_saving_is_above_the_error_of_its_timing() -> None:
+    noise = np.array([-1.0, 1.0] * 8)
+    saved, error = difference(100 + 3 * noise, 99 + noise)
+    assert saved == pytest.approx(1.0) and error == pytest.approx(1.2533 * 4 / 1.349 / 4, rel=1e-3)
+    assert not Effect(saved, error, 0.0, 1.0).worth_it and "within the timing's error" in Effect(saved, error, 0.0, 1.0).text
+    assert Effect(saved, error / 2, 0.0, 1.0).worth_it
+    assert Effect(saved, error, 3.0, 1.0).worth_it  # many small ones were taken out: now it shows
+    assert not Effect(-saved, error, 3.0, 1.0).worth_it
 
 
 def test_only_doubtful_changes_are_built_without(network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
