@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hwopt.plan.search import versions
-from hwopt.report import machine
+from hwopt.report.figures import machine
 
 PEERS = ("openvino", "nncf", "torch")
 

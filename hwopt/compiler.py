@@ -13,19 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from threadpoolctl import threadpool_limits
 
-from hwopt.analysis.liveness import peak_activation_bytes
-from hwopt.analysis.size import weight_bytes
 from hwopt.artifact import Artifact, check_destination
-from hwopt.backends.ort import Session
 from hwopt.backends.tvm.support import refuse_unsupported
 from hwopt.build import Built, build
-from hwopt.decide import decided, decided_and_built, make_job_scorer, predicted_seconds, sample_feeds
+from hwopt.decide import decided, decided_and_built
 from hwopt.emit.products import Form
 from hwopt.errors import UnsupportedError, UsageError, did_you_mean
-from hwopt.evaluate import Comparison, compare
 from hwopt.ir import Graph
 from hwopt.job import FORM, Data, Job, prepare, quiet, read_plan
-from hwopt.measure import Timing, interleaved, onnxruntime_runner
 from hwopt.pipeline import PassManager, Refusal, parse_list
 from hwopt.plan.budget import Budget
 from hwopt.plan.options import Progress
@@ -33,8 +28,8 @@ from hwopt.plan.plan import Plan, apply_plan
 from hwopt.plan.search import Found
 from hwopt.plugins import find_passes
 from hwopt.prove import CHECKS
-from hwopt.report import Figures, layer_table, make_report
-from hwopt.target import Target, origin
+from hwopt.report.outcome import estimated_report, measured_report
+from hwopt.target import Target
 from hwopt.tuning import open_database, tune_graph
 
 if TYPE_CHECKING:  # TVM is imported when something is compiled
@@ -108,7 +103,7 @@ def compile_model(
             return baseline if same else _build(found.graph, job, Path(tempfile.mkdtemp(prefix="result", dir=folder)))
 
         found, result = decided_and_built(job, replay, baseline, built)
-        report = measured_report(job, found, baseline, result) | _simulated(job, baseline, result)
+        report = measured_report(job, found, baseline, result)
         delivered = result if form == FORM else _build(found.graph, job, folder / "delivered", form)
         return delivered.write(out, found.plan, report)
 
@@ -157,109 +152,3 @@ def _refuse_foreign(target: Target) -> None:
         raise UnsupportedError(
             f"there is no code generator for {target.kind} targets yet", place=f"target {target.name}", hint=hint
         )
-
-
-def measured_report(job: Job, found: Found, baseline: Built, result: Built) -> dict[str, Any]:
-    """Score and time the libraries that ship, side by side with ONNX Runtime on the original.
-
-    A library for another machine is scored by ONNX Runtime on its model and timed by the cost model, and the report says so.
-    """
-    job.progress("measuring", 0, 1)
-    here = job.target.runs_here
-    scorer = make_job_scorer(job, 1)  # the libraries bring their own threads
-    compared = None
-    if scorer is not None:
-        runs = [built.artifact.run if here else Session(built.graph).run for built in (baseline, result)]
-        before = scorer(runs[0])
-        compared = compare(scorer.metric, before, before if result is baseline else scorer(runs[1]))
-    times = _measured_times(job, baseline, result) if here else _predicted_times(job, baseline, result)
-    scores = (compared.baseline, compared.score) if compared else (None, None)
-    peers = {"onnxruntime": times["onnxruntime"].median} if here else {}
-    return make_report(
-        name=job.graph.name, target=job.target, threads=job.threads,
-        baseline=_figures(job, baseline, times["baseline"], scores[0]),
-        result=_figures(job, result, times["result"], scores[1]),
-        comparison=compared, layers=layer_table(job.graph, found.graph, found.plan, job.target, job.threads),
-        peers=peers, notes=_notes(job, found, result, compared),
-    )  # fmt: skip
-
-
-def estimated_report(job: Job, found: Found, result: Built) -> dict[str, Any]:
-    """What a build knows without a run: scores of the models in ONNX Runtime, times of the cost model."""
-    seconds = [predicted_seconds(job, graph) for graph in (job.graph, found.graph)]
-    scores = (found.comparison.baseline, found.comparison.score) if found.comparison else (None, None)
-    figures = [
-        Figures(
-            score=score, latency_seconds=time, latency_spread_seconds=0.0, latency_source="predicted",
-            weight_bytes=weight_bytes(graph), library_weight_bytes=weight_bytes(graph),
-            peak_activation_bytes=peak_activation_bytes(graph),
-        )
-        for graph, time, score in zip((job.graph, found.graph), seconds, scores, strict=True)
-    ]  # fmt: skip
-    made = dataclasses.replace(
-        figures[1], library_weight_bytes=result.library.weight_bytes, peak_activation_bytes=result.library.arena_bytes
-    )
-    return make_report(
-        name=job.graph.name, target=job.target, threads=job.threads, baseline=figures[0], result=made,
-        comparison=found.comparison, layers=layer_table(job.graph, found.graph, found.plan, job.target, job.threads),
-        peers={}, notes=_notes(job, found, result, found.comparison),
-    )  # fmt: skip
-
-
-def _simulated(job: Job, baseline: Built, result: Built) -> dict[str, Any]:
-    """What the model of the target's array counts in one run of each library; nothing for targets without one."""
-    if job.target.array is None:
-        return {}
-    feeds = sample_feeds(job, baseline)
-    counted = {"baseline": baseline.artifact.simulation(feeds), "result": result.artifact.simulation(feeds)}
-    for one in filter(None, counted.values()):
-        cycles = one["array_cycles"] + one["stall_cycles"] + one["other_cycles"]
-        one["seconds"] = cycles / job.target.array.hertz
-    return {"simulated": counted}
-
-
-def _measured_times(job: Job, baseline: Built, result: Built) -> dict[str, Timing]:
-    """Ours in turns, then the peer: its idle threads go on spinning on the cores that ours would use."""
-    feeds = sample_feeds(job, baseline)
-    runners = {"baseline": baseline.artifact.runner(feeds)}
-    if result is not baseline:
-        runners["result"] = result.artifact.runner(feeds)
-    times = interleaved(runners)
-    peer = interleaved({"onnxruntime": onnxruntime_runner(job.graph, feeds, job.threads)})
-    return {"result": times["baseline"], **times, **peer}
-
-
-def _predicted_times(job: Job, baseline: Built, result: Built) -> dict[str, Timing]:
-    seconds = {"baseline": predicted_seconds(job, baseline.graph), "result": predicted_seconds(job, result.graph)}
-    return {name: Timing(value, value, value, 0) for name, value in seconds.items()}
-
-
-def _figures(job: Job, built: Built, timing: Timing, score: float | None) -> Figures:
-    source = "measured" if job.target.runs_here else "predicted"
-    return Figures(
-        score=score, latency_seconds=timing.median, latency_spread_seconds=timing.spread, latency_source=source,
-        weight_bytes=weight_bytes(built.graph), library_weight_bytes=built.library.weight_bytes,
-        peak_activation_bytes=built.library.arena_bytes,
-    )  # fmt: skip
-
-
-def _notes(job: Job, found: Found, result: Built, compared: Comparison | None) -> list[str]:
-    notes = [f"runs in TVM's virtual machine: {result.reason}"] if result.kind == "vm" else []
-    if not job.measure:
-        notes.append("nothing was measured: scored in ONNX Runtime, timed by the cost model")
-    elif job.target.array is not None:
-        notes.append("runs on this machine with a model of the array in C: scored in ONNX Runtime, timed by the cost model")
-    elif not job.target.runs_here:
-        notes.append("compiled for another machine: scored in ONNX Runtime, timed by the cost model, the library was not run")
-    notes += [result.tuning] if result.tuning else []
-    notes += [found.plan.note] if found.plan.note else []
-    notes += [] if origin(job.target.cost) == "analytical" else [f"prices: {origin(job.target.cost)}"]
-    if not found.plan.decisions:
-        notes.append(
-            "nothing was changed: " + (found.plan.refused[0].reason if found.plan.refused else "no pass had anything to do")
-        )
-    if compared is not None and compared.baseline == 0:
-        notes.append("the unchanged model scores 0 on the evaluation data: are the labels right?")
-    if compared is not None and compared.drop > job.budget.max_drop:
-        notes.append(f"the drop is above the {job.budget.max_drop:.2%} that were allowed")
-    return notes + ([result.coded_note] if result.coded_note else [])

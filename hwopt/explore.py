@@ -7,21 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hwopt.analysis.liveness import peak_activation_bytes
-from hwopt.analysis.size import weight_bytes
 from hwopt.compiler import one_blas_thread
 from hwopt.decide import decided, make_task, replayed
 from hwopt.errors import BudgetError, UsageError
 from hwopt.files import write_whole
-from hwopt.ir import Graph
 from hwopt.job import Job, prepare, quiet
-from hwopt.page.page import page
 from hwopt.plan.attempt import Found, Search
 from hwopt.plan.front import FRONT, Point, front
 from hwopt.plan.plan import plan_from_json
 from hwopt.plan.store import PLAN
 from hwopt.plan.trials import search_knobs
-from hwopt.report import Figures, layer_table, make_report
+from hwopt.report.outcome import plan_report
+from hwopt.report.page import page
 
 OPTIONS = ("shapes", "binds", "calibrate", "evaluate", "budget", "passes", "threads")
 
@@ -81,22 +78,3 @@ def _task(job: Job, tie: bool) -> Search:
         hint = "give --calibrate and --evaluate, and families without braces"
         raise UsageError("needs data and families to search with", place=job.graph.name, hint=hint)
     return task
-
-
-def plan_report(job: Job, found: Found) -> dict[str, Any]:
-    """report.json's content for a plan that was not compiled: predicted costs, the score of the graph."""
-    plan, scores = found.plan, (None, None) if found.comparison is None else (found.comparison.baseline, found.comparison.score)
-    return make_report(
-        name=job.graph.name, target=job.target, threads=job.threads,
-        baseline=_figures(job.graph, plan.seconds_before, scores[0]), result=_figures(found.graph, plan.seconds_after, scores[1]),
-        comparison=found.comparison, layers=layer_table(job.graph, found.graph, plan, job.target, job.threads),
-        peers={}, notes=[plan.note] if plan.note else [],
-    )  # fmt: skip
-
-
-def _figures(graph: Graph, seconds: float, score: float | None) -> Figures:
-    size, peak = weight_bytes(graph), peak_activation_bytes(graph)
-    return Figures(
-        score=score, latency_seconds=max(seconds, 1e-12), latency_spread_seconds=0.0, latency_source="predicted",
-        weight_bytes=size, library_weight_bytes=size, peak_activation_bytes=peak,
-    )  # fmt: skip

@@ -16,7 +16,7 @@ from hwopt.ir import Graph
 from hwopt.measure import Timing, interleaved
 from hwopt.pipeline import Context
 from hwopt.plugins import find_target
-from hwopt.report import machine
+from hwopt.report.figures import machine
 from hwopt.target import Target
 
 if TYPE_CHECKING:  # TVM is imported when something is tuned

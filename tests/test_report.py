@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from hwopt.page.chart import Axis, Dot, axis, chart, number
-from hwopt.page.page import page
 from hwopt.pipeline import Refusal
 from hwopt.plan.budget import Budget
 from hwopt.plan.plan import Decision, Offer, Plan, Round
+from hwopt.report.chart import Axis, Dot, axis, chart, number
+from hwopt.report.page import page
 
 CHOSEN, OTHER = "quantize{site=fc1}", "low-rank{site=fc1,rank=16}"
 

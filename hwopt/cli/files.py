@@ -43,8 +43,8 @@ def check_parent(path: Path, folder: bool = False) -> None:
 
 def page_of(artifact: Path) -> str:
     """The page of an artifact."""
-    from hwopt.page.page import page
     from hwopt.plan.plan import plan_from_json
+    from hwopt.report.page import page
 
     if not artifact.is_dir():
         raise UsageError("is no artifact", place=str(artifact), hint="hwopt plan writes the page of a plan: --report page.html")
@@ -68,6 +68,6 @@ def print_table(rows: list[dict[str, Any]], as_json: bool) -> None:
 
 def summary_of(report: dict[str, Any], out: Path) -> str:
     """What was reached, in a few lines, and where it lies."""
-    from hwopt.report import summary
+    from hwopt.report.summary import summary
 
     return summary(report) + f"\nartifact: {out}"

@@ -6,10 +6,11 @@ import html
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from hwopt.page.chart import Axis, Dot, Line, axis, chart, number
 from hwopt.pipeline import parse
 from hwopt.plan.plan import Offer, Plan
 from hwopt.plugins import find_passes
+from hwopt.report.chart import Axis, Dot, Line, axis, chart, number
+from hwopt.report.summary import milliseconds, size
 
 Data = Mapping[str, Any]
 GRAY, BLUE, GREEN, RED = "#8b929c", "#2f6fde", "#1a8a4f", "#cf3b3b"
@@ -62,10 +63,10 @@ def _cards(report: Data, plan: Plan) -> str:
     before, after = report["baseline"], report["result"]
     source = "measured" if after["latency_source"] == "measured" else "predicted"
     cards = [
-        (f"{_ms(before['latency_seconds'])} → {_ms(after['latency_seconds'])}", f"latency, {source}"),
+        (f"{milliseconds(before['latency_seconds'])} → {milliseconds(after['latency_seconds'])}", f"latency, {source}"),
         (f"{before['latency_seconds'] / max(after['latency_seconds'], 1e-12):.2f} times", "speed-up"),
-        (f"{_size(before['weight_bytes'])} → {_size(after['weight_bytes'])}", "weights"),
-        (f"{_size(before['peak_activation_bytes'])} → {_size(after['peak_activation_bytes'])}", "peak activations"),
+        (f"{size(before['weight_bytes'])} → {size(after['weight_bytes'])}", "weights"),
+        (f"{size(before['peak_activation_bytes'])} → {size(after['peak_activation_bytes'])}", "peak activations"),
     ]
     if report.get("score_drop") is not None:
         cards.append((f"{before['score']:.4f} → {after['score']:.4f}", f"{report['metric']} ({report['samples']} samples)"))
@@ -244,14 +245,6 @@ def _families(offers: Sequence[Offer]) -> dict[str, str]:
 def _family(offer: Offer) -> str:
     known = find_passes()
     return " + ".join(parse(text, known).name for text in offer.text.split(" + "))
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e6:.3g} MB" if count >= 1e6 else f"{count / 1e3:.3g} kB"
 
 
 def _text(value: str) -> str:

@@ -1,1 +1,0 @@
-"""Reports for people: one HTML file that needs nothing else."""
