@@ -24,6 +24,25 @@ from hwopt.demo import SHAPES, demo_data, run_demo
 from hwopt.errors import UsageError, did_you_mean
 from hwopt.evaluate import compare
 
+PLAIN = {"float": "none", "int8": "quantize{}"}
+FOUR_BITS = {
+    "float": "none",
+    "nearest": "quantize{weights=int4,correct_bias=false}",
+    "bias_corrected": "quantize{weights=int4}",
+    "equalized": "equalize{},quantize{weights=int4}",
+    "smooth": "smooth{},quantize{weights=int4}",
+    "adaround": "quantize{weights=int4,rounding=adaround}",
+}
+TEXTS = {
+    "float": "none",
+    "int8": "quantize{}",
+    "int8_smooth": "smooth{},quantize{}",
+    "int4_nearest": "quantize-weights{bits=4}",
+    "int4_gptq": "quantize-weights{bits=4,method=gptq,act_order=true}",
+    "int4_groups_nearest": "quantize-weights{bits=4,group=32}",
+    "int4_groups_gptq": "quantize-weights{bits=4,group=32,method=gptq,act_order=true}",
+}
+RESAMPLES = 1000
 PICTURES = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet_sample"
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian: dataset-fashion-mnist
 Arrays = Mapping[str, np.ndarray]
@@ -75,14 +94,22 @@ def run(threads: int | None = None, models: str | None = None, data: Path | None
     return result("accuracy", findings.rows, findings.summary, findings.notes)
 
 
-def artifacts(case: Case, calibrate: Arrays, evaluate: Arrays, setting: Setting) -> dict[str, Artifact]:
-    """The model compiled twice: as it is, and with everything quantized that quantize does not refuse."""
+def artifacts(
+    case: Case,
+    calibrate: Arrays,
+    evaluate: Arrays,
+    setting: Setting,
+    variants: Mapping[str, str] = PLAIN,
+    *,
+    measure: bool = True,
+) -> dict[str, Artifact]:
+    """The model compiled once for each variant, name -> passes: as it is, and with everything quantized that can be."""
     return {
         name: compile_model(
             case.model, out=setting.scratch / name, shapes=case.shapes, calibrate=calibrate, evaluate=evaluate, passes=passes,
-            threads=setting.threads,
+            threads=setting.threads, measure=measure,
         )
-        for name, passes in (("float", "none"), ("int8", "quantize{}"))
+        for name, passes in variants.items()
     }  # fmt: skip
 
 
@@ -100,14 +127,18 @@ def top_one(artifact: Artifact, arrays: Arrays, labels: np.ndarray) -> np.ndarra
     return (outputs(artifact, arrays).argmax(1) == labels).astype(np.float64)
 
 
-def efficientnet(findings: Findings, setting: Setting) -> None:
-    """Pictures of every fourth class calibrate, those of the other classes count."""
+def imagenet(setting: Setting) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pictures, their classes, and which of them count: those of every fourth class calibrate. Raises Missing."""
     files = sorted(setting.pictures.glob("*.jpg"))
     if not files:
         raise Missing("there are no pictures", place=str(setting.pictures), hint="give --data FOLDER with NNNN.jpg by class")
     labels = np.array([int(path.stem) for path in files])
-    pictures = read_pictures(files)
-    judged = labels % 4 != 0
+    return read_pictures(files), labels, labels % 4 != 0
+
+
+def efficientnet(findings: Findings, setting: Setting) -> None:
+    """The whole network in 8 bits."""
+    pictures, labels, judged = imagenet(setting)
     case = ZOO["efficientnet_lite0"](1)
     few = {"inputs": pictures[judged][:8]}
     built = artifacts(case, {"inputs": pictures[~judged]}, few, setting)
@@ -119,6 +150,21 @@ def efficientnet(findings: Findings, setting: Setting) -> None:
     findings.rows.append(
         higher_is_better("efficientnet_lite0 int8", "integer convs", "kernels", len(integer), {"convs": len(layers)})
     )
+
+
+def efficientnet_int4(findings: Findings, setting: Setting) -> None:
+    """Weights in 4 bits, activations in 8: what each method takes back of what rounding to the nearest costs."""
+    pictures, labels, judged = imagenet(setting)
+    few = {"inputs": pictures[judged][:8]}
+    case = ZOO["efficientnet_lite0"](1)
+    built = artifacts(case, {"inputs": pictures[~judged]}, few, setting, FOUR_BITS, measure=False)
+    right = {name: top_one(one, {"inputs": pictures[judged]}, labels[judged]) for name, one in built.items()}
+    findings.top_one("efficientnet_lite0_int4", right)
+    lost = right["float"].mean() - right["nearest"].mean()
+    for name in FOUR_BITS:
+        if name not in ("float", "nearest") and lost > 0:
+            share = 1 - float((right["float"].mean() - right[name].mean()) / lost)
+            findings.summary[f"efficientnet_lite0_int4_{name}_recovered"] = share
 
 
 def read_pictures(files: list[Path]) -> np.ndarray:
@@ -135,7 +181,7 @@ def minilm(findings: Findings, setting: Setting) -> None:
     """Correlation of the embeddings' cosines with what people said, calibrated on other texts."""
     encode, (lee, background), words = texts.encoder(), texts.lee50(), texts.wordsim353()
     case = ZOO["minilm"](1)
-    built = artifacts(case, encode(texts.calibration(background)), encode(lee.texts[:8]), setting)
+    built = artifacts(case, encode(texts.calibration(background)), encode(lee.texts[:8]), setting, TEXTS, measure=False)
     for name, judgements, measures in (
         ("lee50", lee, {"pearson": stats.pearsonr, "spearman": stats.spearmanr}),
         ("wordsim353", words, {"spearman": stats.spearmanr}),
@@ -143,13 +189,32 @@ def minilm(findings: Findings, setting: Setting) -> None:
         cosines = {key: judgements.cosines(outputs(one, encode(judgements.texts))) for key, one in built.items()}
         for measure, correlation in measures.items():
             value = {key: float(correlation(found, judgements.likeness).statistic) for key, found in cosines.items()}
-            peers = {"hwopt float": value["float"]}
-            findings.rows.append(higher_is_better("minilm int8", f"{name} {measure}", "1", value["int8"], peers))
             findings.summary |= {f"minilm_{key}_{name}_{measure}": one for key, one in value.items()}
-            findings.summary[f"minilm_int8_{name}_{measure}_drop"] = value["float"] - value["int8"]
+            for key, found in cosines.items():
+                if key == "float":
+                    continue
+                row = higher_is_better(f"minilm {key}", f"{name} {measure}", "1", value[key], {"hwopt float": value["float"]})
+                findings.rows.append(row)
+                low, high = drop_interval(cosines["float"], found, judgements.likeness, correlation)
+                drop = {"drop": value["float"] - value[key], "drop_low": low, "drop_high": high}
+                findings.summary |= {f"minilm_{key}_{name}_{measure}_{what}": one for what, one in drop.items()}
     layers = [layer for layer in built["int8"].report["layers"] if layer["op"] in ("MatMul", "Gemm")]
     findings.summary["minilm_products"] = len(layers)
     findings.summary["minilm_integer_products"] = sum(layer["dtype"] == "int8" for layer in layers)
+
+
+def drop_interval(
+    before: np.ndarray, after: np.ndarray, likeness: np.ndarray, correlation: Callable[..., Any]
+) -> tuple[float, float]:
+    """95 % interval of how much less `after` correlates with `likeness` than `before`, by resampling the judged pairs."""
+    random = np.random.default_rng(0)
+    drops = []
+    for _ in range(RESAMPLES):
+        rows = random.integers(0, len(likeness), len(likeness))
+        first, second = (float(correlation(one[rows], likeness[rows]).statistic) for one in (before, after))
+        drops.append(first - second)
+    low, high = np.percentile(drops, (2.5, 97.5))
+    return float(low), float(high)
 
 
 def demo(findings: Findings, setting: Setting) -> None:
@@ -175,5 +240,5 @@ def demo(findings: Findings, setting: Setting) -> None:
 
 
 TASKS: Mapping[str, Callable[[Findings, Setting], None]] = {
-    "efficientnet_lite0": efficientnet, "minilm": minilm, "demo": demo,
+    "efficientnet_lite0": efficientnet, "efficientnet_lite0_int4": efficientnet_int4, "minilm": minilm, "demo": demo,
 }  # fmt: skip

@@ -12,6 +12,8 @@ from scipy import stats
 from benchmarks import accuracy, fashion, texts, zoo
 from hwopt.demo import SHAPES, demo_data
 from hwopt.errors import UsageError
+from hwopt.pipeline import parse_list
+from hwopt.plugins import find_passes
 
 
 def test_variants_are_compared_with_float_sample_by_sample():
@@ -40,7 +42,7 @@ def test_pictures_come_as_the_network_was_trained(tmp_path):
     pixels = np.zeros((224, 224, 3), np.uint8)
     pixels[..., 0] = 255
     image.fromarray(pixels).save(tmp_path / "0000.png")
-    array = accuracy._pictures([tmp_path / "0000.png"])
+    array = accuracy.read_pictures([tmp_path / "0000.png"])
     assert array.shape == (1, 3, 224, 224)
     assert array[0, :, 5, 5].tolist() == [1.0, -127 / 128, -127 / 128]
 
@@ -55,6 +57,23 @@ def test_the_shipped_library_is_what_is_scored(tmp_path):
         built["int8"].report["result"]["score"] == accuracy.top_one(built["int8"], {"image": few["image"]}, few["labels"]).mean()
     )
     assert {layer["dtype"] for layer in built["int8"].report["layers"] if layer["op"] == "Conv"} == {"int8"}
+
+
+def test_intervals_of_correlations_are_those_of_pairs_resampled_together():
+    random = np.random.default_rng(1)
+    likeness = random.standard_normal(400)
+    good, bad = (likeness + noise * random.standard_normal(400) for noise in (0.5, 1.5))
+    low, high = accuracy.drop_interval(good, bad, likeness, stats.pearsonr)
+    drop = stats.pearsonr(good, likeness).statistic - stats.pearsonr(bad, likeness).statistic
+    assert 0 < low < drop < high
+    assert accuracy.drop_interval(good, good, likeness, stats.pearsonr) == (0, 0)
+
+
+def test_every_variant_is_passes_that_exist():
+    for variants in (accuracy.PLAIN, accuracy.FOUR_BITS, accuracy.TEXTS):
+        assert variants["float"] == "none"
+        for passes in variants.values():
+            assert passes == "none" or parse_list(passes, find_passes())
 
 
 def test_likeness_is_the_cosine_of_the_judged_pairs():
