@@ -1,7 +1,18 @@
 """hwopt: a hardware-aware, compiler-style optimizer for trained models.
 
-artifact = hwopt.compile("model.onnx", out="build/model", calibrate="data.npz", evaluate="test.npz")
-outputs = artifact.run({"input": array})
+    artifact = hwopt.compile("model.onnx", out="build/model", calibrate="data.npz", evaluate="test.npz")
+    outputs = artifact.run({"input": array})
+
+compile     a trained model in, an Artifact out, within a Budget
+Artifact    what ships: the library with its model, plan and report; run and bench it
+Budget      how much the score may fall, and limits of seconds, bytes, joules
+Plan        which change was chosen for which layer, and what was refused why; JSON both ways
+load        an ONNX file or a torch module as a Graph
+Graph       the immutable model; `graph.edit()` makes a changed one
+Pass        one transformation: the base class of your own
+PassManager runs passes one after the other and verifies what changed
+Target      one piece of hardware, with its cost model
+HwoptError  every error that hwopt raises on purpose: message, place, hint
 """
 
 from __future__ import annotations

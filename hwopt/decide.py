@@ -10,12 +10,10 @@ import psutil
 
 from hwopt.analysis.liveness import peak_activation_bytes
 from hwopt.analysis.size import weight_bytes
-from hwopt.analysis.workload import workloads
 from hwopt.backends.ort import Session
 from hwopt.build import Built
 from hwopt.errors import BudgetError
 from hwopt.evaluate import Scorer, compare, make_scorer, user_scorer
-from hwopt.ir import Graph
 from hwopt.job import Job
 from hwopt.measure import interleaved
 from hwopt.pipeline import Refusal
@@ -24,7 +22,6 @@ from hwopt.plan.plan import Decision, Plan, apply_plan
 from hwopt.plan.search import Found, Search, price, search, versions
 from hwopt.plugins import find_passes
 from hwopt.prove import proved
-from hwopt.target import Cost, total
 
 CORES = psutil.cpu_count() or 1
 NEAR, CONTENDERS = 1.15, 3  # plans that are built and timed beside the best one: how much slower they may seem, how many
@@ -64,24 +61,14 @@ def decided_and_built(job: Job, replay: Plan | None, baseline: Built, build: Bui
 
 def _broken(job: Job, result: Built, seconds: float) -> str:
     """Which limit the built library breaks; empty if none."""
-    joules = predicted(job, result.graph).joules
+    joules = job.predicted(result.graph).joules
     return exceeded(job.budget, Amounts(seconds, weight_bytes(result.graph), result.library.arena_bytes, joules))
 
 
 def _time_scale(job: Job, baseline: Built) -> float:
     """Measured over predicted time of the unchanged model: budgets are in measured seconds."""
-    before = predicted_seconds(job, job.graph)
+    before = job.predicted(job.graph).seconds
     return _seconds(job, baseline, baseline)["result"] / before if before else 1.0
-
-
-def predicted_seconds(job: Job, graph: Graph) -> float:
-    """One run by the target's cost model."""
-    return predicted(job, graph).seconds
-
-
-def predicted(job: Job, graph: Graph) -> Cost:
-    """The same with its energy."""
-    return total(job.target.cost.estimate(work, job.threads) for work in workloads(graph))
 
 
 def _memory_scale(built: Built) -> float:
@@ -92,7 +79,7 @@ def _memory_scale(built: Built) -> float:
 def _seconds(job: Job, baseline: Built, result: Built) -> dict[str, float]:
     """Measured side by side where the target is this machine, else predicted."""
     if not job.target.runs_here:
-        return {"baseline": predicted_seconds(job, baseline.graph), "result": predicted_seconds(job, result.graph)}
+        return {"baseline": job.predicted(baseline.graph).seconds, "result": job.predicted(result.graph).seconds}
     feeds = sample_feeds(job, baseline)
     runners = {"baseline": baseline.artifact.runner(feeds), "result": result.artifact.runner(feeds)}
     return {name: timing.median for name, timing in interleaved(runners).items()}

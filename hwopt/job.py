@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hwopt.analysis.workload import workloads
 from hwopt.backends.tvm.tune.database import Database
 from hwopt.emit.products import Form
 from hwopt.errors import UsageError
@@ -20,7 +21,7 @@ from hwopt.plan.options import Progress
 from hwopt.plan.plan import Plan, plan_from_json
 from hwopt.plugins import find_passes, find_target
 from hwopt.samples import Samples, checked, load_samples
-from hwopt.target import Target
+from hwopt.target import Cost, Target, total
 
 FORM = Form()
 Data = Samples | Mapping[str, np.ndarray] | Path | str | None
@@ -50,6 +51,10 @@ class Job:
     check: str = "doubtful"  # which changes are left out once, to see what they save: none, doubtful, all
     sensitivity: str = "auto"  # how the errors of changes are found: auto, fisher (gradients), measured
     pairwise: bool = False  # neighbours' errors together, too
+
+    def predicted(self, graph: Graph) -> Cost:
+        """One run of a graph on this target, by its cost model."""
+        return total(self.target.cost.estimate(work, self.threads) for work in workloads(graph))
 
 
 def prepare(

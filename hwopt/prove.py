@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hwopt.analysis.workload import workloads
 from hwopt.build import Built
 from hwopt.ir import Graph
 from hwopt.job import Job
@@ -17,7 +16,6 @@ from hwopt.pipeline import Refusal, parse
 from hwopt.plan.attempt import Found
 from hwopt.plan.plan import Decision, Offer, Plan, apply_plan
 from hwopt.plugins import find_passes
-from hwopt.target import total
 
 CHECKS = ("none", "doubtful", "all")
 DOUBT = 0.03  # changes that are predicted to save less than this share of the whole are built without
@@ -76,8 +74,8 @@ def proved(job: Job, found: Found, result: Built, build: Build, feeds: Feeds, ke
 def _doubtful(job: Job, found: Found) -> Iterator[tuple[Decision, Graph]]:
     """The decisions to check, least promising first, each with the graph without it."""
     graphs = [(one, _without(job, found, one)) for one in found.plan.decisions]
-    whole = _seconds(job, found.graph)
-    gains = {id(one): _seconds(job, graph) - whole for one, graph in graphs}
+    whole = job.predicted(found.graph).seconds
+    gains = {id(one): job.predicted(graph).seconds - whole for one, graph in graphs}
     for one, graph in sorted(graphs, key=lambda pair: gains[id(pair[0])]):
         if job.check == "all" or gains[id(one)] < DOUBT * whole:
             yield one, graph
@@ -93,8 +91,8 @@ def _tried(
         text = " + ".join(decision.by)
         reason = f"{text}: {effect.text}"
         refused = (*plan.refused, Refusal(decision.by[-1].partition("{")[0], _place(decision), reason))
-        scale = state.found.plan.seconds_after / max(_seconds(job, state.found.graph), 1e-12)
-        plan = dataclasses.replace(plan, refused=refused, seconds_after=_seconds(job, without) * scale)
+        scale = state.found.plan.seconds_after / max(job.predicted(state.found.graph).seconds, 1e-12)
+        plan = dataclasses.replace(plan, refused=refused, seconds_after=job.predicted(without).seconds * scale)
         plan = dataclasses.replace(plan, offers=tuple(_unchosen(one, text) for one in plan.offers))
         return State(Found(plan, without, None), other, state.first)
     measured = dataclasses.replace(decision, measured_seconds=effect.saved)
@@ -131,7 +129,3 @@ def _unchosen(offer: Offer, text: str) -> Offer:
 
 def _place(decision: Decision) -> str:
     return "+".join(parse(decision.by[0], find_passes()).site)
-
-
-def _seconds(job: Job, graph: Graph) -> float:
-    return total(job.target.cost.estimate(work, job.threads) for work in workloads(graph)).seconds

@@ -10,7 +10,7 @@ from hwopt.analysis.liveness import peak_activation_bytes
 from hwopt.analysis.size import weight_bytes
 from hwopt.backends.ort import Session
 from hwopt.build import Built
-from hwopt.decide import make_job_scorer, predicted_seconds, sample_feeds
+from hwopt.decide import make_job_scorer, sample_feeds
 from hwopt.evaluate import Comparison, compare
 from hwopt.ir import Graph
 from hwopt.job import Job
@@ -37,7 +37,7 @@ def measured_report(job: Job, found: Found, baseline: Built, result: Built) -> d
 
 def estimated_report(job: Job, found: Found, result: Built) -> dict[str, Any]:
     """What a build knows without a run: scores of the models in ONNX Runtime, times of the cost model."""
-    before, after = (_of_graph(graph, predicted_seconds(job, graph)) for graph in (job.graph, found.graph))
+    before, after = (_of_graph(graph, job.predicted(graph).seconds) for graph in (job.graph, found.graph))
     made = dataclasses.replace(
         after, library_weight_bytes=result.library.weight_bytes, peak_activation_bytes=result.library.arena_bytes
     )
@@ -102,7 +102,7 @@ def _measured_times(job: Job, baseline: Built, result: Built) -> dict[str, Timin
 
 
 def _predicted_times(job: Job, baseline: Built, result: Built) -> dict[str, Timing]:
-    seconds = {"baseline": predicted_seconds(job, baseline.graph), "result": predicted_seconds(job, result.graph)}
+    seconds = {"baseline": job.predicted(baseline.graph).seconds, "result": job.predicted(result.graph).seconds}
     return {name: Timing(value, value, value, 0) for name, value in seconds.items()}
 
 
