@@ -8,15 +8,13 @@ Two forms are recognized behind a Conv, Gemm or MatMul, in any mixture of Reshap
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 
+from hwopt.analysis.constant import constant
 from hwopt.analysis.memo import remembered
-from hwopt.backends.ort import run
 from hwopt.ir import Graph, Node, bits_of
 
 MOVES = ("Reshape", "Transpose")
@@ -154,7 +152,7 @@ def _looked_up(graph: Graph, value: str, rows: bool) -> tuple[np.ndarray, np.nda
         return None
     shared = books.ndim == 1 and node.op == "Gather" and node.attr("axis", 0) == 0
     grouped = books.ndim == 2 and node.op == "GatherElements" and node.attr("axis", 0) in (1, -1)
-    indices = _value(graph, node.inputs[1]) if shared or grouped else None
+    indices = constant(graph, node.inputs[1]) if shared or grouped else None
     if indices is None or (indices.size and indices.min() < 0):
         return None
     codes = _matrix(_moved(graph, indices.astype(np.uint8), moves), rows)
@@ -180,24 +178,3 @@ def _moved(graph: Graph, array: np.ndarray, moves: list[Node]) -> np.ndarray:
         else:
             array = array.transpose(node.attr("perm", tuple(reversed(range(array.ndim)))))
     return array
-
-
-def _value(graph: Graph, value: str) -> np.ndarray | None:
-    """A value that depends on parameters only; None for others."""
-    if value in graph.params:
-        return graph.params[value]
-    nodes: dict[str, Node] = {}
-    waiting = [value]
-    while waiting:
-        name = waiting.pop()
-        node = graph.producer.get(name)
-        if name in graph.params or (node is not None and node.name in nodes):
-            continue
-        if node is None:
-            return None
-        nodes[node.name] = node
-        waiting.extend(node.reads)
-    read = {name for node in nodes.values() for name in node.reads}
-    params = MappingProxyType({name: array for name, array in graph.params.items() if name in read})
-    ordered = tuple(node for node in graph.nodes if node.name in nodes)
-    return run(dataclasses.replace(graph, inputs=(), outputs=(value,), nodes=ordered, params=params), {})[value]

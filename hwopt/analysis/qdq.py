@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import ml_dtypes
 import numpy as np
 
+from hwopt.analysis.constant import constant
 from hwopt.analysis.memo import remembered
-from hwopt.backends.ort import run
 from hwopt.ir import Graph, Node
 
 INTEGERS = ("uint8", "int8")
@@ -92,20 +90,4 @@ _DECODING = ("Gather", "GatherElements", "Reshape", "Transpose", "Cast", "Slice"
 @remembered
 def _decoded(graph: Graph, value: str) -> np.ndarray | None:
     """A parameter, or what is looked up in an integer codebook and nothing else; None for computed values."""
-    if value in graph.params:
-        return graph.params[value]
-    nodes: dict[str, Node] = {}
-    waiting = [value]
-    while waiting:
-        name = waiting.pop()
-        node = graph.producer.get(name)
-        if name in graph.params or (node is not None and node.name in nodes):
-            continue
-        if node is None or node.op not in _DECODING:
-            return None
-        nodes[node.name] = node
-        waiting.extend(node.reads)
-    read = {name for node in nodes.values() for name in node.reads}
-    params = MappingProxyType({name: array for name, array in graph.params.items() if name in read})
-    ordered = tuple(node for node in graph.nodes if node.name in nodes)
-    return run(dataclasses.replace(graph, inputs=(), outputs=(value,), nodes=ordered, params=params), {})[value]
+    return constant(graph, value, _DECODING)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from hwopt.backends.tvm.kernels import schedule
 from hwopt.backends.tvm.kernels.amx_layout import SIZES, Layout, layout_of
 from hwopt.backends.tvm.kernels.geometry import Geometry
-from hwopt.backends.tvm.kernels.schedule import Schedule
+from hwopt.backends.tvm.kernels.schedule import Schedule, cuts_of, round_up
 from hwopt.target import MicroKernel
 
 PRODUCT, LATENCY, LOAD, LINE = 16, 52, 8, 64
@@ -46,7 +46,7 @@ def cycles(shape: Geometry, micro: MicroKernel, rows: int, columns: int, vectors
     tiles = -(-layout.positions(shape, shape.rows) // micro.rows)
     total = staging(shape, layout, micro) / shape.groups + SETUP
     for (across, xs), (deep, vs) in itertools.product(
-        _cuts(tiles, columns // micro.rows), _cuts(shape.vectors(micro.lanes), vectors)
+        cuts_of(tiles, columns // micro.rows), cuts_of(shape.vectors(micro.lanes), vectors)
     ):
         total += xs * vs * step_cycles(shape, layout, micro, across, deep)
     return total * rows
@@ -77,7 +77,7 @@ def default_schedule(shape: Geometry, micro: MicroKernel, cores: int = 1) -> Sch
     layout = layout_of(shape, micro)
     tiles = -(-shape.vectors(micro.lanes) // vectors)
     parallel = cores > 1 and shape.macs * shape.images >= SERIAL_MACS
-    rows, wide, block_tiles = rows_in_workspace(shape, layout, micro), _round(shape.columns, columns), tiles
+    rows, wide, block_tiles = rows_in_workspace(shape, layout, micro), round_up(shape.columns, columns), tiles
     shares = cores if parallel else 1
     if shape.images < shares:
         if shape.groups == 1 and tiles >= 2 * shares and _weights(shape) > _data(shape):
@@ -85,7 +85,7 @@ def default_schedule(shape: Geometry, micro: MicroKernel, cores: int = 1) -> Sch
         elif shape.rows > 1:
             rows = min(rows, -(-shape.rows // (2 * shares)) if shape.rows >= 16 * shares else -(-shape.rows // shares))
         elif not layout.staged and not shape.computed:
-            wide = _round(-(-shape.columns // shares), columns)
+            wide = round_up(-(-shape.columns // shares), columns)
         elif shape.groups == 1:
             block_tiles = -(-tiles // shares)
     found = Schedule(1, columns, vectors, 1, rows, wide, block_tiles, parallel)
@@ -140,19 +140,9 @@ def is_tile(micro: MicroKernel) -> bool:
     return ".tdp" in micro.intrinsic
 
 
-def _cuts(size: int, tile: int) -> list[tuple[int, int]]:
-    """(tile size, how many) of whole tiles and the rest."""
-    cuts = [(tile, size // tile), (size % tile, 1)]
-    return [(width, count) for width, count in cuts if width and count]
-
-
 def _weights(shape: Geometry) -> int:
     return shape.n * shape.groups * shape.taps[0] * shape.taps[1] * shape.run
 
 
 def _data(shape: Geometry) -> int:
     return shape.height * shape.width * shape.channels
-
-
-def _round(size: int, tile: int) -> int:
-    return -(-size // tile) * tile

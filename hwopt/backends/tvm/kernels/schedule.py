@@ -93,7 +93,7 @@ def cycles(shape: Geometry, micro: MicroKernel, rows: int, columns: int, vectors
     steps = shape.taps[0] * shape.taps[1] * shape.words(micro.depth)
     total = 0.0
     for (height, ys), (width, xs), (deep, vs) in itertools.product(
-        _cuts(shape.rows, rows), _cuts(shape.columns, columns), _cuts(shape.vectors(micro.lanes), vectors)
+        cuts_of(shape.rows, rows), cuts_of(shape.columns, columns), cuts_of(shape.vectors(micro.lanes), vectors)
     ):
         positions = _blocks(height * width, micro)
         issue = max(positions * deep, positions + micro.rows * deep, LATENCY) / 2
@@ -103,10 +103,10 @@ def cycles(shape: Geometry, micro: MicroKernel, rows: int, columns: int, vectors
 
 def _blocks(positions: int, micro: MicroKernel) -> int:
     """Positions that are computed: a micro-kernel takes `rows` at once."""
-    return _round(positions, micro.rows)
+    return round_up(positions, micro.rows)
 
 
-def _cuts(size: int, tile: int) -> list[tuple[int, int]]:
+def cuts_of(size: int, tile: int) -> list[tuple[int, int]]:
     """(tile size, how many) of whole tiles and the rest."""
     cuts = [(tile, size // tile), (size % tile, 1)]
     return [(width, count) for width, count in cuts if width and count]
@@ -118,18 +118,18 @@ def _blocked(shape: Geometry, micro: MicroKernel, cores: int, tile: Schedule) ->
     work = cycles(shape, micro, tile.tile_rows, tile.tile_columns, tile.vectors) * shape.images * shape.groups
     parallel = parallel_pays(work, cores)
     wanted = 4 * cores if parallel else 1
-    block_rows = _round(shape.rows, tile.tile_rows)
+    block_rows = round_up(shape.rows, tile.tile_rows)
     if shape.padded:
         block_rows = _rows_in_workspace(shape, tile.tile_rows)
     row_blocks = shape.images * -(-shape.rows // block_rows)
-    block_columns = _round(shape.columns, tile.tile_columns)
+    block_columns = round_up(shape.columns, tile.tile_columns)
     if parallel and row_blocks < wanted:
         if shape.rows > 1:
             share = -(-shape.rows * shape.images // wanted)
-            block_rows = min(block_rows, _round(max(share, 1), tile.tile_rows))
+            block_rows = min(block_rows, round_up(max(share, 1), tile.tile_rows))
         elif not shape.padded and not shape.computed:
             share = -(-shape.columns * shape.images // wanted)
-            block_columns = _round(max(share, 1), tile.tile_columns)
+            block_columns = round_up(max(share, 1), tile.tile_columns)
     found = shape.images * -(-shape.rows // block_rows) * -(-shape.columns // block_columns)
     pieces = max(1, min(tiles, wanted // found)) if parallel and shape.groups == 1 else 1
     return Schedule(
@@ -137,7 +137,8 @@ def _blocked(shape: Geometry, micro: MicroKernel, cores: int, tile: Schedule) ->
     )
 
 
-def _round(size: int, tile: int) -> int:
+def round_up(size: int, tile: int) -> int:
+    """The next multiple of `tile`."""
     return -(-size // tile) * tile
 
 
@@ -145,5 +146,5 @@ def _rows_in_workspace(shape: Geometry, tile_rows: int) -> int:
     """Output rows whose padded input fits the workspace, a multiple of the tile's."""
     size = {"float32": 4, "bfloat16": 2}.get(shape.data_dtype, 1)
     row = shape.padded_width * shape.channels * size * shape.strides[0]
-    whole = _round(shape.rows, tile_rows)
+    whole = round_up(shape.rows, tile_rows)
     return min(whole, max(tile_rows, WORKSPACE // row // tile_rows * tile_rows))
