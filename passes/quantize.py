@@ -35,8 +35,8 @@ class Quantize(Pass):
     (attention) is quantized where `site` names it. What lies between quantized layers (activations, residual adds, pools,
     concats, moves) stays in 8 bits. Needs calibration data.
 
-    weights=int4: symmetric, in [-7, 7], one scale per output channel, the one with the least squared error. Half the size; the
-    same kernels compute them, as int8. Needs opset 21.
+    weights=int4: symmetric, in [-7, 7], one scale per output channel, the one with the least squared error. Half the size of
+    the model; the kernels of 8 bits compute them, and libraries hold them unpacked for these. Needs opset 21.
 
     rounding=adaround: weights round up or down as the outputs of their layer ask for, layer after layer, each on what the ones
     before it hand over (Nagel et al. 2020); the biases follow. Takes minutes; worth it with weights=int4.
