@@ -32,6 +32,8 @@ def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
 
 @dataclass(frozen=True)
 class Entry:
+    """One artifact of the cache."""
+
     key: str
     path: Path
     bytes: int

@@ -184,6 +184,7 @@ def replayed(job: Job, plan: Plan) -> Found:
 
 
 def make_job_scorer(job: Job, workers: int) -> Scorer | None:
+    """The user's own function, or what fits the evaluation data; None without either."""
     if job.user_score:
         return user_scorer(job.user_score)
     return make_scorer(job.graph, job.evaluation, Session(job.graph).run, workers) if job.evaluation else None

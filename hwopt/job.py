@@ -107,6 +107,7 @@ def choose_families(text: str | None) -> tuple[tuple[type[Pass], ...], tuple[Pas
 
 
 def read_plan(plan: Plan | Path | str) -> Plan:
+    """The plan itself or the one in a file; raises UsageError where there is none."""
     if isinstance(plan, Plan):
         return plan
     try:
