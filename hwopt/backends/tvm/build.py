@@ -17,12 +17,13 @@ from typing import Any
 from hwopt.analysis.qdq import quantization
 from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.fold import folded
-from hwopt.backends.tvm.generic import scheduled
+from hwopt.backends.tvm.generic import Knobs, scheduled
+from hwopt.backends.tvm.kernels import loops
 from hwopt.backends.tvm.lower import lower
 from hwopt.backends.tvm.read import Reading, read
 from hwopt.backends.tvm.scratch import scratch_bytes
 from hwopt.backends.tvm.support import needs_runtime, refuse, refuse_unsupported
-from hwopt.backends.tvm.templates import Choose
+from hwopt.backends.tvm.templates import PLAIN, Choose
 from hwopt.emit.program import Program
 from hwopt.errors import HwoptError, ToolchainError, UnsupportedError
 from hwopt.ir import Graph, of_op
@@ -61,7 +62,7 @@ def reading(
     graph = folded(graph)
     refuse(graph, needs_runtime(graph), "compile it for the Relax VM")
     try:
-        return read(fused(lower(graph, target, threads, choose, compact), target, threads), graph)
+        return read(fused(lower(graph, target, threads, choose, compact), target, threads, choose), graph)
     except HwoptError:
         raise
     except Exception as error:  # TVM's passes raise kinds of their own, without the node
@@ -69,7 +70,7 @@ def reading(
         raise UnsupportedError(f"TVM cannot lower it: {reason}", place=graph.name) from error
 
 
-def fused(module: Any, target: Target, threads: int) -> Any:
+def fused(module: Any, target: Target, threads: int, choose: Choose = kernels.default_schedule) -> Any:
     """The module after TVM's fusion, with every kernel scheduled: `main` is a list of kernel calls and reshapes."""
     import tvm
     from tvm import relax, tirx
@@ -82,8 +83,17 @@ def fused(module: Any, target: Target, threads: int) -> Any:
         module = tvm.transform.Sequential(fuse)(module)
         for variable, function in module.functions.items():
             if isinstance(function, tirx.PrimFunc) and not function.attrs.get("hwopt.template"):
-                module.update_func(variable, scheduled(function, threads))
+                module.update_func(variable, _scheduled(function, str(variable.name_hint), target, threads, choose))
         return passes.RewriteDataflowReshape()(module)
+
+
+def _scheduled(function: Any, name: str, target: Target, threads: int, choose: Choose) -> Any:
+    """A kernel that no template covers, as the default is or as `choose` says."""
+    spec = None if choose is kernels.default_schedule else loops.spec_of(function, name)
+    if spec is None:
+        return scheduled(function, threads)
+    chosen = choose(spec, target.microkernels.get("float32", PLAIN["float32"]), threads)
+    return scheduled(function, threads if chosen.parallel else 1, Knobs(chosen.tile_columns, chosen.vectors))
 
 
 def tvm_target(target: Target) -> Any:

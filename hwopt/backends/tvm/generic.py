@@ -8,14 +8,25 @@ reduction over the innermost axis (softmax, layer norm)   16 partial results in 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 LANES = 16
 PARALLEL_WORK = 16384  # scalar results below which starting threads costs more than it saves
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """What tuning may choose: `lanes` of a vector, and how many `vectors` one step computes."""
+
+    lanes: int = LANES
+    vectors: int = 1
+
+
 CHEAP = ("tirx.if_then_else", "tirx.likely", "tirx.reinterpret")
 
 
-def scheduled(function: Any, threads: int) -> Any:
+def scheduled(function: Any, threads: int, knobs: Knobs | None = None) -> Any:
     """The PrimFunc with loops ordered, vectorized and parallel; itself where it has no schedulable blocks."""
     import tvm
     from tvm import s_tir, tirx
@@ -28,7 +39,7 @@ def scheduled(function: Any, threads: int) -> Any:
         return function
     _inline(schedule, blocks)
     for block in _blocks(schedule):
-        _block(schedule, block, threads)
+        _block(schedule, block, threads, knobs or Knobs())
     wraps = any(_walk(schedule.get(block).body, tirx.FloorMod) for block in _blocks(schedule))
     return schedule.mod["main"].with_attr({"tirx.is_scheduled": True, "hwopt.scalar": wraps})
 
@@ -62,7 +73,7 @@ def _is_expensive(schedule: Any, block: Any) -> bool:
     return bool(found) and (len(consumers) > 1 or reduced)
 
 
-def _block(schedule: Any, block: Any, threads: int) -> None:
+def _block(schedule: Any, block: Any, threads: int, knobs: Knobs) -> None:
     from tvm import s_tir
 
     try:
@@ -71,26 +82,30 @@ def _block(schedule: Any, block: Any, threads: int) -> None:
         if len(kinds) != len(loops) or not loops:
             return
         if 2 in kinds:
-            _reduction(schedule, block, threads)
+            _reduction(schedule, block, threads, knobs)
         else:
-            _spatial(schedule, loops, threads)
+            _spatial(schedule, loops, threads, knobs)
     except s_tir.ScheduleError:
         return  # an unscheduled block is slow, not wrong
 
 
-def _spatial(schedule: Any, loops: list[Any], threads: int) -> None:
+def _spatial(schedule: Any, loops: list[Any], threads: int, knobs: Knobs) -> None:
     """All loops but the innermost become one, parallel where there is work for several threads."""
     extents = [int(schedule.get(loop).extent) for loop in loops]
     inner = extents[-1]
-    if inner > LANES:
-        outer, lane = schedule.split(loops[-1], [None, LANES])
+    step = knobs.lanes * knobs.vectors
+    if inner > step:
+        outer, lane = schedule.split(loops[-1], [None, step])
+        if knobs.vectors > 1:
+            several, lane = schedule.split(lane, [knobs.vectors, knobs.lanes])
+            schedule.unroll(several)
         schedule.vectorize(lane)
-        if inner % LANES:  # the last vector becomes code of its own, so that the others need no condition
+        if inner % step:  # the last vector becomes code of its own, so that the others need no condition
             schedule.annotate(outer, "pragma_loop_partition_hint", True)
         loops = [*loops[:-1], outer]
         _outer(schedule, loops[:-1] or loops, math.prod(extents), threads)
     else:
-        if inner == LANES:
+        if inner == knobs.lanes:
             schedule.vectorize(loops[-1])
         _outer(schedule, loops[:-1], math.prod(extents), threads)
 
@@ -102,20 +117,25 @@ def _outer(schedule: Any, loops: list[Any], work: int, threads: int) -> None:
     schedule.parallel(fused)
 
 
-def _reduction(schedule: Any, block: Any, threads: int) -> None:
+def _reduction(schedule: Any, block: Any, threads: int, knobs: Knobs) -> None:
     statement = schedule.get(block)
     loops = schedule.get_loops(block)
     spatial = [loop for loop, variable in zip(loops, statement.iter_vars, strict=True) if variable.iter_type == 0]
     reduced = [loop for loop, variable in zip(loops, statement.iter_vars, strict=True) if variable.iter_type == 2]
     work = math.prod(int(schedule.get(loop).extent) for loop in loops)
     if _reduces_innermost(statement):
-        _rows(schedule, block, spatial, reduced, work, threads)
+        _rows(schedule, block, spatial, reduced, work, threads, knobs.lanes)
         return
     if spatial:
         extent = int(schedule.get(spatial[-1]).extent)
-        lanes = max(width for width in (1, 2, 4, 8, 16, 32, 64) if extent % width == 0)
-        outer, lane = schedule.split(spatial[-1], [None, lanes])
-        schedule.reorder(*spatial[:-1], outer, *reduced, lane)
+        default = knobs == Knobs()
+        widths = [width for width in (1, 2, 4, 8, 16, 32, 64) if extent % width == 0 and (default or width <= knobs.lanes)]
+        lanes = max(widths)
+        vectors = knobs.vectors if extent % (lanes * knobs.vectors) == 0 else 1
+        outer, several, lane = schedule.split(spatial[-1], [None, vectors, lanes])
+        schedule.reorder(*spatial[:-1], outer, *reduced, several, lane)
+        if vectors > 1:
+            schedule.unroll(several)
         if lanes > 1:
             schedule.vectorize(lane)
         kept = [*spatial[:-1], outer]
@@ -143,14 +163,14 @@ def _walk(root: Any, kind: type) -> list[Any]:
     return found
 
 
-def _rows(schedule: Any, block: Any, spatial: list[Any], reduced: list[Any], work: int, threads: int) -> None:
+def _rows(schedule: Any, block: Any, spatial: list[Any], reduced: list[Any], work: int, threads: int, lanes: int) -> None:
     """Partial results in lanes: floating-point sums are not reordered by LLVM, so it cannot do this by itself."""
     from tvm import s_tir
 
     fused = schedule.fuse(*spatial) if len(spatial) > 1 else (spatial[0] if spatial else None)
     extent = int(schedule.get(reduced[-1]).extent)
-    if extent % LANES == 0 and extent > LANES:
-        _, lane = schedule.split(reduced[-1], [None, LANES])
+    if extent % lanes == 0 and extent > lanes:
+        _, lane = schedule.split(reduced[-1], [None, lanes])
         try:
             partial = schedule.rfactor(lane, 0 if fused is None else 1)
         except s_tir.ScheduleError:

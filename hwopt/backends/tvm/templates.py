@@ -18,7 +18,7 @@ from hwopt.backends.tvm.layout import Expr, constant
 from hwopt.backends.tvm.weighted import Kernel, Spec
 from hwopt.target import MicroKernel, Target
 
-Choose = Callable[[Spec, MicroKernel, int], kernels.Schedule]  # the schedule of a kernel for a number of threads
+Choose = Callable[[Any, MicroKernel, int], kernels.Schedule]  # the schedule of a kernel for a number of threads
 OPAQUE = 8  # TVM's operator pattern of what it must not fuse with anything
 PLAIN = {
     "float32": MicroKernel("float32", 4, 1, 16, "float32", "float32"),

@@ -14,18 +14,19 @@ import numpy as np
 
 from hwopt.backends.tvm.kernels import amx, amx_layout, amx_schedule, array, conv_transpose, depthwise, gemm, pool, schedule
 from hwopt.backends.tvm.kernels.geometry import geometry
+from hwopt.backends.tvm.kernels.loops import LoopsSpec, build_loops, default_loops
 from hwopt.backends.tvm.kernels.schedule import Schedule
 from hwopt.backends.tvm.kernels.spec import ConvSpec, ConvTransposeSpec, MatmulSpec, PoolSpec
 from hwopt.target import MicroKernel
 
 __all__ = ["Schedule", "build", "default_schedule", "pack", "suited", "supports"]
 
-Spec = ConvSpec | ConvTransposeSpec | MatmulSpec | PoolSpec
+Spec = ConvSpec | ConvTransposeSpec | MatmulSpec | PoolSpec | LoopsSpec
 
 
 def supports(spec: Spec, micro: MicroKernel) -> str:
     """The reason why the templates have no kernel for `spec` on `micro`, or ""."""
-    if isinstance(spec, PoolSpec):
+    if isinstance(spec, PoolSpec | LoopsSpec):
         return ""
     if spec.accumulator != micro.accumulator:
         return f"the micro-kernel accumulates {micro.accumulator}, the operator {spec.accumulator}"
@@ -80,6 +81,8 @@ def pack(spec: ConvSpec | ConvTransposeSpec | MatmulSpec, weights: np.ndarray, m
 
 def default_schedule(spec: Spec, micro: MicroKernel, cores: int = 1) -> Schedule:
     """Blocking from a small analytical model."""
+    if isinstance(spec, LoopsSpec):
+        return default_loops(cores)
     if isinstance(spec, PoolSpec):
         return pool.default_schedule(spec, micro, cores)
     if depthwise.is_depthwise(spec):
@@ -92,6 +95,8 @@ def default_schedule(spec: Spec, micro: MicroKernel, cores: int = 1) -> Schedule
 
 def build(spec: Spec, schedule: Schedule, micro: MicroKernel, symbol: str) -> Any:
     """The kernel as a tirx.PrimFunc."""
+    if isinstance(spec, LoopsSpec):
+        return build_loops(spec, schedule, symbol)
     if isinstance(spec, PoolSpec):
         return pool.Pool(spec, schedule, micro).build(symbol)
     if depthwise.is_depthwise(spec):

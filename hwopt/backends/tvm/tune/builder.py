@@ -30,13 +30,14 @@ class Built:
 def build_candidate(task: Task, schedule: Schedule, symbol: str) -> Built:
     """Runs in a worker."""
     import json
+    import math
 
     from hwopt.backends.tvm import kernels
     from hwopt.backends.tvm.build import object_code
 
     try:
         function = kernels.build(task.spec, schedule, task.micro, symbol)
-        parameters = tuple((str(one.name), str(one.dtype), int(one.shape[0])) for one in function.params)
+        parameters = tuple((str(one.name), str(one.dtype), math.prod(map(int, one.shape))) for one in function.params)
         return Built(object_code({symbol: function}, json.loads(task.tvm), task.name), parameters)
     except HwoptError as error:
         return Built(reason=str(error))

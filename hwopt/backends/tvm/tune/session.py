@@ -11,6 +11,7 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 
 from hwopt.backends.tvm.kernels import Schedule
+from hwopt.backends.tvm.kernels.loops import LoopsSpec
 from hwopt.backends.tvm.kernels.spec import MatmulSpec, PoolSpec, Quantize
 from hwopt.backends.tvm.tune.builder import Build, Builder, Built, build_candidate
 from hwopt.backends.tvm.tune.database import CONFIRM, ROUNDS, Database, Trial
@@ -362,7 +363,7 @@ def _range(task: Task, name: str, dtype: str) -> tuple[float, float]:
 def _depth(task: Task) -> int:
     """Products in one accumulator."""
     spec = task.spec
-    if isinstance(spec, MatmulSpec):
-        return spec.k
+    if isinstance(spec, MatmulSpec | LoopsSpec):
+        return spec.k if isinstance(spec, MatmulSpec) else 1
     taps = spec.kernel[0] * spec.kernel[1]
     return taps if isinstance(spec, PoolSpec) else taps * spec.in_channels // spec.groups

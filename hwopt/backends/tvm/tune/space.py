@@ -14,6 +14,7 @@ import numpy as np
 
 from hwopt.backends.tvm.kernels import Schedule, amx_layout, amx_schedule, depthwise, schedule
 from hwopt.backends.tvm.kernels.geometry import Geometry, geometry
+from hwopt.backends.tvm.kernels.loops import LANE_COUNTS, VECTOR_COUNTS, LoopsSpec
 from hwopt.backends.tvm.kernels.spec import PoolSpec
 from hwopt.backends.tvm.tune.database import Trial
 from hwopt.backends.tvm.tune.task import Task
@@ -113,6 +114,8 @@ def space_of(task: Task) -> Space | None:
 
 def _knobs(task: Task) -> dict[str, tuple[int, ...]]:
     spec, lanes = task.spec, task.micro.lanes
+    if isinstance(spec, LoopsSpec):
+        return {"tile_columns": LANE_COUNTS, "vectors": VECTOR_COUNTS}
     if isinstance(spec, PoolSpec):
         tiles = -(-spec.channels // lanes)
         return {"vectors": _upto(min(8, tiles)), "block_tiles": _upto(tiles)}

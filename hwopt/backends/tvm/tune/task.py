@@ -16,11 +16,12 @@ from typing import Any
 from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.kernels import Schedule
 from hwopt.backends.tvm.kernels.amx_schedule import is_tile
+from hwopt.backends.tvm.kernels.loops import LoopsSpec
 from hwopt.backends.tvm.kernels.spec import ConvSpec, ConvTransposeSpec, MatmulSpec, PoolSpec
 from hwopt.ir import Graph
 from hwopt.target import MicroKernel, Target
 
-Spec = ConvSpec | ConvTransposeSpec | MatmulSpec | PoolSpec
+Spec = ConvSpec | ConvTransposeSpec | MatmulSpec | PoolSpec | LoopsSpec
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Task:
     def name(self) -> str:
         """conv 3x3/2 64>128 56x56, matmul 128x768x768 ..."""
         spec = self.spec
+        if isinstance(spec, LoopsSpec):
+            return f"{spec.name} of {spec.bytes} bytes"
         if isinstance(spec, MatmulSpec):
             return f"matmul {spec.batch}x{spec.m}x{spec.k}x{spec.n} {spec.data_dtype}"
         kernel = "x".join(map(str, spec.kernel)) + (f"/{spec.strides[0]}" if spec.strides != (1, 1) else "")
@@ -90,11 +93,13 @@ BYTES = {"float32": 4, "int32": 4, "bfloat16": 2}
 
 def operations(spec: Spec) -> int:
     """Two for each multiply-add; pools have none."""
-    return 0 if isinstance(spec, PoolSpec) else 2 * spec.macs
+    return 0 if isinstance(spec, PoolSpec | LoopsSpec) else 2 * spec.macs
 
 
 def _bytes(spec: Spec) -> int:
     """Read and written at least."""
+    if isinstance(spec, LoopsSpec):
+        return spec.bytes
     item, out_item = (BYTES.get(dtype, 1) for dtype in (spec.data_dtype, spec.out_dtype))
     if isinstance(spec, MatmulSpec):
         weights = spec.k * spec.n * (1 if spec.constant or spec.shared else spec.batch)
@@ -109,7 +114,8 @@ def _bytes(spec: Spec) -> int:
 def plain(value: Any) -> Any:
     """A dataclass as JSON data, with the names of nested classes (an epilogue's steps)."""
     if dataclasses.is_dataclass(value):
-        fields = {one.name: plain(getattr(value, one.name)) for one in dataclasses.fields(value)}
+        names = (one.name for one in dataclasses.fields(value) if one.metadata.get("plain", True))
+        fields = {name: plain(getattr(value, name)) for name in names}
         return {"kind": type(value).__name__, **fields}
     return [plain(item) for item in value] if isinstance(value, tuple) else value
 
@@ -133,7 +139,8 @@ def tvm_version() -> str:
 def templates_digest() -> str:
     """Changes with every edit of the templates: a schedule's time means nothing for other code."""
     digest = hashlib.sha256()
-    for path in sorted(Path(kernels.__file__).parent.glob("*.py")):
+    folder = Path(kernels.__file__).parent
+    for path in (*sorted(folder.glob("*.py")), folder.with_name("generic.py")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -164,13 +171,20 @@ def _canonical(value: Any) -> Any:
 
 
 def tasks_of(graph: Graph, target: Target, threads: int) -> dict[Task, int]:
-    """The template kernels of a graph and how often each is called, in order of their first call."""
+    """The kernels of a graph that have schedules and how often each is called, those of templates first."""
+    from hwopt.backends.tvm.build import fused
     from hwopt.backends.tvm.fold import folded
     from hwopt.backends.tvm.lower import Lowering
 
     lowering = Lowering(folded(graph), target, threads)
-    lowering.module()
+    module = lowering.module()
     calls: Counter[Task] = Counter()
     for (spec, micro), count in lowering.templates.calls.items():
         calls[make_task(spec, micro, target, threads)] += count
+
+    def noted(spec: Spec, micro: MicroKernel, threads: int) -> Schedule:
+        calls[make_task(spec, micro, target, threads)] += 1
+        return kernels.default_schedule(spec, micro, threads)
+
+    fused(module, target, threads, noted)
     return dict(calls)
