@@ -66,6 +66,13 @@ class Daemon:
         assert self.process.stdout is not None
         assert "ready" in self.process.stdout.readline()
 
+    def __enter__(self) -> Daemon:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process is not None and self.process.returncode is None:
+            self.kill()
+
     def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
         assert self.process is not None and self.process.stdout is not None
         self.process.send_signal(how)

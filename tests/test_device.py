@@ -51,9 +51,8 @@ def built(machine: str, folders: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def daemon(program: Path) -> Iterator[Daemon]:
-    made = Daemon(program, HERE)
-    yield made
-    made.kill()
+    with Daemon(program, HERE) as made:
+        yield made
 
 
 def runner(daemon: Daemon, **options: float) -> DeviceRunner:
@@ -171,9 +170,8 @@ def test_an_address_that_is_not_loopback_needs_a_secret(program: Path) -> None:
 def guarded(program: Path, tmp_path: Path) -> Iterator[Daemon]:
     file = tmp_path / "secret"
     file.write_text("a secret of many letters\n")
-    made = Daemon(program, HERE, "--host", "0.0.0.0", "--secret-file", str(file))
-    yield made
-    made.kill()
+    with Daemon(program, HERE, "--host", "0.0.0.0", "--secret-file", str(file)) as made:
+        yield made
 
 
 def test_a_secret_opens_the_door(guarded: Daemon) -> None:
@@ -186,9 +184,8 @@ def test_a_secret_opens_the_door(guarded: Daemon) -> None:
 def test_secrets_of_any_length_are_proven(program: Path, tmp_path: Path, size: int) -> None:
     """Keys longer than a block of the hash are hashed first."""
     (tmp_path / "secret").write_bytes(b"s" * size)
-    made = Daemon(program, HERE, "--secret-file", str(tmp_path / "secret"))
-    assert link.facts(replace(made.address, secret=b"s" * size))["cores"] >= 1
-    made.kill()
+    with Daemon(program, HERE, "--secret-file", str(tmp_path / "secret")) as made:
+        assert link.facts(replace(made.address, secret=b"s" * size))["cores"] >= 1
 
 
 @pytest.mark.parametrize(
@@ -213,23 +210,19 @@ def test_another_key_is_refused(daemon: Daemon) -> None:
 
 
 def test_the_work_folder_is_gone_after_the_daemon_stops_or_the_next_one_starts(program: Path, tmp_path: Path) -> None:
-    made = Daemon(program, HERE, "--work", str(tmp_path))
-    session = link.open_session(made.address, 10)
-    made.kill()
-    assert list(tmp_path.iterdir())
-    made.start()
-    assert len(list(tmp_path.iterdir())) == 1
-    made.kill(signal.SIGTERM)
-    assert not list(tmp_path.iterdir())
-    session.close()
+    with Daemon(program, HERE, "--work", str(tmp_path)) as made, link.open_session(made.address, 10):
+        made.kill()
+        assert list(tmp_path.iterdir())
+        made.start()
+        assert len(list(tmp_path.iterdir())) == 1
+        made.kill(signal.SIGTERM)
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_session_that_takes_too_long_is_ended(program: Path) -> None:
-    made = Daemon(program, HERE, "--timeout", "1")
-    with link.open_session(made.address, 600) as session:
-        session.settimeout(10)
+    with Daemon(program, HERE, "--timeout", "1") as made, link.open_session(made.address, 600) as session:
+        session.settimeout(20)
         assert session.recv(1) == b""
-    made.kill()
 
 
 def test_a_second_session_waits_and_questions_do_not(daemon: Daemon) -> None:
