@@ -25,7 +25,7 @@ from hwopt.plan.budget import Budget, parse_budget
 from hwopt.plan.options import Pricer
 from hwopt.plan.plan import plan_from_json
 from hwopt.plan.polish import polished
-from hwopt.plan.search import aim, search
+from hwopt.plan.search import _next, aim, search
 from hwopt.plan.solve import Solution, predicted
 from hwopt.plan.trials import knobs_of
 from hwopt.plan.uniform import uniform_solutions
@@ -146,6 +146,14 @@ def test_one_precision_for_all_needs_no_margin_below_the_allowed_drop(network: P
     assert found.comparison.drop > aim(close.budget, found.comparison)
     over = dataclasses.replace(close, budget=Budget(0.01))
     assert not search(over, price(task)).uniform
+
+
+def test_allowances_shrink_by_what_the_drop_was_too_large_and_grow_in_steps() -> None:
+    assert _next(0.0, np.inf, 1.0, 1.0) == 0.0 and _next(0.1, np.inf, 1.0, 1.0) == pytest.approx(0.4)
+    assert _next(0.4, np.inf, 1.0, 1.0) == 1.0  # all options together have no more
+    assert _next(0.0, 0.8, 1.0, 0.5) == pytest.approx(0.4)
+    assert _next(0.0, 0.8, 1.0, 0.99) == pytest.approx(0.64)  # far enough to be another plan
+    assert _next(0.1, 0.4, 1.0, 0.5) == pytest.approx(0.2)
 
 
 def test_equal_seeds_give_equal_plans_that_keep_the_drop(network: Path) -> None:

@@ -20,9 +20,9 @@ from hwopt.plan.uniform import UNIFORM, uniform_solutions
 from hwopt.plugins import find_passes
 
 __all__ = ["Attempt", "Found", "Priced", "Search", "price", "search", "versions"]
-ROUNDS = 6
+ROUNDS = 5
 FIRST_ERROR = 2.0  # allowed error per unit of allowed drop in the first round; the rounds correct it
-STEP = 4.0  # how far the allowance moves while only one side of the border is known
+STEP = 4.0  # how far the allowance moves at most while only one side of the border is known
 NARROW = 1.25  # stop when the largest feasible and the smallest infeasible allowance are this close
 
 
@@ -100,7 +100,7 @@ def _rounds(task: Search, priced: Priced, attempts: list[Attempt]) -> None:
     uniform = [one for one in attempts if one.solution.by == UNIFORM and menu.issuperset(map(id, one.solution.options))]
     proven = max((one.solution.error for one in ranking(task, uniform, task.amounts(task.graph))), default=0.0)
     allowed = min(max(FIRST_ERROR * task.budget.max_drop, proven, 1e-6), most)
-    low, high = 0.0, math.inf
+    low, high, shrink, failed = 0.0, math.inf, 1.0, 0
     limits = task.first_limits()
     for number in range(ROUNDS):
         task.progress("solving and measuring", number, ROUNDS)
@@ -115,21 +115,24 @@ def _rounds(task: Search, priced: Priced, attempts: list[Attempt]) -> None:
             if known is None:
                 attempts.append(attempt)
             limits = tightened(task, limits, attempt)
-            if attempt.comparison.drop <= aim(task.budget, attempt.comparison):
+            wanted = aim(task.budget, attempt.comparison)
+            if attempt.comparison.drop <= wanted:
                 low = allowed
             else:
-                high = allowed
+                high, failed = allowed, failed + 1
+                shrink = max((wanted / attempt.comparison.drop) ** failed, 1 / STEP)
         if attempt and task.exceeded(attempt.amounts):
             continue  # the limit is tightened now; the allowance may well do
         if (low >= most and high == math.inf) or high <= low * NARROW:
             return
-        allowed = _next(low, high, most)
+        allowed = _next(low, high, most, shrink)
 
 
-def _next(low: float, high: float, most: float) -> float:
+def _next(low: float, high: float, most: float, shrink: float) -> float:
+    """Drops grow about as errors do: after one that is twice too large, half the error; bolder steps if that fails again."""
     if high == math.inf:
         return min(low * STEP, most)
-    return high / STEP if low == 0.0 else math.sqrt(low * high)
+    return high * min(shrink, 1 / NARROW) if low == 0.0 else math.sqrt(low * high)
 
 
 def aim(budget: Budget, comparison: Comparison) -> float:
