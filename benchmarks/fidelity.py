@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx
 
-from benchmarks import scale_sim, vela
+from benchmarks import host_kernels, scale_sim, vela
 from benchmarks.layout import Row, result
 from benchmarks.networks import Network, mobilenet_v2, resnet
 from benchmarks.scale_sim_memory import total_cycles
@@ -22,7 +22,7 @@ from hwopt.analysis.workload import workloads
 from hwopt.errors import UsageError
 from hwopt.io.proto import from_model
 from hwopt.plugins import find_target
-from hwopt.target import Workload
+from hwopt.target import Workload, origin
 from targets._arm import ArmCore, table
 from targets._npu import BlockArray
 from targets._systolic import DATAFLOWS, Systolic
@@ -238,4 +238,26 @@ NETWORKS: Mapping[str, Callable[[], onnx.ModelProto]] = {
     "resnet50": lambda: resnet(1, (3, 4, 6, 3), True, "resnet50"),
 }
 
-PARTS = (systolic, npu, arm)
+
+# --------------------------------------------------------------------------------------------------------------- this machine
+
+
+def host() -> Part:
+    """The zoo in every dtype on one thread: prices of `host` against its kernels and models, measured; none was in the table."""
+    found = list(host_kernels.compared())
+    kernels = [(ours, clock) for one in found for ours, clock, source in one.kernels if source != "measured"]
+    rows = [
+        Row(one.name, "predicted", "ms", one.predicted * 1e3, {"measured": one.measured * 1e3}, one.predicted / one.measured)
+        for one in found
+    ]
+    summary = {
+        "host_kernels_within_10": _share([_near(ours, clock) for ours, clock in kernels]),
+        "host_models_within_10": _share([_near(one.predicted, one.measured) for one in found]),
+        "host_models_in_interval": _share([one.covered for one in found]),
+        "host_kernels": float(len(kernels)),
+    }
+    note = f"host: {origin(find_target('host').cost)}; kernels of 1 us and more that the table does not hold"
+    return Part(rows, summary, [note])
+
+
+PARTS = (systolic, npu, arm, host)

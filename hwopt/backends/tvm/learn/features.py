@@ -32,7 +32,8 @@ NAMES = (
     "m", "n", "k", "groups", "taps", "stride", "dilation", "padded", "height", "width", "out_width", "tile_rows", "tile_columns",
     "vectors", "word_steps", "lanes", "cycles_per_word", "lanes_used", "columns_left", "vectors_left", "k_left", "share_compute",
     "share_bytes", "steps", "transcendental", "out_bytes_each", "elements_per_byte", "anchor", "rank", "last", "rows",
-    "moves_last", "computed", *(f"step_{one}" for one in STEPS),
+    "moves_last", "computed", "channels", "channels_aligned", "last_aligned", "n_aligned", "k_aligned", "groups_aligned",
+    "pixels", "read_per_write", "read_per_element", "bytes_per_row", *(f"step_{one}" for one in STEPS),
 )  # fmt: skip
 Micros = Mapping[str, MicroKernel]
 
@@ -67,6 +68,7 @@ def _described(work: Workload, micros: tuple[tuple[str, MicroKernel], ...], thre
         float(STEPS.index(names[0])) if names and names[0] in STEPS else -1.0,
         float(len(work.dims)), math.log1p(work.dims[-1] if work.dims else 0), math.log1p(math.prod(work.dims[:-1])),
         _moves_last(work), float(work.kind == "matmul" and work.weight_bytes == 0),
+        *_alignment(work),
         *(float(names.count(one)) for one in STEPS),
     )  # fmt: skip
     return prior, values
@@ -79,6 +81,19 @@ def described(work: Workload, micros: Micros, threads: int) -> tuple[float, tupl
 
 def _nameless(work: Workload) -> Workload:
     return dataclasses.replace(work, name="", coded=None)
+
+
+def _alignment(work: Workload) -> tuple[float, ...]:
+    """Powers of two in what vectors run along: code for the remainders is slow."""
+    channels = work.dims[1] if len(work.dims) >= 3 else work.dims[-1] if work.dims else 1
+    last = work.dims[-1] if work.dims else 1
+    powers = (float(math.gcd(size, 64)) if size else 0.0 for size in (channels, last, work.n, work.k, work.groups))
+    pixels = math.prod(work.dims[2:]) if len(work.dims) > 2 else 1
+    each = max(1, math.prod(work.dims))
+    return (
+        math.log1p(channels), *powers, math.log1p(pixels), math.log((work.read_bytes + 1) / (work.write_bytes + 1)),
+        work.read_bytes / each, math.log1p(work.write_bytes / each * last),
+    )  # fmt: skip
 
 
 def _moves_last(work: Workload) -> float:

@@ -21,7 +21,8 @@ from hwopt.errors import UsageError
 from hwopt.target import Coded, Target, Workload
 
 CLEAN = 0.12  # noise above which a sample is not believed
-HELD = 5  # one network of so many is kept out of training to say how good it is
+HELD = 5  # one kernel of so many is kept out of training to say how good it is
+SHORT = 1e-6  # shorter kernels are not judged: a clock reads to some 30 ns
 NEAR = 0.1
 
 
@@ -111,12 +112,14 @@ class Quality:
 
 
 def quality(records: Sequence[Record], target: Target) -> Quality | None:
-    """Trained without every HELDth network and judged on those; None for too few."""
-    held = [one for one in records if one.seed % HELD == HELD - 1]
-    seen = {work_key(one.work, one.threads) for one in records if one.seed % HELD != HELD - 1}
-    held = [one for one in held if work_key(one.work, one.threads) not in seen]
-    rest = [one for one in records if one.seed % HELD != HELD - 1]
+    """Trained without one of HELD kernels, chosen by their keys, and judged on those that take 1 us; None for too few."""
+    rest = [one for one in records if not held_out(one)]
+    held = list({work_key(one.work, one.threads): one for one in records if held_out(one) and one.seconds >= SHORT}.values())
     return judged(fitted(rest, target), held, target) if len(held) >= HELD and len(rest) >= 10 * HELD else None
+
+
+def held_out(record: Record) -> bool:
+    return int(work_key(record.work, record.threads), 16) % HELD == HELD - 1
 
 
 def judged(model: Ensemble, records: Sequence[Record], target: Target) -> Quality:
