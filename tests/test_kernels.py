@@ -252,7 +252,7 @@ def test_requantized_chains_are_within_one_step(chain, dtype):
     want = quantized(value, 0.07, 10, dtype).reshape(-1)
     got = run(spec, data, weights, tensors).astype(float)
     assert np.abs(got - want).max() <= 1
-    assert (got != want).mean() < 0.01
+    assert (got != want).mean() < 0.02
     assert len(np.unique(want)) > 20
 
 
