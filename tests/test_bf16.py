@@ -273,7 +273,7 @@ def test_the_planner_sees_three_precisions() -> None:
 
 
 def test_tuning_makes_and_compares_bfloat16_data() -> None:
-    bits = child._random(np.random.default_rng(0), "bfloat16", 1000, -1.0, 1.0)
+    bits = child.random_array(np.random.default_rng(0), "bfloat16", 1000, -1.0, 1.0)
     values = bits.view(BFLOAT16).astype(np.float32)
     assert -1.0 <= values.min() < -0.9
     assert 0.9 < values.max() <= 1.0

@@ -22,6 +22,7 @@ from hwopt.job import clean, prepare, quiet
 from hwopt.pipeline import Context
 from hwopt.plan.budget import Budget
 from hwopt.plan.plan import plan_from_json
+from hwopt.plugins import find_target
 
 
 def small_net() -> Graph:
@@ -222,8 +223,9 @@ def test_interrupted_search_keeps_the_best_plan(model: Path) -> None:
             raise KeyboardInterrupt
 
     found = plan_model(model, calibrate=pictures(16, 1), evaluate=pictures(64, 2), budget=Budget(0.02), progress=impatient)
-    assert len(found.plan.rounds) == 1
-    assert found.plan.note == "interrupted: the best plan of 1 round"
+    uniform = {"int8", "bfloat16"} & set(find_target("host").microkernels)  # scored before the first round
+    assert 1 <= len(found.plan.rounds) <= 1 + len(uniform)
+    assert found.plan.note.startswith("interrupted: the best plan of")
 
 
 def test_cleaning_keeps_the_outputs(model: Path) -> None:
