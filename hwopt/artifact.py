@@ -23,6 +23,7 @@ from hwopt.emit import Library, Tensor
 from hwopt.emit.cpu import host_features, host_machine
 from hwopt.emit.engine import CEngine, Engine, VmEngine
 from hwopt.errors import ArtifactError, DataError, UsageError, did_you_mean
+from hwopt.files import check_writable
 from hwopt.ir import TensorType, numpy_dtype
 
 FORMAT, FORMAT_VERSION = "hwopt-artifact", 1
@@ -41,6 +42,7 @@ def check_destination(folder: Path | str) -> None:
     """
     folder = Path(folder)
     if not folder.exists():
+        check_writable(folder)
         return
     if not folder.is_dir():
         raise ArtifactError("is a file", place=str(folder), hint="choose another folder for the artifact")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from hwopt.errors import UsageError
 
 
 @contextmanager
@@ -16,6 +19,16 @@ def replacing(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Before long work: raise UsageError unless something can be made where `path`, which does not exist yet, shall be."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    except OSError as error:
+        raise UsageError(f"cannot be written: {error.strerror}", place=str(path), hint=f"check {folder}") from error
 
 
 def write_whole(path: Path, text: str) -> None:

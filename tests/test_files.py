@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from hwopt.files import replacing, write_whole
+from hwopt.errors import UsageError
+from hwopt.files import check_writable, replacing, write_whole
+
+
+def test_a_place_where_nothing_can_be_written_is_refused_before_any_work() -> None:
+    with pytest.raises(UsageError, match=r"/proc/nowhere/net: cannot be written"):
+        check_writable(Path("/proc/nowhere/net"))
 
 
 def test_a_whole_text_takes_the_place_of_the_old_one(tmp_path: Path) -> None:

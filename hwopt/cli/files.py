@@ -11,6 +11,7 @@ import click
 
 from hwopt.cli.options import read_bind, read_shape
 from hwopt.errors import UsageError
+from hwopt.files import check_writable
 
 
 def read_graph(path: Path, shapes: tuple[str, ...] = (), binds: tuple[str, ...] = ()) -> Any:
@@ -39,6 +40,8 @@ def check_parent(path: Path, folder: bool = False) -> None:
         raise UsageError("the folder does not exist", place=str(path.parent), hint="make it first")
     if path.is_dir() and not folder:
         raise UsageError("is a folder", place=str(path), hint="name a file")
+    if not path.exists():
+        check_writable(path)
 
 
 def page_of(artifact: Path) -> str:

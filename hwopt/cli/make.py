@@ -50,6 +50,8 @@ def compile_(
 ) -> None:
     """Optimize MODEL and compile it into a library that needs neither Python nor TVM."""
     job = form_arguments(job_arguments(options))
+    if report:
+        check_parent(report)
     from hwopt.cache import Cache, cache_folder
     from hwopt.delivery import deliver
     from hwopt.tuning import parse_effort

@@ -32,7 +32,8 @@ def read_file(path: Path) -> onnx.ModelProto:
     except FileNotFoundError as error:
         raise ModelError("no such file", place=str(path), hint="check the path") from error
     except IsADirectoryError as error:
-        raise ModelError("is a directory", place=str(path), hint="name the .onnx file in it") from error
+        hint = "name the .onnx file in it (an artifact opens with hwopt.Artifact)"
+        raise ModelError("is a directory", place=str(path), hint=hint) from error
     except OSError as error:
         raise ModelError(f"cannot be read: {error.strerror}", place=str(path), hint="check its permissions") from error
     if not data:

@@ -9,11 +9,11 @@ from typing import Any
 
 def summary(report: Mapping[str, Any]) -> str:
     """The table a person reads."""
-    rows = [("", "latency", "spread", "score", "weights", "activations")]
+    rows = [("", "latency", "spread", "score", "weights", "in the library", "activations")]
     for label, key in (("float", "baseline"), ("optimized", "result")):
         rows.append((label, *_cells(report[key])))
     for peer, found in report["peers"].items():
-        rows.append((peer, milliseconds(found["latency_seconds"]), "", "", "", ""))
+        rows.append((peer, milliseconds(found["latency_seconds"]), "", "", "", "", ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"{report['model']} on {report['target']}, threads: {report['threads']}"]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -28,7 +28,7 @@ def summary(report: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(f"note: {note}" for note in report["notes"])])
 
 
-def _cells(figures: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
+def _cells(figures: Mapping[str, Any]) -> tuple[str, str, str, str, str, str]:
     score = "" if figures["score"] is None else f"{figures['score']:.4f}"
     latency = milliseconds(figures["latency_seconds"]) + ("" if figures["latency_source"] == "measured" else " (predicted)")
     return (
@@ -36,6 +36,7 @@ def _cells(figures: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
         milliseconds(figures["latency_spread_seconds"]),
         score,
         size(figures["weight_bytes"]),
+        size(figures["library_weight_bytes"]),
         size(figures["peak_activation_bytes"]),
     )
 
