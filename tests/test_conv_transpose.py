@@ -11,6 +11,7 @@ from onnx import helper, numpy_helper
 
 from hwopt.backends import ort
 from hwopt.backends.tvm.build import compile_program
+from hwopt.backends.tvm.kernels.spec import ConvTransposeSpec
 from hwopt.backends.tvm.run import run_program
 from hwopt.backends.tvm.tune.space import space_of
 from hwopt.backends.tvm.tune.task import tasks_of
@@ -130,7 +131,7 @@ def test_several_threads_share_the_rows(integer: bool) -> None:
 
 def test_each_tuned_schedule_computes_the_same() -> None:
     graph = model(GEOMETRIES[-1])
-    (task,) = tasks_of(graph, find_target("host"), 1)
+    (task,) = (one for one in tasks_of(graph, find_target("host"), 1) if isinstance(one.spec, ConvTransposeSpec))
     space = space_of(task)
     x = np.random.default_rng(3).normal(size=graph.tensor("x").dims).astype(np.float32)
     expected = ort.run(graph, {"x": x})["t0"]

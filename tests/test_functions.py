@@ -91,3 +91,19 @@ def test_remainders_of_infinities_and_nan(fmod: int) -> None:
 def test_softmax_of_any_length(shape: str, axis: int) -> None:
     data = np.random.default_rng(0).normal(0, 9, [int(dim) for dim in shape.split(",")]).astype(np.float32)
     agree(f"agraph (float[{shape}] x) => (float[{shape}] y) {{ y = Softmax <axis = {axis}> (x) }}", {"x": data})
+
+
+def test_long_functions_in_a_row_do_not_grow_into_one_endless_expression() -> None:
+    random = np.random.default_rng(0).standard_normal((2, 8, 5)).astype(np.float32)
+    agree("""deep (float[2, 8, 5] x) => (float[2, 8, 5] y) {
+        a = Sigmoid(x) b = Gelu(a) c = Mul(b, b) d = Gelu(c) e = Add(d, a) y = Erf(e) }""", {"x": random})  # fmt: skip
+
+
+def test_rounding_to_bfloat16_several_times_in_a_row_compiles() -> None:
+    random = np.random.default_rng(0).standard_normal((2, 8, 5)).astype(np.float32)
+    text = """deep (float[2, 8, 5] x) => (float[2, 8, 5] y) {
+        a = Sigmoid(x) b = Cast <to = 16> (a) c = Cast <to = 1> (b) e = Tanh(c) f = Cast <to = 16> (e) g = Cast <to = 1> (f)
+        h = Mul(g, c) i = Cast <to = 16> (h) y = Cast <to = 1> (i) }"""
+    graph = graph_of(text)
+    found = run_program(compile_program(graph, find_target("host"), 1, "test"), {"x": random})["y"]
+    np.testing.assert_allclose(found, ort.run(graph, {"x": random})["y"], rtol=1e-2)

@@ -39,7 +39,7 @@ class Converter:
         if inputs and inputs[0] is not None and str(inputs[0].ty.dtype) == "float32":
             function = functions.function_of(node)
             if function is not None:
-                return [functions.mapped(self.builder, inputs[0], function, node.op.lower())]
+                return [functions.mapped(self.builder, inputs[0], function, node.op.lower(), functions.is_deep(self.graph, node))]
             if node.op in functions.EXTREMES:
                 keys = functions.mapped(self.builder, inputs[0], functions.ordered, "ordered")
                 found = self._converted(node, [keys, *inputs[1:]])[0]

@@ -9,13 +9,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from hwopt.analysis.bfloat16 import narrows
 from hwopt.backends.tvm.layout import Expr
-from hwopt.ir import Node
+from hwopt.ir import Graph, Node
 
 Scalar = Any  # a tirx expression
 EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 ERF = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
 SELU = (1.67326319217681884765625, 1.05070102214813232421875)
+OPAQUE = 8  # TVM's operator pattern of what it must not fuse with anything
 EXTREMES = ("ReduceMax", "ReduceMin", "ArgMax", "ArgMin")
 
 
@@ -141,6 +143,29 @@ def function_of(node: Node) -> Callable[[Scalar], Scalar] | None:
     return None
 
 
+CHEAP = ("Relu", "Sign", "HardSigmoid", "ThresholdedRelu")
+ELSEWHERE = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Softmax", "LayerNormalization", "MaxPool", "AveragePool", "Resize")
+LOOKED_AT = 16  # nodes before a function that may end up in one kernel with it
+
+
+def is_deep(graph: Graph, node: Node) -> bool:
+    """Whether another long expression may be fused in front of this one.
+
+    TVM writes the operand of a fused function wherever the function reads it, several times: two such functions in a row are
+    already an expression of tens of thousands of nodes.
+    """
+    waiting, seen = list(node.reads), 0
+    while waiting and seen < LOOKED_AT:
+        before = graph.producer.get(waiting.pop())
+        if before is None or before.op in ELSEWHERE:
+            continue
+        if narrows(graph, before) or (function_of(before) is not None and before.op not in CHEAP):
+            return True
+        waiting.extend(before.reads)
+        seen += 1
+    return False
+
+
 def floor_mod(remainder: Expr, divisor: Expr) -> Expr:
     """numpy.mod of floats from fmod's remainder, which has the dividend's sign."""
     from tvm import relax
@@ -152,11 +177,11 @@ def floor_mod(remainder: Expr, divisor: Expr) -> Expr:
     return relax.op.where(moves, relax.op.add(remainder, divisor), remainder)
 
 
-def mapped(builder: Any, data: Expr, function: Callable[[Scalar], Scalar], name: str) -> Expr:
-    """The function of every element."""
+def mapped(builder: Any, data: Expr, function: Callable[[Scalar], Scalar], name: str, alone: bool = False) -> Expr:
+    """The function of every element; `alone`: in a kernel of its own."""
     from tvm import te
 
     def compute(tensor: Any) -> Any:
         return te.compute(tensor.shape, lambda *index: function(tensor(*index)), name)
 
-    return builder.emit_te(compute, data, primfunc_name_hint=name)
+    return builder.emit_te(compute, data, primfunc_name_hint=name, primfunc_attrs={"op_pattern": OPAQUE} if alone else None)

@@ -101,8 +101,9 @@ class Values:
         return self.builder.emit(reordered(self._exprs[value, not last], last))
 
 
-def convert_bfloat16(builder: Any, expr: Expr) -> Expr:
-    """float32 rounded to bfloat16 (to nearest even, NaN stays NaN: TVM's cast would lose it), or bfloat16 widened."""
+def convert_bfloat16(builder: Any, expr: Expr, alone: bool = False) -> Expr:
+    """float32 rounded to bfloat16 (to nearest even, NaN stays NaN: TVM's cast would lose it), `alone` in a kernel of its own;
+    or bfloat16 widened."""
     from tvm import te, tirx
 
     from hwopt.backends.tvm.kernels import bfloat16 as bits
@@ -115,7 +116,8 @@ def convert_bfloat16(builder: Any, expr: Expr) -> Expr:
 
     if str(expr.ty.dtype) == "bfloat16":
         return builder.emit_te(widen, expr, primfunc_name_hint="widen")
-    return builder.emit_te(narrow, expr, primfunc_name_hint="narrow")
+    attributes = {"op_pattern": 8} if alone else None  # opaque: fused with nothing
+    return builder.emit_te(narrow, expr, primfunc_name_hint="narrow", primfunc_attrs=attributes)
 
 
 def constant(array: np.ndarray) -> Expr:

@@ -13,6 +13,7 @@ from hwopt.analysis.regions import ELEMENTWISE, Region, constant_nodes, regions
 from hwopt.backends.tvm import bfloat16_pools, convert, integer, kernels, pooling, resizing, rowwise, table
 from hwopt.backends.tvm.coded import coded_kernel, expanded_because
 from hwopt.backends.tvm.fold import constant_values, folded
+from hwopt.backends.tvm.functions import is_deep
 from hwopt.backends.tvm.heads import composed
 from hwopt.backends.tvm.layout import Values, convert_bfloat16, dims_of, reordered, to_first, to_last
 from hwopt.backends.tvm.templates import Choose, Templates
@@ -103,7 +104,11 @@ class Lowering:
         self.provide(node)
         if bfloat16.narrows(self.graph, node):
             last = self.values.is_last(node.inputs[0])
-            self.values.put(node.output, convert_bfloat16(self.builder, self.values.get(node.inputs[0], last)), last)
+            self.values.put(
+                node.output,
+                convert_bfloat16(self.builder, self.values.get(node.inputs[0], last), is_deep(self.graph, node)),
+                last,
+            )
             return
         if pooling.emit(self.graph, node, self.values, self.builder):
             return
