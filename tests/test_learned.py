@@ -152,11 +152,10 @@ def test_what_no_graph_made_or_nobody_measured_stays_analytical(learned: Learned
         assert learned.estimate(work, 1) == ANALYTICAL.estimate(work, 1)
 
 
-def test_numbers_of_threads_that_were_not_measured_scale_as_the_analytical_model_says(learned: Learned) -> None:
+def test_numbers_of_threads_that_were_not_measured_stay_analytical(learned: Learned) -> None:
     work = layer(256, 256, 28)
-    ratio = ANALYTICAL.estimate(work, 4).seconds / ANALYTICAL.estimate(work, 1).seconds
-    assert learned.estimate(work, 4).seconds == pytest.approx(ratio * learned.estimate(work, 1).seconds)
-    assert ratio < 1
+    assert learned.estimate(work, 4) == ANALYTICAL.estimate(work, 4)
+    assert learned.estimate(work, 1) != ANALYTICAL.estimate(work, 1)
 
 
 def test_weights_as_codes_cost_as_much_more_as_the_analytical_model_says(learned: Learned) -> None:

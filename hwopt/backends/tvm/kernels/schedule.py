@@ -14,7 +14,7 @@ from hwopt.target import MicroKernel
 
 LATENCY = 8  # independent accumulators that hide a multiply-add's latency: 4 cycles x 2 a cycle
 SERIAL_MACS = 200_000  # below this a parallel launch costs more than it gains
-SERIAL_CYCLES = 30_000  # of one core, 10 us at 3 GHz: below this a parallel launch, 2 to 5 us, costs more than it gains
+SERIAL_CYCLES = 4_000  # of one core: spinning workers take a loop over in less (measured on int8 networks)
 WORKSPACE = 256 << 10  # bytes of padded rows per task: a share of the second level cache
 
 

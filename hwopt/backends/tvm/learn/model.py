@@ -24,8 +24,9 @@ class Learned:
     """Costs from the table in `path`; `analytical` gives joules, and everything of kernels that no table knows.
 
     A kernel is known if a graph made its Workload (it has steps), in a dtype that is measured. Numbers of threads that were
-    not measured scale as the analytical model says. Where weights may stay codes, the decoding kernel costs as much more as
-    the analytical model says. `more` holds what was measured since (an Evaluator's results), by work_key.
+    not measured stay analytical: a mixture would compare what was measured with what was not. Where weights may stay codes,
+    the decoding kernel costs as much more as the analytical model says. `more` holds what was measured since (an Evaluator's
+    results), by work_key.
     """
 
     path: Path
@@ -52,12 +53,8 @@ class Learned:
         return _scaled(found, self.analytical.estimate(workload, threads), prior)
 
     def _plain(self, work: Workload, threads: int, prior: Cost) -> Cost:
-        if not work.steps or work.kind not in KINDS or work.dtype not in DTYPES:
+        if not work.steps or work.kind not in KINDS or work.dtype not in DTYPES or threads not in self.table.threads:
             return prior
-        known = max((count for count in self.table.threads if count <= threads), default=min(self.table.threads))
-        if known != threads:
-            near = self.analytical.estimate(work, known)
-            return _scaled(self._plain(work, known, near), prior, near)
         key = work_key(work, threads)
         seconds, noise = self.more.get(key) or self.table.measured.get(key) or (0.0, 0.0)
         if seconds:
