@@ -11,7 +11,8 @@ from typing import Any
 import onnx
 
 from hwopt.files import write_whole
-from hwopt.plugins import plugin_files
+from hwopt.plugins import find_target, plugin_files
+from hwopt.target import Target, table_of
 
 FILES = ("plan", "tuning_db", "calibrate", "evaluate", "target")  # options that may name one
 
@@ -21,8 +22,16 @@ def dependencies(model: Path, options: Mapping[str, Any]) -> tuple[Path, ...]:
     given = [path for name in FILES if (path := _file(options.get(name))) is not None]
     own = Path(__file__).parent
     sources = sorted(path for path in own.rglob("*") if path.suffix in (".py", ".c", ".h"))
-    found = [model, *external_files(model), *given, *sources, *plugin_files()]
+    found = [model, *external_files(model), *given, *_prices(options.get("target")), *sources, *plugin_files()]
     return tuple(dict.fromkeys(path.resolve() for path in found))
+
+
+def _prices(target: Any) -> Iterator[Path]:
+    """The tables that decide for the targets, the user's own among them."""
+    known = find_target(target) if isinstance(target, str) else target
+    for one in (known, *known.fallbacks) if isinstance(known, Target) else ():
+        if (path := table_of(one.cost)) is not None:
+            yield path
 
 
 def _file(value: Any) -> Path | None:

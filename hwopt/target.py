@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 
@@ -106,7 +107,7 @@ def total(costs: Iterable[Cost]) -> Cost:
 
 
 class CostModel(Protocol):
-    """Estimates kernels; never to be mistaken for an Evaluator, which measures them."""
+    """Estimates kernels."""
 
     def estimate(self, workload: Workload, threads: int) -> Cost: ...
 
@@ -116,10 +117,9 @@ def origin(model: CostModel) -> str:
     return str(getattr(model, "origin", "analytical"))
 
 
-class Evaluator(Protocol):
-    """Measures kernels on the real device."""
-
-    def measure(self, workload: Workload, threads: int) -> Cost: ...
+def table_of(model: CostModel) -> Path | None:
+    """The file that a cost model's prices are read from, if there is one."""
+    return getattr(model, "path", None)
 
 
 @dataclass(frozen=True)

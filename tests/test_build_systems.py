@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -14,8 +15,11 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from hwopt.backends.tvm.learn.model import Learned
 from hwopt.cli import main
+from hwopt.depends import dependencies
 from hwopt.io.onnx import load
+from hwopt.plugins import find_target
 from hwopt.samples import write_npz
 
 EXAMPLES = Path(__file__).parent / "build_systems"
@@ -226,3 +230,12 @@ def test_unknown_products_are_refused_before_any_work(text, project):
         main(["compile", str(project / "small.onnx"), "-o", str(project / "out"), "--emit", text])
     assert stopped.value.code == 2
     assert not (project / "out").exists()
+
+
+def test_what_prices_are_read_from_is_an_input_too(project, tmp_path):
+    table = tmp_path / "table.json"
+    table.write_text("{}")
+    target = find_target("x86-64-v2")
+    priced = dataclasses.replace(target, cost=Learned(table, target.cost, target.microkernels))
+    assert table in dependencies(project / "small.onnx", {"target": priced})
+    assert table not in dependencies(project / "small.onnx", {"target": target})

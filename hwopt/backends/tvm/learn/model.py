@@ -25,8 +25,8 @@ class Learned:
 
     A kernel is known if a graph made its Workload (it has steps), in a dtype that is measured. Numbers of threads that were
     not measured stay analytical: a mixture would compare what was measured with what was not. Where weights may stay codes,
-    the decoding kernel costs as much more as the analytical model says. `more` holds what was measured since (an Evaluator's
-    results), by work_key.
+    the decoding kernel costs as much more as the analytical model says. `more` holds what was measured since, by
+    work_key.
     """
 
     path: Path
