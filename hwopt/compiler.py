@@ -76,10 +76,7 @@ def compile_model(
     which libraries, objects or sources are delivered. `check` says which changes are left out once, and stay out if the model is
     faster without them: all, the doubtful ones or none. Raises HwoptError with the reason and the next step.
     """
-    if tune is not None and not measure:
-        raise UsageError("tuning measures", place="measure=False", hint="tune first, and give the database (tuning_db)")
-    if check not in CHECKS:
-        raise UsageError(f"unknown check {check!r}", place="check", hint=did_you_mean(check, CHECKS))
+    _check_options(tune is not None, measure, check)
     check_destination(out)
     replay = None if plan is None else read_plan(plan)
     job = prepare(model, target, shapes, binds, calibrate, evaluate, budget, passes, threads, seed, progress)
@@ -106,6 +103,13 @@ def compile_model(
         report = measured_report(job, found, baseline, result)
         delivered = result if form == FORM else _build(found.graph, job, folder / "delivered", form)
         return delivered.write(out, found.plan, report)
+
+
+def _check_options(tuned: bool, measure: bool, check: str) -> None:
+    if tuned and not measure:
+        raise UsageError("tuning measures", place="measure=False", hint="tune first, and give the database (tuning_db)")
+    if check not in CHECKS:
+        raise UsageError(f"unknown check {check!r}", place="check", hint=did_you_mean(check, CHECKS))
 
 
 def _name(model: Any, graph: Graph) -> str:

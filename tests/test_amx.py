@@ -91,8 +91,9 @@ def exact(child: Child, spec: Any, schedule: Any = None, micro: Any = AMX) -> np
 def test_convolutions_of_every_kind_are_exact(child, shape):
     given = dict(shape)
     spec = conv(*(given.pop(key) for key in ("height", "width", "channels", "out", "kernel")), True, pad_value=7, **given)
-    if spec.out_height * spec.out_width > 1:
-        exact(child, spec)
+    if spec.out_height * spec.out_width == 1:
+        pytest.skip("one position: vectors compute it")
+    exact(child, spec)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4, 31, 63, 64, 65, 96, 127, 128, 130])

@@ -10,14 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 from hwopt.analysis.bfloat16 import narrows
-from hwopt.backends.tvm.layout import Expr
+from hwopt.backends.tvm.layout import OPAQUE, Expr
 from hwopt.ir import Graph, Node
 
 Scalar = Any  # a tirx expression
 EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 ERF = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
 SELU = (1.67326319217681884765625, 1.05070102214813232421875)
-OPAQUE = 8  # TVM's operator pattern of what it must not fuse with anything
 EXTREMES = ("ReduceMax", "ReduceMin", "ArgMax", "ArgMin")
 
 
@@ -184,4 +183,4 @@ def mapped(builder: Any, data: Expr, function: Callable[[Scalar], Scalar], name:
     def compute(tensor: Any) -> Any:
         return te.compute(tensor.shape, lambda *index: function(tensor(*index)), name)
 
-    return builder.emit_te(compute, data, primfunc_name_hint=name, primfunc_attrs={"op_pattern": OPAQUE} if alone else None)
+    return builder.emit_te(compute, data, primfunc_name_hint=name, primfunc_attrs=OPAQUE if alone else None)

@@ -101,6 +101,9 @@ class Values:
         return self.builder.emit(reordered(self._exprs[value, not last], last))
 
 
+OPAQUE = {"op_pattern": 8}  # a PrimFunc that TVM must not fuse with anything
+
+
 def convert_bfloat16(builder: Any, expr: Expr, alone: bool = False) -> Expr:
     """float32 rounded to bfloat16 (to nearest even, NaN stays NaN: TVM's cast would lose it), `alone` in a kernel of its own;
     or bfloat16 widened."""
@@ -116,8 +119,7 @@ def convert_bfloat16(builder: Any, expr: Expr, alone: bool = False) -> Expr:
 
     if str(expr.ty.dtype) == "bfloat16":
         return builder.emit_te(widen, expr, primfunc_name_hint="widen")
-    attributes = {"op_pattern": 8} if alone else None  # opaque: fused with nothing
-    return builder.emit_te(narrow, expr, primfunc_name_hint="narrow", primfunc_attrs=attributes)
+    return builder.emit_te(narrow, expr, primfunc_name_hint="narrow", primfunc_attrs=OPAQUE if alone else None)
 
 
 def constant(array: np.ndarray) -> Expr:

@@ -9,9 +9,9 @@ import numpy as np
 
 from hwopt.backends.tvm.kernels.resize import Resize, ResizeSpec
 from hwopt.backends.tvm.kernels.spec import Step
-from hwopt.backends.tvm.layout import Expr, Values, constant, dims_of
+from hwopt.backends.tvm.layout import OPAQUE, Expr, Values, constant, dims_of
 from hwopt.backends.tvm.resize_tables import Table, tables_of
-from hwopt.backends.tvm.templates import OPAQUE, PLAIN, Templates
+from hwopt.backends.tvm.templates import PLAIN, Templates
 from hwopt.ir import Graph, Node
 
 MANY = 16  # channels from which vectors along them pay for bringing the data channels last
@@ -58,7 +58,7 @@ def called(
     shape = [dims[0], *spatial, dims[-1]] if last else [*dims[:2], *spatial]
     micro = templates.target.microkernels.get("float32", PLAIN["float32"])
     symbol = f"resize_{len(templates.labels)}"
-    built = Resize(spec, micro, templates.threads).build(symbol).with_attr({"hwopt.template": 1, "op_pattern": OPAQUE})
+    built = Resize(spec, micro, templates.threads).build(symbol).with_attr({"hwopt.template": 1, **OPAQUE})
     arrays = [constant(array.reshape(-1)) for table in tables for array in (table.places, table.shares)]
     call = relax.call_tir(
         templates.builder.add_func(built, symbol), relax.Tuple([data, *arrays]), relax.TensorType(shape, out_dtype)

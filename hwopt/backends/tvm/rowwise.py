@@ -14,8 +14,8 @@ from hwopt.analysis.regions import ROWS, Region, by_rows
 from hwopt.backends.tvm.kernels import layer_norm, softmax
 from hwopt.backends.tvm.kernels.rows import RowsSpec
 from hwopt.backends.tvm.kernels.spec import Add, Quantize
-from hwopt.backends.tvm.layout import Expr, Values, constant, dims_of
-from hwopt.backends.tvm.templates import OPAQUE, PLAIN, Templates
+from hwopt.backends.tvm.layout import OPAQUE, Expr, Values, constant, dims_of
+from hwopt.backends.tvm.templates import PLAIN, Templates
 from hwopt.ir import Graph, Node
 
 BUILDERS = {"Softmax": ("softmax", softmax.build), "LayerNormalization": ("layer_norm", layer_norm.build)}
@@ -107,7 +107,7 @@ def _called(templates: Templates, spec: RowsSpec, node: Node, arguments: list[Ex
     if spec not in templates.row_kernels:
         symbol = f"{name}_{len(templates.row_kernels)}"
         micro = templates.target.microkernels.get("float32", PLAIN["float32"])
-        built = build(spec, micro, templates.threads, symbol).with_attr({"hwopt.template": 1, "op_pattern": OPAQUE})
+        built = build(spec, micro, templates.threads, symbol).with_attr({"hwopt.template": 1, **OPAQUE})
         templates.row_kernels[spec] = templates.builder.add_func(built, symbol)
     call = relax.call_tir(templates.row_kernels[spec], relax.Tuple(arguments), relax.TensorType(dims, spec.out_dtype))
     found = templates.builder.emit(call, node.name)

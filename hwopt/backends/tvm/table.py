@@ -18,8 +18,8 @@ from hwopt.analysis.qdq import dequantized, quantization
 from hwopt.analysis.regions import ELEMENTWISE, Region
 from hwopt.backends import ort
 from hwopt.backends.tvm.kernels import lookup
-from hwopt.backends.tvm.layout import Expr, Values, constant, dims_of
-from hwopt.backends.tvm.templates import OPAQUE, Templates
+from hwopt.backends.tvm.layout import OPAQUE, Expr, Values, constant, dims_of
+from hwopt.backends.tvm.templates import Templates
 from hwopt.ir import Graph, TensorType, infer_types
 from hwopt.target import Target
 
@@ -71,7 +71,7 @@ def _called(lowering: Lowering, form: lookup.Form, region: Region, data: Expr, t
     if key not in templates.row_kernels:
         symbol = f"table_{len(templates.row_kernels)}"
         built = lookup.build(math.prod(dims), kinds, form, templates.threads, symbol)
-        marked = built.with_attr({"hwopt.template": 1, "op_pattern": OPAQUE})
+        marked = built.with_attr({"hwopt.template": 1, **OPAQUE})
         templates.row_kernels[key] = lowering.builder.add_func(marked, symbol)
     arguments = relax.Tuple([data, constant(table)])
     call = relax.call_tir(templates.row_kernels[key], arguments, relax.TensorType(dims, kinds[1]))

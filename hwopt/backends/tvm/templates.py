@@ -14,12 +14,11 @@ from hwopt.backends.tvm.coded import CodedKernel
 from hwopt.backends.tvm.kernels import packed
 from hwopt.backends.tvm.kernels.packed import PackedSpec
 from hwopt.backends.tvm.kernels.spec import MatmulSpec
-from hwopt.backends.tvm.layout import Expr, constant
+from hwopt.backends.tvm.layout import OPAQUE, Expr, constant
 from hwopt.backends.tvm.weighted import Kernel, Spec
 from hwopt.target import MicroKernel, Target
 
 Choose = Callable[[Any, MicroKernel, int], kernels.Schedule]  # the schedule of a kernel for a number of threads
-OPAQUE = 8  # TVM's operator pattern of what it must not fuse with anything
 PLAIN = {
     "float32": MicroKernel("float32", 4, 1, 16, "float32", "float32"),
     "int8": MicroKernel("int8", 4, 1, 16, "int32", "int8"),
@@ -62,7 +61,7 @@ class Templates:
         if kernel.spec not in self._functions:
             symbol = f"kernel_{len(self._functions)}"
             built = packed.build(kernel.spec, packed.schedule_of(kernel.spec, micro, self.threads), micro, symbol)
-            marked = built.with_attr({"hwopt.template": 1, "op_pattern": OPAQUE})
+            marked = built.with_attr({"hwopt.template": 1, **OPAQUE})
             self._functions[kernel.spec] = self.builder.add_func(marked, symbol)
         weights = [constant(one) for one in packed.pack(kernel.spec, kernel.weights, micro)]
         arguments = relax.Tuple([kernel.data, *weights, *kernel.tensors])
@@ -109,6 +108,6 @@ class Templates:
         if spec not in self._functions:
             symbol = f"kernel_{len(self._functions)}"
             built = kernels.build(spec, self.choose(spec, micro, self.threads), micro, symbol)
-            marked = built.with_attr({"hwopt.template": 1, "op_pattern": OPAQUE})
+            marked = built.with_attr({"hwopt.template": 1, **OPAQUE})
             self._functions[spec] = self.builder.add_func(marked, symbol)
         return self._functions[spec]
