@@ -433,7 +433,7 @@ def test_a_schedule_survives_json():
 
 def test_short_kernels_are_not_worth_a_parallel_launch():
     """What counts is the time of one core: int8 products are faster than those of floats."""
-    floats = MatmulSpec(1, 64, 256, 128)
+    floats = MatmulSpec(1, 16, 128, 128)
     integers = dataclasses.replace(floats, **INT8)
     vectors = _isa_x86.microkernels(FLAGS["avx512-vnni"])
     found = [
