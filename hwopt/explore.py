@@ -53,8 +53,8 @@ def plan_front(job: Job, kind: str, points: int, folder: Path, *, tie: bool = Tr
 
 def planned(
     job: Job, out: Path, *, method: str | None, trials: int, cost: str | None, points: int, tie: bool
-) -> tuple[Found, Path, str]:
-    """What `hwopt plan` does: (plan, the file that holds it, the page). Raises UsageError for two ways at once."""
+) -> tuple[Found, Path, str, list[Point]]:
+    """What `hwopt plan` does: (plan, the file that holds it, the page, the front). Raises UsageError for two ways at once."""
     if method and cost:
         raise UsageError("search knobs or draw a front, one after the other", place="hwopt plan", hint="--search or --pareto")
     points_found: list[Point] = []
@@ -69,7 +69,7 @@ def planned(
         hint = f"all points are in {out / FRONT}; relax --max-drop or the limits"
         raise BudgetError("no point of the front is within the budget", place=str(out), hint=hint)
     html = page(plan_report(job, found), found.plan, [dataclasses.asdict(point) for point in points_found])
-    return found, out / PLAN if method or cost else out, html
+    return found, out / PLAN if method or cost else out, html, points_found
 
 
 def _task(job: Job, tie: bool) -> Search:

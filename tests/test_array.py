@@ -22,6 +22,7 @@ from hwopt.io.proto import from_model
 from hwopt.ir import Graph
 from hwopt.pipeline import Context, parse
 from hwopt.plugins import find_passes, find_target
+from hwopt.report.summary import summary
 from hwopt.samples import Samples
 from hwopt.target import Target
 from targets._systolic import Systolic
@@ -148,3 +149,4 @@ def test_a_compiled_model_reports_cycles_and_energy_and_ships_the_model_of_the_a
     assert simulated["joules"] > 0
     assert simulated["seconds"] == pytest.approx(artifact.report["result"]["latency_seconds"], rel=0.5)
     assert any("a model of the array in C" in note for note in artifact.report["notes"])
+    assert f"simulated optimized: {simulated['array_cycles']:,} cycles on the array" in summary(artifact.report)

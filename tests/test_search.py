@@ -267,7 +267,9 @@ def test_command_line_writes_folder_and_page(network: Path, tmp_path: Path, caps
         main([*command, "--pareto", "latency", "--points", "2", "--report", str(html)])
     assert {one.name for one in out.iterdir()} == {"front.json", "plan-1.json", "plan-2.json", "plan.json"}
     assert "</html>" in html.read_text()
-    assert f"wrote {out / 'plan.json'}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"wrote {out / 'plan.json'}" in printed
+    assert [line.split()[0] for line in printed.splitlines()[1:4]] == ["unchanged", "plan-1.json", "plan-2.json"]
     with pytest.raises(SystemExit, match="2"):
         main([*command, "--pareto", "latency", "--search", "grid"])
     assert "one after the other" in capsys.readouterr().err

@@ -84,6 +84,7 @@ def plan(model: Path, out: Path, report: Path | None, **options: Any) -> None:
     """Decide what to change in MODEL, layer by layer, and write the decisions; nothing is compiled."""
     from hwopt.explore import job_of, planned
     from hwopt.plan.explain import explain
+    from hwopt.report.summary import front_table
 
     ways = {name: options.pop(name) for name in ("method", "trials", "cost", "points", "tie")}
     errors = {name: options.pop(name) for name in ("sensitivity", "pairwise")}
@@ -91,9 +92,11 @@ def plan(model: Path, out: Path, report: Path | None, **options: Any) -> None:
         check_parent(file, folder=file is out and bool(ways["method"] or ways["cost"]))
     with ProgressBar() as progress:
         job = dataclasses.replace(job_of(model, job_arguments(options) | {"progress": progress}), **errors)
-        found, file, html = planned(job, out, **ways)
+        found, file, html, points = planned(job, out, **ways)
     if report:
         write_whole(report, html)
+    if points:
+        click.echo(front_table(points) + "\n")
     click.echo(explain(found.plan).split("\nrefused (", 1)[0])
     click.echo(f"wrote {file}; hwopt explain {file} shows every refusal")
 
