@@ -32,6 +32,7 @@ POOL = 6  # networks of which the one is measured that the ensemble disagrees ab
 GROWTH = 1.25  # records by which a predictor is trained anew
 SECONDS = 0.4  # that one network is run
 HANG = 60.0
+HOST = "host"  # the target that is whichever machine this is
 Measure = Callable[[Graph, "Runner"], "list[Record]"]
 
 
@@ -57,7 +58,7 @@ def profile_target(
     """Measure kernels of random networks for a time and write a table that cost models find.
 
     Measurements are appended to `out` with the suffix .jsonl, from which the next call goes on; an interrupt keeps them.
-    Raises UnsupportedError for a target that does not run here.
+    Raises UnsupportedError for a target that does not run here, UsageError for one that would not read the table.
     """
     from hwopt.backends.tvm.learn.records import clocked, quality, read, table_of
     from hwopt.backends.tvm.learn.table import path_for
@@ -65,6 +66,9 @@ def profile_target(
     hardware = find_target(target) if isinstance(target, str) else target
     if not hardware.runs_here or hardware.kind != "cpu":
         raise UnsupportedError("profiling measures, and this machine is another", place=f"target {hardware.name}")
+    if out is None and hardware.name != HOST:
+        hint = f"profile the target {HOST}, or name a file: -o FILE"
+        raise UsageError("prices of a named target are alike on all machines", place=f"target {hardware.name}", hint=hint)
     path = out or path_for(hardware)
     state = State(read(path.with_suffix(".jsonl")), time.monotonic(), seconds)
     try:

@@ -1,4 +1,4 @@
-"""Prices of the processor that this runs on, from a table that was measured on it where there is one."""
+"""Prices from tables of measured kernels: of the processor that this runs on, or those that ship for an instruction set."""
 
 from __future__ import annotations
 
@@ -6,13 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hwopt.backends.tvm.learn.model import Learned
-from hwopt.backends.tvm.learn.table import find_table, user_folder
+from hwopt.backends.tvm.learn.table import find_measured, find_table, user_folder
 from hwopt.target import CostModel, MicroKernel
 
 SHIPPED = Path(__file__).with_name("data")
 
 
 def learned(analytical: CostModel, micros: Mapping[str, MicroKernel], llvm: Mapping[str, object]) -> CostModel:
-    """The user's own table first (hwopt profile writes it), then the shipped one, else the analytical model."""
+    """Of this processor: the user's own table (hwopt profile writes it), then the shipped one, else the analytical model."""
     path = find_table(llvm, user_folder(), SHIPPED)
+    return analytical if path is None else Learned(path, analytical, micros)
+
+
+def shipped(analytical: CostModel, micros: Mapping[str, MicroKernel], llvm: Mapping[str, object]) -> CostModel:
+    """The shipped table for exactly these instructions, whoever asks; of several the first by name, else the analytical model.
+
+    A target with a name of its own is priced alike on every machine that builds: the same inputs, the same decisions.
+    """
+    path = find_measured(llvm, SHIPPED)
     return analytical if path is None else Learned(path, analytical, micros)

@@ -1,4 +1,8 @@
-"""Portable x86-64 targets: a microarchitecture level of the System V psABI, priced as a core of the time when it was usual."""
+"""Portable x86-64 targets: a microarchitecture level of the System V psABI, priced as a core of the time when it was usual.
+
+Where a table of kernels measured with exactly these instructions ships, it gives the prices. Neither depends on the machine that
+builds, so that the same inputs give the same decisions everywhere.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import platform
 from hwopt.target import Memory, Target
 from targets import _isa_x86
 from targets._cpu import cpu_features, needed_features, operations_per_cycle
-from targets._learned import learned
+from targets._learned import shipped
 from targets._roofline import Roofline
 
 FLAGS = {  # what /proc/cpuinfo shows of it, as far as the micro-kernels ask
@@ -18,7 +22,7 @@ FLAGS = {  # what /proc/cpuinfo shows of it, as far as the micro-kernels ask
 
 
 def level(name: str, processor: str, hertz: float, memories: tuple[Memory, ...]) -> Target:
-    """The target called after a level; `processor` says whose clock and caches its prices are for."""
+    """The target called after a level; `processor` says whose clock and caches its analytical prices are for."""
     features = frozenset(FLAGS[name])
     kernels, llvm = _isa_x86.microkernels(features), _isa_x86.llvm(features)
     needed = needed_features(llvm)
@@ -43,7 +47,7 @@ def level(name: str, processor: str, hertz: float, memories: tuple[Memory, ...])
         peak=peak,
         memories=memories,
         granule=granule,
-        cost=learned(model, kernels, llvm) if here else model,
+        cost=shipped(model, kernels, llvm),
         tvm=llvm,
         microkernels=kernels,
         features=needed,

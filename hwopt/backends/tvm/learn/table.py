@@ -108,7 +108,11 @@ def instructions(llvm: Mapping[str, Any]) -> str:
 def table_name(cpu: str, isa: str) -> str:
     """The file's name, from which a table is found without opening it."""
     word = re.sub(r"[^a-z0-9]+", "-", cpu.lower()).strip("-")
-    return f"cpu_{word}_{hashlib.sha256(isa.encode()).hexdigest()[:8]}.json"
+    return f"cpu_{word}_{_short(isa)}.json"
+
+
+def _short(isa: str) -> str:
+    return hashlib.sha256(isa.encode()).hexdigest()[:8]
 
 
 def user_folder(environment: Mapping[str, str] = os.environ) -> Path:
@@ -121,6 +125,11 @@ def find_table(llvm: Mapping[str, Any], *folders: Path) -> Path | None:
     """The first file that was measured on this processor with these instructions."""
     name = table_name(processor(), instructions(llvm))
     return next((folder / name for folder in folders if (folder / name).is_file()), None)
+
+
+def find_measured(llvm: Mapping[str, Any], folder: Path) -> Path | None:
+    """A file that was measured with these instructions, on whichever processor; of several the first by name."""
+    return next(iter(sorted(folder.glob(f"cpu_*_{_short(instructions(llvm))}.json"))), None)
 
 
 def path_for(target: Target, folder: Path | None = None) -> Path:
