@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class HwoptError(Exception):
@@ -29,37 +29,71 @@ class UsageError(HwoptError):
 class ModelError(HwoptError):
     """The model file is missing, damaged, or means nothing (bad shapes, NaN weights)."""
 
+    exit_code = 3
+
 
 class UnsupportedError(ModelError):
     """The model is fine but hwopt, or the backend, cannot compile a part of it; every such node is listed."""
+
+    exit_code = 4
 
 
 class DataError(HwoptError):
     """Calibration or evaluation data do not fit the model."""
 
+    exit_code = 5
+
 
 class VerifyError(HwoptError):
     """A Graph breaks a rule of the IR: an error in a pass or in hwopt, never in the user's model."""
+
+    exit_code = 10
 
 
 class PassError(HwoptError):
     """A pass cannot do what it was asked to, or failed while doing it."""
 
+    exit_code = 10
+
 
 class ToolchainError(HwoptError):
     """A compiler, a linker or a device is missing or failed."""
+
+    exit_code = 6
 
 
 class DeviceError(HwoptError):
     """A device cannot be reached, refuses, or stays away for too long."""
 
+    exit_code = 7
+
 
 class ArtifactError(HwoptError):
     """An artifact is damaged, foreign to this machine, or not an artifact."""
 
+    exit_code = 8
+
 
 class BudgetError(HwoptError):
     """No plan meets the budget; the message states the nearest one that does."""
+
+    exit_code = 9
+
+
+EXIT_CODES: Mapping[int, str] = {
+    0: "done",
+    1: "something else failed, such as writing a file (hwopt diff: the models differ)",
+    UsageError.exit_code: "a wrong option, name or combination",
+    ModelError.exit_code: "the model is missing, damaged or means nothing",
+    UnsupportedError.exit_code: "a part of the model, or the target, cannot be compiled",
+    DataError.exit_code: "calibration or evaluation data are missing or do not fit the model",
+    ToolchainError.exit_code: "the build failed: a compiler, a linker or a tool is missing or refuses",
+    DeviceError.exit_code: "a device cannot be reached, refuses, or stays away",
+    ArtifactError.exit_code: "the artifact is damaged, no artifact, or for another machine",
+    BudgetError.exit_code: "no plan meets the budget",
+    PassError.exit_code: "a pass cannot do what it was asked to, or failed",
+    130: "interrupted",
+}
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

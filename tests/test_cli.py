@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hwopt import errors
 from hwopt.cli import main
 from hwopt.demo import MODEL
 
@@ -49,6 +50,15 @@ def test_print_shows_every_layer(capsys: pytest.CaptureFixture[str]) -> None:
     assert "@dense.0.first" in out
 
 
+def test_every_exit_code_is_explained_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.HwoptError)]
+    code, out, _ = hwopt(capsys, "--help")
+    lines = out.partition("Exit codes:")[2].splitlines()
+    explained = {int(line.split()[0]): line for line in lines if line.strip()}
+    assert code == 0 and explained.keys() == errors.EXIT_CODES.keys() >= {kind.exit_code for kind in kinds}
+    assert len({kind.exit_code for kind in kinds} - {1}) == len(kinds) - 2  # VerifyError and PassError share one
+
+
 def test_apply_diff_and_print_work_on_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     small = tmp_path / "small.onnx"
     passes = "low-rank{site=head,rank=4,method=plain}"
@@ -62,7 +72,7 @@ def test_apply_diff_and_print_work_on_files(capsys: pytest.CaptureFixture[str], 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("compile", "nowhere.onnx", "-o", "x"), 1, "nowhere.onnx"),
+        (("compile", "nowhere.onnx", "-o", "x"), 3, "nowhere.onnx"),
         (("compile", MODEL, "-o", "x"), 2, "--shape image="),
         (("compile", MODEL, "-o", "x", *IMAGE, "--target", "hots"), 2, "did you mean host?"),
         (("compile", MODEL, "-o", "x", *IMAGE, "--passes", "quantise"), 2, "did you mean quantize?"),
@@ -70,13 +80,13 @@ def test_apply_diff_and_print_work_on_files(capsys: pytest.CaptureFixture[str], 
         (("compile", MODEL, "-o", "x", "--shape", "imgae=1,1,28,28"), 2, "image"),
         (("compile", MODEL, "-o", "x", *IMAGE, "--budget", "size=1"), 2, "write a number and one of B"),
         (("compile", MODEL, "-o", "x", *IMAGE, "--max-drop", "many"), 2, "write 1% or 0.01"),
-        (("compile", MODEL, "-o", "x", *IMAGE, "--calibrate", "none.npz"), 1, "none.npz: no such file"),
-        (("compile", MODEL, "-o", "x", *IMAGE, "--target", "nvidia-t4"), 1, "hwopt plan and hwopt apply work for it"),
+        (("compile", MODEL, "-o", "x", *IMAGE, "--calibrate", "none.npz"), 5, "none.npz: no such file"),
+        (("compile", MODEL, "-o", "x", *IMAGE, "--target", "nvidia-t4"), 4, "hwopt plan and hwopt apply work for it"),
         (("compile", MODEL, "-o", "x", *IMAGE, "--plan", "none.json"), 2, "none.json: no such file"),
         (("compile", MODEL), 2, "Missing option"),
         (("apply", MODEL, "-o", "x.onnx", *IMAGE), 2, "give --plan plan.json or --passes"),
         (("explain", "none.json"), 2, "none.json: no such file"),
-        (("run", "nowhere", "in.npz", "out.npz"), 1, "nowhere"),
+        (("run", "nowhere", "in.npz", "out.npz"), 8, "nowhere"),
         (("frobnicate",), 2, "No such command"),
     ],
 )
@@ -116,7 +126,7 @@ def test_data_that_do_not_fit_are_named(
 ) -> None:
     file = npz(tmp_path / "data.npz", **arrays)
     code, _, err = hwopt(capsys, "compile", MODEL, "-o", tmp_path / "x", *IMAGE, "--calibrate", file)
-    assert code == 1
+    assert code == 5
     assert message in err and "data.npz" in err
     assert not (tmp_path / "x").exists()
 
@@ -125,7 +135,7 @@ def test_damaged_data_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     file = npz(tmp_path / "data.npz", image=images(4))
     file.write_bytes(file.read_bytes()[:200])
     code, _, err = hwopt(capsys, "compile", MODEL, "-o", tmp_path / "x", *IMAGE, "--calibrate", file)
-    assert code == 1 and "not a readable .npz" in err
+    assert code == 5 and "not a readable .npz" in err
 
 
 def test_scoring_function_is_found_where_the_user_stands(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hwopt.cli.look import diff, explain_, passes, print_, targets
 from hwopt.cli.make import apply_, compile_, demo, plan
 from hwopt.cli.profile import profile
 from hwopt.cli.use import bench, cache, run, tune
-from hwopt.errors import HwoptError
+from hwopt.errors import EXIT_CODES, HwoptError
 
 
 def _show_cmake_dir(context: click.Context, _: click.Parameter, asked: bool) -> None:
@@ -22,7 +22,10 @@ def _show_cmake_dir(context: click.Context, _: click.Parameter, asked: bool) -> 
         context.exit()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+EPILOG = "\b\nExit codes:\n" + "\n".join(f"{code:5}  {meaning}" for code, meaning in EXIT_CODES.items())
+
+
+@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="hwopt")
 @click.option("--cmake-dir", is_flag=True, is_eager=True, expose_value=False, callback=_show_cmake_dir, help="For find_package.")
 def cli() -> None:
