@@ -19,7 +19,7 @@ from hwopt.measure import interleaved
 from hwopt.pipeline import Refusal
 from hwopt.plan.budget import Amounts, exceeded
 from hwopt.plan.plan import Decision, Plan, apply_plan
-from hwopt.plan.search import Found, Search, price, search, versions
+from hwopt.plan.search import Found, Priced, Search, price, search, versions
 from hwopt.plugins import find_passes
 from hwopt.prove import proved
 
@@ -52,7 +52,7 @@ def decided_and_built(job: Job, replay: Plan | None, baseline: Built, build: Bui
         seconds = _seconds(job, baseline, result)
         broken = _broken(job, result, seconds["result"])
         if not broken:
-            found, result = _proved(job, task, found, baseline, result, build)
+            found, result = _proved(job, task, priced, found, baseline, result, build)
             return (found, result) if job.budget.limited else _worth_it(job, found, baseline, result)
         correction = seconds["result"] / max(found.plan.seconds_after, 1e-12)
         task = dataclasses.replace(task, scale=task.scale * correction, memory_scale=_memory_scale(result))
@@ -130,7 +130,9 @@ def fastest(job: Job, found: Found, build: Build) -> tuple[Found, Built]:
     return tried[min(range(len(tried)), key=lambda place: times[str(place)].median)]
 
 
-def _proved(job: Job, task: Search, found: Found, baseline: Built, result: Built, build: Build) -> tuple[Found, Built]:
+def _proved(
+    job: Job, task: Search, priced: Priced, found: Found, baseline: Built, result: Built, build: Build
+) -> tuple[Found, Built]:
     """The same without the changes that cost what they should save; see hwopt.prove."""
     if not job.target.runs_here or not found.plan.decisions or job.check == "none":
         return found, result
@@ -138,8 +140,7 @@ def _proved(job: Job, task: Search, found: Found, baseline: Built, result: Built
     state = proved(job, found, result, build, feeds, lambda one: not _broken(job, one, _seconds(job, baseline, one)["result"]))
     if state.found.graph is found.graph:
         return state.found, state.result
-    before, after = (task.scorer(Session(graph).run) for graph in (job.graph, state.found.graph))
-    comparison = compare(task.scorer.metric, before, after)
+    comparison = compare(task.scorer.metric, priced.baseline, task.scorer(Session(state.found.graph).run))
     if comparison.drop > job.budget.max_drop:  # errors of changes may have cancelled each other
         return found, result
     return dataclasses.replace(state.found, comparison=comparison), state.result

@@ -16,6 +16,7 @@ from hwopt.pipeline import Refusal, parse
 from hwopt.plan.attempt import Found
 from hwopt.plan.plan import Decision, Offer, Plan, apply_plan
 from hwopt.plugins import find_passes
+from hwopt.samples import batch_of
 
 CHECKS = ("none", "doubtful", "all")
 DOUBT = 0.03  # changes that are predicted to save less than this share of the whole are built without
@@ -73,12 +74,18 @@ def proved(job: Job, found: Found, result: Built, build: Build, feeds: Feeds, ke
 
 def _doubtful(job: Job, found: Found) -> Iterator[tuple[Decision, Graph]]:
     """The decisions to check, least promising first, each with the graph without it."""
-    graphs = [(one, _without(job, found, one)) for one in found.plan.decisions]
     whole = job.predicted(found.graph).seconds
-    gains = {id(one): job.predicted(graph).seconds - whole for one, graph in graphs}
-    for one, graph in sorted(graphs, key=lambda pair: gains[id(pair[0])]):
-        if job.check == "all" or gains[id(one)] < DOUBT * whole:
-            yield one, graph
+    roughly = _roughly(job)
+    gains = [job.predicted(_without(roughly, found, one)).seconds - whole for one in found.plan.decisions]
+    for place in sorted(range(len(gains)), key=gains.__getitem__):
+        if job.check == "all" or gains[place] < DOUBT * whole:
+            yield found.plan.decisions[place], _without(job, found, found.plan.decisions[place])
+
+
+def _roughly(job: Job) -> Job:
+    """The same with one batch of calibration data: enough for graphs that are only priced."""
+    few = job.ctx.calibration.head(batch_of(job.graph)) if job.ctx.calibration else None
+    return dataclasses.replace(job, ctx=dataclasses.replace(job.ctx, calibration=few))
 
 
 def _tried(
