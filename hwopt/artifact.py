@@ -65,15 +65,17 @@ def write_artifact(
     kind: str = "c",
     reason: str = "",
     files: Mapping[str, bytes | Path] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> Artifact:
     """Write the artifact under a temporary name and rename it, so that it is there whole or not at all; returns it.
 
-    `kind` is "c" (the generated driver) or "vm" (a Relax VM library, `reason` says why). `files` adds more by name.
+    `kind` is "c" (the generated driver) or "vm" (a Relax VM library, `reason` says why). `files` adds more by name,
+    `facts` what the manifest says beside that.
     """
     texts = {"plan.json": _json(plan), "report.json": _json(report), "graph.txt": graph.encode()}
     built = {name: library.folder / name for name in library.files}
-    facts = _facts(library) | {"target": target, "kind": kind, "reason": reason, "versions": package_versions()}
-    return _bundle(Path(folder), {**built, "model.onnx": model, **texts, **(files or {})}, facts)
+    known = _facts(library) | {"target": target, "kind": kind, "reason": reason, "versions": package_versions()}
+    return _bundle(Path(folder), {**built, "model.onnx": model, **texts, **(files or {})}, {**(facts or {}), **known})
 
 
 def _bundle(folder: Path, files: Mapping[str, bytes | Path], facts: Mapping[str, Any]) -> Artifact:

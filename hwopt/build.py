@@ -18,6 +18,7 @@ from hwopt.emit.cpu import host_machine
 from hwopt.emit.products import Form
 from hwopt.emit.program import Program
 from hwopt.errors import UnsupportedError
+from hwopt.io.preprocess import KEY
 from hwopt.io.proto import to_model
 from hwopt.ir import Graph, to_text
 from hwopt.pipeline import Refusal
@@ -59,7 +60,10 @@ class Built:
         return f"{told}, ...; see hwopt explain), {kept} layers decode them in their kernels"
 
     def write(self, out: Path | str, plan: Plan, report: Mapping[str, Any]) -> Artifact:
-        """The artifact that ships. Its plan says for which layers the library holds more than the model does."""
+        """The artifact that ships. Its plan says for which layers the library holds more than the model does.
+
+        The manifest names the preprocessing in the model, and the original, which the report knows.
+        """
         expanded = tuple(Refusal("decode-in-kernel", layer, reason) for layer, reason in self.coded.items() if reason)
         plan = dataclasses.replace(plan, refused=(*plan.refused, *expanded))
         model = to_model(self.graph).SerializeToString(deterministic=True)
@@ -67,6 +71,7 @@ class Built:
         return write_artifact(
             out, self.library, target=self.target.name, model=model, plan=plan.to_data(), report=report, graph=text,
             kind=self.kind, reason=self.reason,
+            facts={"preprocess": self.graph.metadata.get(KEY, ""), "original": report.get("original", {})},
         )  # fmt: skip
 
 

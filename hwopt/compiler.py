@@ -19,8 +19,10 @@ from hwopt.build import Built, build
 from hwopt.decide import decided, decided_and_built
 from hwopt.emit.products import Form
 from hwopt.errors import UnsupportedError, UsageError, did_you_mean
+from hwopt.io.preprocess import KEY, Preprocess
 from hwopt.ir import Graph
 from hwopt.job import FORM, Data, Job, prepare, quiet, read_plan
+from hwopt.original import original_of
 from hwopt.pipeline import PassManager, Refusal, parse_list
 from hwopt.plan.budget import Budget
 from hwopt.plan.options import Progress
@@ -66,6 +68,7 @@ def compile_model(
     form: Form = FORM,
     check: str = "doubtful",
 ) -> Artifact:
+    preprocess: Preprocess | str | None = None,
     """Optimize a model (an ONNX file, a torch module or an ExportedProgram) for a target and write the artifact to `out`.
 
     `calibrate` and `evaluate` are an .npz file, arrays by input name (with `labels`), or for `evaluate` the text
@@ -74,23 +77,25 @@ def compile_model(
     is read unless it is named), `tune` how long to search for better ones before the result is compiled. Without `measure`
     nothing is timed: the cost model alone decides, and the same inputs give the same bytes, as build systems want it. `form` says
     which libraries, objects or sources are delivered. `check` says which changes are left out once, and stay out if the model is
-    faster without them: all, the doubtful ones or none. Raises HwoptError with the reason and the next step.
+    faster without them: all, the doubtful ones or none. `preprocess` (`mean=..,std=..,layout=nhwc`) becomes the first part of
+    the model, which then takes pixels, as do the data. Raises HwoptError with the reason and the next step.
     """
     _check_options(tune is not None, measure, check)
     check_destination(out)
     replay = None if plan is None else read_plan(plan)
-    job = prepare(model, target, shapes, binds, calibrate, evaluate, budget, passes, threads, seed, progress)
+    job = prepare(model, target, shapes, binds, calibrate, evaluate, budget, passes, threads, seed, progress, preprocess)
     _refuse_foreign(job.target)
     refuse_unsupported(job.graph)
     job = dataclasses.replace(job, graph=dataclasses.replace(job.graph, name=name or _name(model, job.graph)))
     database = open_database(tuning_db, job.target) if tuning_db or tune else None  # the same inputs give the same bytes
     job = dataclasses.replace(job, database=database, measure=measure, form=form, check=check)
     with tempfile.TemporaryDirectory(prefix="hwopt-") as scratch:
+    origin = {"original": original_of(model, shapes, binds, job.graph.digest), "preprocess": job.graph.metadata.get(KEY, "")}
         folder = Path(scratch)
         if not measure:
             found = decided(job, replay)
             result = _build(found.graph, job, folder / "result", form)
-            return result.write(out, found.plan, estimated_report(job, found, result))
+            return result.write(out, found.plan, estimated_report(job, found, result) | origin)
         baseline = _build(job.graph, job, folder / "baseline")
 
         def built(found: Found) -> Built:
@@ -100,7 +105,7 @@ def compile_model(
             return baseline if same else _build(found.graph, job, Path(tempfile.mkdtemp(prefix="result", dir=folder)))
 
         found, result = decided_and_built(job, replay, baseline, built)
-        report = measured_report(job, found, baseline, result)
+        report = measured_report(job, found, baseline, result) | origin
         delivered = result if form == FORM else _build(found.graph, job, folder / "delivered", form)
         return delivered.write(out, found.plan, report)
 
@@ -145,7 +150,8 @@ def apply_model(model: Any, *, plan: Plan | Path | str | None = None, **options:
 
 
 def _job(model: Any, options: Mapping[str, Any]) -> Job:
-    names = ("target", "shapes", "binds", "calibrate", "evaluate", "budget", "passes", "threads", "seed", "progress")
+    data = ("calibrate", "evaluate", "preprocess")
+    names = ("target", "shapes", "binds", *data, "budget", "passes", "threads", "seed", "progress")
     defaults = {"target": "host", "seed": 0, "progress": quiet}
     return prepare(model, **{name: options.get(name, defaults.get(name)) for name in names})
 

@@ -20,7 +20,7 @@ from hwopt.plan.trials import search_knobs
 from hwopt.report.outcome import plan_report
 from hwopt.report.page import page
 
-OPTIONS = ("shapes", "binds", "calibrate", "evaluate", "budget", "passes", "threads")
+OPTIONS = ("shapes", "binds", "calibrate", "evaluate", "budget", "passes", "threads", "preprocess")
 
 
 def job_of(model: Any, options: Mapping[str, Any]) -> Job:

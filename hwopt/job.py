@@ -14,6 +14,7 @@ from hwopt.analysis.workload import workloads
 from hwopt.backends.tvm.tune.database import Database
 from hwopt.emit.products import Form
 from hwopt.errors import UsageError
+from hwopt.io.preprocess import Preprocess, folded, parse_preprocess
 from hwopt.ir import Graph
 from hwopt.pipeline import Context, Pass, PassManager, Phase, parse_list
 from hwopt.plan.budget import Budget
@@ -69,6 +70,7 @@ def prepare(
     threads: int | None,
     seed: int,
     progress: Progress,
+    preprocess: Preprocess | str | None = None,
 ) -> Job:
     """Load, clean and check everything before any long work starts."""
     from hwopt.io.onnx import load
@@ -76,7 +78,7 @@ def prepare(
     hardware = find_target(target) if isinstance(target, str) else target
     families, fixed = choose_families(passes)
     progress("loading", 0, 1)
-    graph = clean(load(model, shapes=shapes, binds=binds), Context(hardware, seed=seed))
+    graph = clean(preprocessed(load(model, shapes=shapes, binds=binds), preprocess), Context(hardware, seed=seed))
     scorer = evaluate if isinstance(evaluate, str) and re.fullmatch(r"[\w.]+:\w+", evaluate) else None
     evaluation = None if scorer else _samples(evaluate, graph)
     calibration, evaluation = _disjoint(_samples(calibrate, graph), evaluation, scorer)
@@ -84,6 +86,13 @@ def prepare(
         graph=graph, ctx=Context(hardware, calibration, seed), target=hardware, threads=threads or hardware.cores,
         budget=budget or Budget(), families=families, fixed=fixed, evaluation=evaluation, user_score=scorer, progress=progress,
     )  # fmt: skip
+
+
+def preprocessed(graph: Graph, preprocess: Preprocess | str | None) -> Graph:
+    """The graph with this in front of it, if there is something; it then takes pixels."""
+    if not preprocess:
+        return graph
+    return folded(graph, parse_preprocess(preprocess) if isinstance(preprocess, str) else preprocess)
 
 
 def clean(graph: Graph, ctx: Context) -> Graph:

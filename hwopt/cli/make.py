@@ -18,6 +18,7 @@ from hwopt.cli.options import (
     JSON,
     MODEL,
     PASSES,
+    PREPROCESS,
     REPORT,
     SEED,
     SHAPE,
@@ -112,6 +113,7 @@ def plan(model: Path, out: Path, report: Path | None, **options: Any) -> None:
 @CALIBRATE
 @SEED
 def apply_(model: Path, out: Path, plan_file: Path | None, **options: Any) -> None:
+@PREPROCESS
     """Apply a plan, or passes such as 'low-rank{site=fc1,rank=16},quantize', to MODEL and write it as ONNX."""
     from hwopt.compiler import apply_model
     from hwopt.io.onnx import save

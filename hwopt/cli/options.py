@@ -25,6 +25,9 @@ SEED = click.option("--seed", type=int, default=0, show_default=True)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print data instead of text.")
 CALIBRATE = click.option("--calibrate", type=click.Path(path_type=Path), help="An .npz with inputs by name.")
 EVALUATE = click.option("--evaluate", metavar="NPZ|MODULE:FUNCTION", help="An .npz (inputs, labels) or a scoring function.")
+PREPROCESS = click.option(
+    "--preprocess", metavar="mean=..,std=..,scale=1/255,layout=nhwc", help="Becomes part of the model, which then takes pixels."
+)
 MAX_DROP = click.option("--max-drop", default="1%", show_default=True, help="How much the score may fall.")
 BUDGET = click.option(
     "--budget", "limits", multiple=True, metavar="latency=2ms|size=1MB|memory=4MB|energy=2mJ", help="Further limits."
@@ -59,7 +62,7 @@ def building(command: Command) -> Command:
 
 def planning(command: Command) -> Command:
     """The options of every command that decides what to change."""
-    for option in (PASSES, BUDGET, MAX_DROP, EVALUATE, CALIBRATE, BIND, SHAPE, TARGET, SEED, THREADS):
+    for option in (PASSES, BUDGET, MAX_DROP, EVALUATE, CALIBRATE, PREPROCESS, BIND, SHAPE, TARGET, SEED, THREADS):
         command = option(command)
     return command
 

@@ -26,6 +26,7 @@ from hwopt.backends.tvm.support import needs_runtime, refuse, refuse_unsupported
 from hwopt.backends.tvm.templates import PLAIN, Choose
 from hwopt.emit.program import Program
 from hwopt.errors import HwoptError, ToolchainError, UnsupportedError
+from hwopt.io.preprocess import notes_of
 from hwopt.ir import Graph, of_op
 from hwopt.target import Target
 
@@ -41,7 +42,7 @@ def compile_program(
     Raises UnsupportedError that lists every node TVM cannot run, or that only its runtime can (see compile_vm).
     """
     program = assemble(reading(graph, target, threads, choose, compact), target, name)
-    return dataclasses.replace(program, notes=quantized_ends(graph))
+    return dataclasses.replace(program, notes={**quantized_ends(graph), **notes_of(graph)})
 
 
 def quantized_ends(graph: Graph) -> dict[str, str]:
