@@ -76,7 +76,7 @@ def _key(model: Path, options: Mapping[str, Any]) -> str:
 def _plain(value: Any) -> Any:
     """Paths by name: their contents are in the key."""
     if isinstance(value, Path):
-        return value.name
+        return value.name if "," not in str(value) else str(value)  # with options, as data have them
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 

@@ -12,9 +12,11 @@ import onnx
 
 from hwopt.files import write_whole
 from hwopt.plugins import find_target, plugin_files
+from hwopt.sources import files_of
 from hwopt.target import Target, table_of
 
 FILES = ("plan", "tuning_db", "calibrate", "evaluate", "target")  # options that may name one
+DATA = ("calibrate", "evaluate")  # options that may name a whole folder
 
 
 def dependencies(model: Path, options: Mapping[str, Any]) -> tuple[Path, ...]:
@@ -23,7 +25,8 @@ def dependencies(model: Path, options: Mapping[str, Any]) -> tuple[Path, ...]:
     own = Path(__file__).parent
     sources = sorted(path for path in own.rglob("*") if path.suffix in (".py", ".c", ".h"))
     found = [model, *external_files(model), *given, *_prices(options.get("target")), *sources, *plugin_files()]
-    return tuple(dict.fromkeys(path.resolve() for path in found))
+    data = [path for name in DATA for path in files_of(options.get(name))]
+    return tuple(dict.fromkeys(path.resolve() for path in (*found, *data)))
 
 
 def _prices(target: Any) -> Iterator[Path]:

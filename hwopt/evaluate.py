@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +11,9 @@ from typing import Protocol
 import numpy as np
 from scipy import stats
 
-from hwopt.errors import DataError, UsageError
+from hwopt.errors import DataError
 from hwopt.ir import Graph
+from hwopt.named import named_function
 from hwopt.samples import Samples, batch_of
 
 Outputs = Mapping[str, np.ndarray]
@@ -200,15 +200,8 @@ def is_classifier(output: np.ndarray) -> bool:
 
 def user_scorer(text: str) -> UserScore:
     """`module:function` as a scorer; raises UsageError if there is no such function."""
-    module, _, name = text.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        hint = "write --evaluate module:function; the module must be in this folder or on PYTHONPATH"
-        raise UsageError(f"cannot import {text!r} ({error})", hint=hint) from error
-    if not callable(function):
-        raise UsageError(f"{text!r} is no function", hint="it is called with run({input: array}) -> {output: array}")
-    return UserScore(function, name)
+    use = "module:function; it is called with run({input: array}) -> {output: array}"
+    return UserScore(named_function(text, use), text.partition(":")[2])
 
 
 def divergence(reference: np.ndarray, found: np.ndarray) -> float:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,12 @@ from hwopt.plan.budget import Budget
 from hwopt.plan.options import Progress
 from hwopt.plan.plan import Plan, plan_from_json
 from hwopt.plugins import find_passes, find_target
-from hwopt.samples import Samples, checked, load_samples
+from hwopt.samples import Samples
+from hwopt.sources import is_scoring, samples_from
 from hwopt.target import Cost, Target, total
 
 FORM = Form()
-Data = Samples | Mapping[str, np.ndarray] | Path | str | None
+Data = Samples | Mapping[str, np.ndarray] | Path | str | Iterable[Any] | Callable[[], Any] | None  # see samples_from
 
 
 def quiet(stage: str, done: int, total: int) -> None:
@@ -79,7 +79,7 @@ def prepare(
     families, fixed = choose_families(passes)
     progress("loading", 0, 1)
     graph = clean(preprocessed(load(model, shapes=shapes, binds=binds), preprocess), Context(hardware, seed=seed))
-    scorer = evaluate if isinstance(evaluate, str) and re.fullmatch(r"[\w.]+:\w+", evaluate) else None
+    scorer = evaluate if isinstance(evaluate, str) and is_scoring(evaluate) else None
     evaluation = None if scorer else _samples(evaluate, graph)
     calibration, evaluation = _disjoint(_samples(calibrate, graph), evaluation, scorer)
     return Job(
@@ -126,13 +126,7 @@ def read_plan(plan: Plan | Path | str) -> Plan:
 
 
 def _samples(data: Data, graph: Graph) -> Samples | None:
-    if data is None or isinstance(data, Samples):
-        return None if data is None else checked(data, graph)
-    if isinstance(data, Mapping):
-        arrays = dict(data)
-        labels = arrays.pop("labels", None) if "labels" not in graph.inputs else None
-        return checked(Samples(arrays, labels), graph)
-    return load_samples(data, graph)
+    return None if data is None else samples_from(data, graph)
 
 
 def _disjoint(

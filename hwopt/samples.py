@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,16 +18,23 @@ from hwopt.files import replacing
 from hwopt.ir import Graph, TensorType, numpy_dtype
 from hwopt.ir.graph import param_digest
 
-LABELS = "labels"
+LABELS, TEXTS, CLASSES = "labels", "texts", "classes"  # names in an .npz beside those of inputs
+Encode = Callable[[list[str]], Mapping[str, np.ndarray]]
 
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """`arrays[input]` is [samples, ...] where the model's input is [batch, ...]; `labels` is [samples] or absent."""
+    """`arrays[input]` is [samples, ...] where the model's input is [batch, ...]; `labels` is [samples] or absent.
+
+    What a report may show beside them: names of the classes by label, and the texts that `encode` made the arrays of.
+    """
 
     arrays: Mapping[str, np.ndarray]
     labels: np.ndarray | None = None
     source: str = "data"
+    classes: tuple[str, ...] = ()
+    texts: np.ndarray | None = None  # [samples] of str
+    encode: Encode | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -45,8 +52,9 @@ class Samples:
         return self.rows(slice(count))
 
     def rows(self, rows: slice | np.ndarray) -> Samples:
-        labels = None if self.labels is None else self.labels[rows]
-        return Samples(MappingProxyType({name: array[rows] for name, array in self.arrays.items()}), labels, self.source)
+        labels, texts = (None if array is None else array[rows] for array in (self.labels, self.texts))
+        arrays = MappingProxyType({name: array[rows] for name, array in self.arrays.items()})
+        return replace(self, arrays=arrays, labels=labels, texts=texts)
 
     def feeds(self, graph: Graph) -> Iterator[Mapping[str, np.ndarray]]:
         """Inputs for one run after the other, as many samples each as the graph's batch holds; an incomplete rest is left out."""
@@ -64,10 +72,17 @@ def batch_of(graph: Graph) -> int:
 
 def load_samples(path: Path | str, graph: Graph) -> Samples:
     """Read an .npz with the inputs by name and optionally `labels`; raises DataError that names what does not fit."""
-    path = Path(path)
-    arrays = read_npz(path)
-    labels = arrays.pop(LABELS, None) if LABELS not in graph.inputs else None
-    return checked(Samples(MappingProxyType(arrays), labels, str(path)), graph)
+    return checked(samples_of(read_npz(Path(path)), graph, str(path)), graph)
+
+
+def samples_of(arrays: Mapping[str, np.ndarray], graph: Graph, source: str = "data", encode: Encode | None = None) -> Samples:
+    """Arrays by name as Samples: those called labels, texts and classes are told from inputs. Nothing is checked yet."""
+    rest = dict(arrays)
+    labels, texts, classes = (rest.pop(name, None) if name not in graph.inputs else None for name in (LABELS, TEXTS, CLASSES))
+    if encode is not None and texts is not None and not set(graph.inputs) <= rest.keys():
+        rest |= encode([str(text) for text in texts])
+    names = () if classes is None else tuple(map(str, classes))
+    return Samples(MappingProxyType(rest), labels, source, names, texts, encode)
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -100,6 +115,7 @@ def checked(samples: Samples, graph: Graph) -> Samples:
     for name in samples.arrays:
         if name not in graph.inputs:
             raise DataError(f"the model has no input {name!r}", place=place, hint=did_you_mean(name, graph.inputs))
+    check_batch(graph, place)
     counts = {name: len(array) if array.ndim else 0 for name, array in samples.arrays.items()}
     if len(set(counts.values())) > 1:
         raise DataError(f"inputs have different numbers of samples: {counts}", place=place)
@@ -109,6 +125,21 @@ def checked(samples: Samples, graph: Graph) -> Samples:
     if len(samples) < batch:
         raise DataError(f"{len(samples)} samples, the model needs at least {batch}", place=place)
     return samples if samples.labels is None else replace(samples, labels=_labels(samples.labels, len(samples), place))
+
+
+def check_batch(graph: Graph, place: str) -> None:
+    """Raise DataError that names the first input without a batch axis, or with another one than the first input's."""
+    first = next((name for name in graph.inputs if graph.tensor(name).shape), "")
+    batch = (graph.tensor(first).shape or (0,))[0]
+    for name in graph.inputs:
+        kind = graph.tensor(name)
+        hint = f"make it a constant (--bind {name}=...), or score with --evaluate module:function, which runs the model itself"
+        if not kind.shape:
+            reason = f"input {name!r} is {kind}: it has no batch axis to cut samples from"
+            raise DataError(reason, place=place, hint=hint)
+        if kind.shape[0] != batch:
+            reason = f"input {name!r} is {kind}: its first axis is not the batch of {first!r}, {graph.tensor(first)}"
+            raise DataError(f"{reason}, so samples cannot be cut from both", place=place, hint=hint)
 
 
 def _labels(labels: np.ndarray, count: int, place: str) -> np.ndarray:

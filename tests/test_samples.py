@@ -104,3 +104,26 @@ def test_input_called_labels_is_an_input(tmp_path: Path) -> None:
     samples = load_samples(save(tmp_path, labels=np.ones((3, 2), np.float32)), build.graph())
     assert samples.labels is None
     assert len(samples) == 3
+
+
+def mixed(kind: tuple[int, ...]) -> Graph:
+    build = Builder()
+    image, state = build.input((1, 3), name="image"), build.input(kind, name="state")
+    build.outputs = [build.op("Relu", [image], (1, 3)), build.op("Relu", [state], kind)]
+    return build.graph()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            (2, 1, 4),
+            r"'state' is float32\[2,1,4\]: its first axis is not the batch of 'image', float32\[1,3\].*--bind state=",
+        ),
+        ((), r"input 'state' is float32\[\]: it has no batch axis.*--bind state="),
+    ],
+)
+def test_an_input_without_the_batch_axis_is_named_with_its_shape(kind: tuple[int, ...], message: str) -> None:
+    samples = Samples({"image": np.ones((4, 3), np.float32), "state": np.ones((4, *kind[1:]), np.float32)})
+    with pytest.raises(DataError, match=message):
+        checked(samples, mixed(kind))

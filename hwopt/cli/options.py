@@ -23,8 +23,11 @@ TARGET = click.option(
 THREADS = click.option("--threads", type=click.IntRange(1), default=None, help="Threads; all cores of the target if not given.")
 SEED = click.option("--seed", type=int, default=0, show_default=True)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print data instead of text.")
-CALIBRATE = click.option("--calibrate", type=click.Path(path_type=Path), help="An .npz with inputs by name.")
-EVALUATE = click.option("--evaluate", metavar="NPZ|MODULE:FUNCTION", help="An .npz (inputs, labels) or a scoring function.")
+DATA = "An .npz, a folder of pictures, a dataset on disk (arrow, parquet), or module:function"
+CALIBRATE = click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE|FOLDER|MODULE:FUNCTION", help=f"{DATA}.")
+EVALUATE = click.option(
+    "--evaluate", metavar="FILE|FOLDER|MODULE:FUNCTION", help="The same with labels; or a function of run that returns the score."
+)
 PREPROCESS = click.option(
     "--preprocess", metavar="mean=..,std=..,scale=1/255,layout=nhwc", help="Becomes part of the model, which then takes pixels."
 )

@@ -69,10 +69,10 @@ def parse_preprocess(text: str) -> Preprocess:
         if equals and key in values:
             raise UsageError(f"{key} is given twice", place=place)
         values.setdefault(key, []).append((value if equals else part).strip())
-    numbers = {name: tuple(_number(one, place) for one in values.pop(name)) for name in ("mean", "std") if name in values}
+    mean, std = (tuple(_number(one, place) for one in values.pop(name, ())) for name in ("mean", "std"))
     single = {name: _single(name, texts, place) for name, texts in values.items()}
     scale = _number(single.pop("scale", "1"), place)
-    found = Preprocess(**numbers, **single, scale=scale)
+    found = Preprocess(mean, std, scale, **single)
     _check(found, place)
     return found
 
