@@ -18,6 +18,8 @@ from hwopt.ir import Graph, Node, descended, descends, verify
 from hwopt.samples import Samples
 from hwopt.target import Target
 
+T = typing.TypeVar("T")
+
 
 class Phase(enum.IntEnum):
     """When a pass runs: the order in which families compose."""
@@ -92,15 +94,20 @@ class Pass:
                 raise PassError(f"no node {name} in {graph.name}", place=str(self), hint=did_you_mean(name, graph.node))
 
     def __str__(self) -> str:
-        shown = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)
-        options = ",".join(f"{key}={_print(value)}" for key, value in shown)
-        return f"{self.name}{{{options}}}" if options else self.name
+        return printed(self.name, self)
 
 
 _BARE = r'[^\s,+=(){}"]+'
 _ITEM = rf'(?:"(?:[^"\\]|\\.)*"|{_BARE})'
 _PLAIN, _ATOM = re.compile(_BARE), re.compile(_ITEM)
 _OPTION = re.compile(rf"\s*([\w-]+)\s*=\s*({_ITEM}(?:\+{_ITEM})*)\s*(,|$)")
+
+
+def printed(name: str, options: Any) -> str:
+    """`name{key=value,...}` of a dataclass whose fields are options; usual values are left out."""
+    shown = ((f.name, getattr(options, f.name)) for f in dataclasses.fields(options) if getattr(options, f.name) != f.default)
+    text = ",".join(f"{key}={_print(value)}" for key, value in shown)
+    return f"{name}{{{text}}}" if text else name
 
 
 def _print(value: Any) -> str:
@@ -114,14 +121,19 @@ def _print(value: Any) -> str:
 
 def parse(text: str, passes: Mapping[str, type[Pass]]) -> Pass:
     """The inverse of `str(pass)`: `low-rank{site=fc1,rank=16}`. Raises UsageError that names the unknown part."""
+    return parse_as(text, passes, "pass")
+
+
+def parse_as(text: str, passes: Mapping[str, type[T]], what: str) -> T:
+    """The same for any dataclasses by name; `what` they are called in errors."""
     head, brace, rest = text.strip().partition("{")
     if head not in passes:
-        raise UsageError(f"unknown pass {head!r}", place=text, hint=did_you_mean(head, passes))
+        raise UsageError(f"unknown {what} {head!r}", place=text, hint=did_you_mean(head, passes))
     if brace and not rest.endswith("}"):
         raise UsageError("the closing } is missing", place=text)
     kind = passes[head]
     hints = typing.get_type_hints(kind)
-    known = {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+    known = {f.name: hints[f.name] for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     options: dict[str, Any] = {}
     for key, raw in _options(rest.removesuffix("}"), text):
         if key not in known:

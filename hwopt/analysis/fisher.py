@@ -79,13 +79,14 @@ def currency_of(graph: Graph, samples: Samples) -> Currency:
     for name in graph.outputs:
         whole = np.concatenate([np.atleast_1d(run[name]) for run in runs])
         if np.issubdtype(whole.dtype, np.floating):
-            kinds[name] = _kind(whole)
+            kinds[name] = output_kind(whole)
             rows = len(runs) * batch_of(graph)
             power[name] = max(float((whole.astype(np.float64) ** 2).sum()) / rows, 1e-30)
     return Currency(kinds, power)
 
 
-def _kind(output: np.ndarray) -> str:
+def output_kind(output: np.ndarray) -> str:
+    """What an output over several samples holds: logits, probabilities, or values of any other kind."""
     if not is_classifier(output):
         return "values"
     return "probabilities" if output.min() >= 0 and np.allclose(output.sum(1), 1, atol=1e-3) else "logits"

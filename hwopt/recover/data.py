@@ -1,0 +1,187 @@
+"""Training data: arrays that are shuffled by seed and epoch, or the user's own loader as it is."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from hwopt.errors import DataError, UsageError
+from hwopt.ir import Graph, numpy_dtype
+from hwopt.samples import Samples, checked
+
+CHECKED = 2048  # held-out samples at most: a check must not cost more than the training
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One step's samples. `rows` are their places in the arrays they come from, if they come from arrays."""
+
+    feeds: Mapping[str, np.ndarray]
+    labels: np.ndarray | None = None
+    rows: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.feeds.values())))
+
+
+class Source(Protocol):
+    """Batches of an epoch, the same ones each time it is asked; `digest` names the data, empty if that is unknown."""
+
+    @property
+    def digest(self) -> str: ...
+
+    def steps(self, batch: int) -> int: ...
+
+    def epoch(self, number: int, batch: int, seed: int) -> Iterator[Batch]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Arrays:
+    """Samples in another order each epoch; an incomplete batch at its end is left out."""
+
+    samples: Samples
+
+    @property
+    def digest(self) -> str:
+        return self.samples.digest
+
+    def steps(self, batch: int) -> int:
+        return len(self.samples) // batch
+
+    def epoch(self, number: int, batch: int, seed: int) -> Iterator[Batch]:
+        order = np.random.default_rng((seed, number)).permutation(len(self.samples))
+        for start in range(0, len(order) - batch + 1, batch):
+            yield self.at(order[start : start + batch])
+
+    def at(self, rows: np.ndarray) -> Batch:
+        labels = None if self.samples.labels is None else self.samples.labels[rows]
+        return Batch({name: array[rows] for name, array in self.samples.arrays.items()}, labels, rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Loader:
+    """The user's own loader: any iterable of {input: array}, of (that, labels), or for one input of arrays themselves.
+
+    A function is called with the epoch and returns one. A torch DataLoader draws its order from torch's generator, which is
+    seeded for each epoch; other loaders must be repeatable themselves. Batches have the loader's size.
+    """
+
+    graph: Graph
+    loader: Any
+    digest: str = ""
+
+    def steps(self, _: int) -> int:
+        try:
+            return len(self.loader)
+        except TypeError:
+            return sum(1 for _ in self._items(0, 0))
+
+    def epoch(self, number: int, _: int, seed: int) -> Iterator[Batch]:
+        for item in self._items(number, seed):
+            yield as_batch(self.graph, item)
+
+    def _items(self, number: int, seed: int) -> Iterable[Any]:
+        import torch
+
+        torch.manual_seed(seed * 1_000_003 + number)
+        return self.loader(number) if inspect.isroutine(self.loader) else self.loader
+
+
+def source_of(graph: Graph, data: Any) -> Source:
+    """Samples, arrays by input name (with `labels`), or a loader. Raises UsageError for what can be read only once."""
+    if isinstance(data, Samples):
+        return Arrays(checked(data, graph))
+    if isinstance(data, Mapping):
+        arrays = {name: np.asarray(array) for name, array in data.items()}
+        labels = arrays.pop("labels", None) if "labels" not in graph.inputs else None
+        return Arrays(checked(Samples(arrays, labels), graph))
+    if isinstance(data, Iterator):
+        hint = "give a list, a DataLoader or a function of the epoch"
+        raise UsageError("can be read only once", place="training data", hint=hint)
+    if not isinstance(data, Iterable) and not isinstance(data, Callable):  # type: ignore[arg-type]
+        raise UsageError(f"{type(data).__name__} is no training data", hint="give Samples, arrays by name or a loader")
+    return Loader(graph, data)
+
+
+def as_batch(graph: Graph, item: Any) -> Batch:
+    """{input: array}, (that, labels), or arrays in the order of the inputs with labels behind. Raises DataError otherwise."""
+    parts = list(item) if isinstance(item, (tuple, list)) else [item]
+    labels = None
+    if isinstance(parts[0], Mapping):
+        feeds, rest = dict(parts[0]), parts[1:]
+        labels = feeds.pop("labels", None) if "labels" not in graph.inputs else None
+    else:
+        feeds, rest = dict(zip(graph.inputs, parts, strict=False)), parts[len(graph.inputs) :]
+    missing = [name for name in graph.inputs if name not in feeds]
+    if missing or len(rest) > 1:
+        hint = f"yield {{{graph.inputs[0]!r}: array}}, or (that, labels)"
+        raise DataError(f"a batch lacks input {missing[0]!r}" if missing else "a batch has too many parts", hint=hint)
+    arrays = {name: _array(feeds[name], graph, name) for name in graph.inputs}
+    labels = rest[0] if rest else labels
+    return Batch(arrays, None if labels is None else np.asarray(labels))
+
+
+def _array(value: Any, graph: Graph, name: str) -> np.ndarray:
+    array, wanted = np.asarray(value), numpy_dtype(graph.tensor(name).dtype)
+    shape = graph.tensor(name).shape or ()
+    sizes = zip(array.shape[1:], shape[1:], strict=False)
+    if array.ndim != len(shape) or any(isinstance(dim, int) and size != dim for size, dim in sizes):
+        raise DataError(f"has shape {list(array.shape)}, the model takes {graph.tensor(name)}", place=f"training data: {name!r}")
+    if array.dtype.kind != wanted.kind:
+        raise DataError(f"is {array.dtype}, the model takes {wanted}", place=f"training data: {name!r}")
+    return array.astype(wanted, copy=False)
+
+
+def pieces(batch: Batch, size: int) -> Iterator[Batch]:
+    """The samples so many at once, in their order; all together for 0. Raises DataError for an incomplete rest."""
+    if not size or len(batch) == size:
+        yield batch
+        return
+    if len(batch) % size:
+        raise DataError(f"{len(batch)} samples for a model with the batch {size}", place="training data")
+    for start in range(0, len(batch), size):
+        part = slice(start, start + size)
+        feeds = {name: array[part] for name, array in batch.feeds.items()}
+        labels, rows = (None if one is None else one[part] for one in (batch.labels, batch.rows))
+        yield Batch(feeds, labels, rows)
+
+
+def first(batches: Iterable[Batch], count: int) -> list[Batch]:
+    """At most so many."""
+    return [batch for _, batch in zip(range(count), batches, strict=False)]
+
+
+def in_order(source: Source, batch: int) -> list[Batch]:
+    """All samples once, not shuffled where they are arrays."""
+    if not isinstance(source, Arrays):
+        return list(source.epoch(0, batch, 0))
+    count = len(source.samples)
+    return [source.at(np.arange(start, min(start + batch, count))) for start in range(0, count, batch)]
+
+
+def divided(source: Source, held_out: Source | None, share: float, batch: int, own: int, seed: int) -> tuple[Source, list[Batch]]:
+    """What is trained on, and the batches that are only looked at: held-out ones that are given, else a share of the arrays.
+
+    Of a loader the first batches are looked at, and trained on as well. `own` is the graph's batch.
+    """
+    if held_out is not None:
+        return source, in_order(held_out, batch)
+    if not isinstance(source, Arrays):
+        return source, first(source.epoch(0, batch, seed), math.ceil(source.steps(batch) * share))
+    learned, judged = split(source.samples, share, own)
+    return Arrays(learned), in_order(Arrays(judged), batch) if judged is not None else []
+
+
+def split(samples: Samples, share: float, batch: int) -> tuple[Samples, Samples | None]:
+    """Training and held-out samples; evenly spread ones are held out, whole batches of the graph, None if there are too few."""
+    count = min(round(len(samples) * share), CHECKED) // batch * batch
+    if not count or len(samples) - count < batch:
+        return samples, None
+    chosen = np.zeros(len(samples), bool)
+    chosen[(np.arange(count) * len(samples)) // count] = True
+    return samples.rows(~chosen), samples.rows(chosen)

@@ -1,0 +1,118 @@
+"""How a changed model is trained: one recipe, written `distill{epochs=3,temperature=2}`; its text parses back into it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar
+
+from hwopt.errors import UsageError
+from hwopt.pipeline import parse_as, printed
+
+if TYPE_CHECKING:
+    from hwopt.recover.case import Case, Outcome
+
+OPTIMIZERS = ("adam", "sgd")
+STATISTICS = ("frozen", "estimated")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training of the parameters that a changed graph has. Subclasses say by what: a loss, or a schedule around it.
+
+    `steps`, `until` and `threads` are filled in when a recipe has run: written with them it does the same again, bit for bit.
+    """
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+
+    epochs: float = 3.0
+    minutes: float = 0.0  # at most so long; 0: no limit. Fewer steps are planned where the time does not suffice
+    steps: int = 0  # of the schedule, instead of epochs
+    until: int = 0  # stop after so many of them: where the best state was found
+    batch: int = 64  # samples per step, where the graph takes more than its own batch
+    lr: float = 0.001
+    optimizer: str = "adam"  # or sgd, with momentum 0.9
+    warmup: float = 0.05  # share of the steps in which the learning rate rises; it falls along a cosine afterwards
+    patience: int = 4  # stop after so many checks without a better state; 0: never
+    checks: int = 10  # of the held-out samples, spread over the steps
+    holdout: float = 0.1  # share of the training data that chooses the state and is not trained on
+    scales: bool = True  # learn the step sizes of quantizers (LSQ)
+    keep_zeros: bool = False  # weights that are zero stay zero: sparse ones
+    statistics: str = "frozen"  # of a BatchNormalization that is still there; or estimated, on the changed graph
+    logits: float = 1.0  # weight of the teacher's outputs in the loss
+    temperature: float = 2.0
+    features: float = 0.0  # weight of intermediate values of the same name and shape
+    hard: float = 0.0  # weight of the labels' cross entropy
+    loss: str = ""  # module:function of the user's instead: loss(outputs, teacher's outputs, labels) -> number
+    seed: int = 0
+    threads: int = 0  # of torch; 0: one per core. Another number sums in another order
+
+    def recover(self, case: Case) -> Outcome:
+        """Train; a schedule overrides this and trains several times."""
+        from hwopt.recover.torch.train import train
+
+        return train(case, self)
+
+    def usual(self) -> Recipe:
+        """This recipe without what one run filled in."""
+        return dataclasses.replace(self, steps=0, until=0, threads=0)
+
+    def __str__(self) -> str:
+        return printed(self.name, self)
+
+
+@dataclass(frozen=True)
+class Distill(Recipe):
+    """Learn the float model's outputs, softened by the temperature (Hinton, Vinyals and Dean, arXiv:1503.02531), with
+    `features` also its intermediate values (FitNets, arXiv:1412.6550). No labels are needed; `hard` adds them.
+    """
+
+    name: ClassVar[str] = "distill"
+    summary: ClassVar[str] = "learn the float model's outputs (and features); no labels needed"
+
+
+@dataclass(frozen=True)
+class Qat(Recipe):
+    """Quantization-aware training on the labels, step sizes learned too (LSQ, Esser et al., arXiv:1902.08153).
+
+    Without labels the float model's outputs take their place.
+    """
+
+    name: ClassVar[str] = "qat"
+    summary: ClassVar[str] = "quantization-aware training on the labels, with learned step sizes"
+
+    logits: float = 0.0
+    hard: float = 1.0
+
+
+RECIPES: Mapping[str, type[Recipe]] = MappingProxyType({kind.name: kind for kind in (Distill, Qat)})
+
+
+def parse_recipe(text: str | Recipe) -> Recipe:
+    """`distill`, `distill{epochs=3}` or `distill:epochs=3,lr=0.01`. Raises UsageError that names what is wrong."""
+    if isinstance(text, Recipe):
+        return checked_recipe(text)
+    head, colon, rest = text.strip().partition(":")
+    spelled = f"{head}{{{rest}}}" if colon and "{" not in head else text
+    return checked_recipe(parse_as(spelled, RECIPES, "recovery"))
+
+
+def checked_recipe(recipe: Recipe) -> Recipe:
+    """The same recipe; raises UsageError for values that mean nothing."""
+    wrong = [
+        ("epochs", recipe.epochs > 0), ("batch", recipe.batch >= 1), ("lr", recipe.lr > 0), ("checks", recipe.checks >= 1),
+        ("temperature", recipe.temperature > 0), ("holdout", 0 <= recipe.holdout <= 0.5), ("warmup", 0 <= recipe.warmup < 1),
+        ("optimizer", recipe.optimizer in OPTIMIZERS), ("statistics", recipe.statistics in STATISTICS),
+        *((name, getattr(recipe, name) >= 0) for name in ("minutes", "steps", "until", "patience", "threads", "seed")),
+        *((name, getattr(recipe, name) >= 0) for name in ("logits", "features", "hard")),
+        ("logits", bool(recipe.logits + recipe.features + recipe.hard or recipe.loss)),
+    ]  # fmt: skip
+    for name, fine in wrong:
+        if not fine:
+            kinds = {"optimizer": OPTIMIZERS, "statistics": STATISTICS}.get(name)
+            hint = f"one of {', '.join(kinds)}" if kinds else "see hwopt.recover.Recipe"
+            raise UsageError(f"{name} cannot be {getattr(recipe, name)}", place=str(recipe), hint=hint)
+    return recipe

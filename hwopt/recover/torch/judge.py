@@ -1,0 +1,66 @@
+"""Looking at a student on samples that it is not trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from hwopt.backends.torch import to_array
+from hwopt.recover.case import Check, Run
+from hwopt.recover.data import Batch, pieces
+from hwopt.recover.torch.losses import Distance, Loss, Tensors
+from hwopt.recover.torch.student import Student
+from hwopt.recover.torch.teacher import Teacher
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Judge:
+    """The loss over the held-out batches, which is to be small, and a score to look at; with the user's `score` minus that."""
+
+    student: Student
+    teacher: Teacher
+    loss: Loss
+    batches: Sequence[Batch]
+    size: int  # samples at once; 0: any number
+    score: Callable[[Run], float | np.ndarray] | None = None
+
+    @property
+    def samples(self) -> int:
+        return sum(map(len, self.batches))
+
+    @torch.no_grad()
+    def look(self, step: int) -> Check:
+        """The state as it is; without held-out samples the last one is the best."""
+        if self.score is not None:
+            score = float(np.mean(self.score(self._run)))
+            return Check(step, -score if math.isfinite(score) else math.inf, score)
+        if not self.batches:
+            return Check(step, -float(step), math.nan)
+        found = [self._piece(piece) for batch in self.batches for piece in pieces(batch, self.size)]
+        counts = [count for count, _, _ in found]
+        value = float(np.average([value for _, value, _ in found], weights=counts))
+        score = float(np.average([score for _, _, score in found], weights=counts))
+        return Check(step, value if math.isfinite(value) else math.inf, score)
+
+    def _piece(self, batch: Batch) -> tuple[int, float, float]:
+        features = self.loss.features if isinstance(self.loss, Distance) else ()
+        wanted = self.teacher(dataclasses.replace(batch, rows=None), features)
+        found = self.student(batch.feeds, observe=features)
+        labels = None if batch.labels is None else torch.from_numpy(np.array(batch.labels))
+        value = float(self.loss(found, wanted, labels))
+        return len(batch), value, self._score(found, wanted, labels, value)
+
+    def _score(self, found: Tensors, wanted: Tensors, labels: torch.Tensor | None, value: float) -> float:
+        """Accuracy, agreement with the teacher without labels, minus the loss for what is no classifier."""
+        if not isinstance(self.loss, Distance) or next(iter(self.loss.kinds.values())) == "values":
+            return -value
+        name = next(iter(self.loss.kinds))
+        target = wanted[name].argmax(1) if labels is None else labels
+        return float((found[name].argmax(1) == target).double().mean())
+
+    def _run(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        return {name: to_array(one) for name, one in self.student(feeds).items()}

@@ -1,0 +1,59 @@
+"""What the student shall say: the float model's outputs, computed once for samples that come again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from hwopt.backends.torch import Module, to_array
+from hwopt.ir import Graph
+from hwopt.recover.case import Progress
+from hwopt.recover.data import Arrays, Batch, Source, pieces
+
+Tensor = torch.Tensor
+MEMORY = 2**28  # bytes of outputs that are remembered at most
+BLOCK = 256  # samples that are computed at once to be remembered: always the same ones, so that a resumed run sees the same bits
+
+
+class Teacher:
+    """A model that is only asked. `size` is how many samples it takes at once (0: any number)."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.module = Module(graph).requires_grad_(False)
+        self.size = 0
+        self._known: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, features: tuple[str, ...] = ()) -> Mapping[str, Tensor]:
+        """Outputs and features by name."""
+        if self._known and batch.rows is not None and not features:
+            rows = torch.from_numpy(batch.rows)
+            return {name: known[rows] for name, known in self._known.items()}
+        parts = [self.module(piece.feeds, observe=features) for piece in pieces(batch, self.size)]
+        return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def remembers(self, source: Source) -> bool:
+        """True if the outputs over all samples of a source can be kept."""
+        if not isinstance(source, Arrays):
+            return False
+        count = max(self.size, 1)
+        outputs = self(Batch({name: array[:count] for name, array in source.samples.arrays.items()}))
+        whole = sum(one.element_size() * one.numel() for one in outputs.values()) // count * len(source.samples)
+        return whole <= MEMORY and all(one.ndim > 0 and len(one) == count for one in outputs.values())
+
+    def remember(self, source: Source, rows: np.ndarray, progress: Progress) -> None:
+        """Compute what samples at these places will be compared with."""
+        if not isinstance(source, Arrays) or not len(rows) or not self.remembers(source):
+            return
+        known: dict[str, np.ndarray] = {}
+        starts = range(0, len(rows), BLOCK // max(self.size, 1) * max(self.size, 1))
+        for start in starts:
+            progress("asking the float model", start, len(rows))
+            chosen = rows[start : start + starts.step]
+            chosen = np.resize(chosen, -(-len(chosen) // max(self.size, 1)) * max(self.size, 1))  # whole batches
+            for name, one in self(source.at(chosen)).items():
+                whole = known.setdefault(name, np.zeros((len(source.samples), *one.shape[1:]), to_array(one).dtype))
+                whole[chosen] = to_array(one)
+        self._known = {name: torch.from_numpy(array) for name, array in known.items()}

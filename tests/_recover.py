@@ -1,0 +1,53 @@
+"""Shared by the tests of recovery: a tiny net, its data, and how far a changed one is from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hwopt.backends.ort import run
+from hwopt.ir import Graph
+from hwopt.pipeline import Context, run_pass
+from hwopt.samples import Samples
+from passes.quantize import Quantize
+from tests.random_graphs import Builder
+
+CLASSES = 4
+
+
+def net(seed: int = 0) -> Graph:
+    """Two convolutions and a head, one sample at a time."""
+    build = Builder(np.random.default_rng(seed))
+    x, depth = build.input((1, 3, 6, 6)), 3
+    for channels in (8, 8):
+        operands = [x, build.weight(channels, depth, 3, 3, fan_in=9 * depth), build.vector(channels)]
+        depth, shape = channels, (1, channels, 6, 6)
+        x = build.op("Relu", [build.op("Conv", operands, shape, pads=(1, 1, 1, 1))], shape)
+    x = build.op("Flatten", [build.op("GlobalAveragePool", [x], (1, depth, 1, 1))], (1, depth))
+    head = [x, build.weight(CLASSES, depth, fan_in=1), build.vector(CLASSES)]
+    build.outputs.append(build.op("Gemm", head, (1, CLASSES), transB=1))
+    return build.graph()
+
+
+def samples(graph: Graph, count: int = 96, seed: int = 0, labels: bool = False) -> Samples:
+    """Data, with the answers of the graph itself as labels."""
+    name = graph.inputs[0]
+    data = np.random.default_rng(seed).standard_normal((count, 3, 6, 6)).astype(np.float32)
+    answers = np.array([run(graph, {name: one[None]})[graph.outputs[0]].argmax() for one in data]) if labels else None
+    return Samples({name: data}, answers)
+
+
+def quantized(graph: Graph, **options: Any) -> Graph:
+    return run_pass(Quantize(**options), graph, Context(calibration=samples(graph, 16)))
+
+
+def divergence(graph: Graph, teacher: Graph, data: Samples) -> float:
+    found = [
+        (run(graph, feeds)[graph.outputs[0]] - run(teacher, feeds)[graph.outputs[0]]).ravel() for feeds in data.feeds(teacher)
+    ]
+    return float(np.square(np.concatenate(found)).mean())
+
+
+def shape_of(graph: Graph) -> tuple:
+    return graph.inputs, graph.outputs, dict(graph.types), [(n.op, n.name, n.inputs, n.outputs) for n in graph.nodes]

@@ -1,0 +1,247 @@
+"""Recovery: a changed graph is trained by its teacher, and what was learned goes back into the very same structure."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hwopt.backends.ort import run
+from hwopt.errors import DataError, PassError, ToolchainError, UsageError
+from hwopt.ir import of_op
+from hwopt.pipeline import Context, run_pass
+from hwopt.recover import Case, Distill, Qat, parse_recipe, recover, recovered
+from passes.prune_channels import PruneChannels
+from passes.quantize import Quantize
+from passes.share_weights import ShareWeights
+from tests._recover import divergence, net, quantized, samples, shape_of
+
+torch = pytest.importorskip("torch")
+SHORT = "distill{epochs=6,batch=16,lr=0.003,threads=1,warmup=0.1}"
+
+
+def test_recipes_print_what_they_parse() -> None:
+    for text in ("distill", "qat", "distill{epochs=2.5,lr=0.01,scales=false}", "qat{optimizer=sgd,hard=0.5}"):
+        assert str(parse_recipe(text)) == text
+    assert parse_recipe("distill:epochs=3,lr=0.1") == parse_recipe("distill{epochs=3.0,lr=0.1}")
+
+
+@pytest.mark.parametrize("text", ["distil", "distill{epoch=3}", "distill{lr=0}", "qat{optimizer=lion}", "distill{logits=0}"])
+def test_a_recipe_that_means_nothing_is_refused(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_recipe(text)
+
+
+def test_distillation_brings_a_quantized_graph_nearer_to_its_teacher_without_changing_its_form() -> None:
+    teacher = net()
+    student = quantized(teacher, weights="int4")
+    better = recover(student, teacher, samples(teacher, 160), SHORT)
+    fresh = samples(teacher, 64, seed=9)
+    assert divergence(better, teacher, fresh) < 0.8 * divergence(student, teacher, fresh)
+    assert shape_of(better) == shape_of(student)
+    stamps = {node.history[-1] for node in better.nodes if node.op == "Conv"}
+    assert stamps == {node.history[-1] for node in student.nodes if node.op == "Conv"}
+    assert all("distill{" in node.history[-1] for node in of_op(better, "QuantizeLinear"))
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others() -> None:
+    teacher = net()
+    student, data = quantized(teacher, weights="int4"), samples(teacher)
+    once, again = (recover(student, teacher, data, SHORT) for _ in range(2))
+    other = recover(student, teacher, data, SHORT.replace("lr", "seed=5,lr"))
+    assert once.digest == again.digest != other.digest
+
+
+def test_the_recipe_of_an_outcome_makes_the_same_graph_without_looking_for_the_best_state() -> None:
+    teacher = net()
+    case = Case(quantized(teacher, weights="int4"), teacher, samples(teacher))
+    found = recovered(case, SHORT)
+    replayed = recovered(case, str(found.recipe))
+    assert found.recipe.until and replayed.graph.digest == found.graph.digest and not replayed.checks
+
+
+def test_biases_keep_the_scale_of_their_products() -> None:
+    teacher = net()
+    student = quantized(teacher, weights="int4")
+    better = recover(student, teacher, samples(teacher), SHORT)
+    assert better is not student
+    moved = 0
+    for node in of_op(better, "Conv", "Gemm"):
+        data, weight, bias = (better.producer[value].inputs[1] for value in node.inputs)
+        product = better.params[data] * better.params[weight]
+        np.testing.assert_array_equal(better.params[bias], product)
+        moved += not np.array_equal(better.params[data], student.params[data])
+    assert moved == 3
+
+
+def test_a_student_computes_what_onnx_runtime_does_with_the_written_graph() -> None:
+    from hwopt.recover.torch.student import Student, written
+
+    teacher = net()
+    for weights in ("int8", "int4"):
+        graph = quantized(teacher, weights=weights)
+        student = Student(graph)
+        random = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, one in student.named_parameters():
+                share = 0.2 * torch.randn(one.shape, generator=random, dtype=one.dtype)
+                one.mul_(share.exp() if name in student.quantizers.learned else 1 + share)
+        after = written(graph, student.arrays(), "test")
+        feeds = next(iter(samples(teacher, 1, seed=3).feeds(teacher)))
+        with torch.no_grad():
+            found = student(feeds)[graph.outputs[0]].numpy()
+        np.testing.assert_allclose(found, run(after, feeds)[graph.outputs[0]], rtol=1e-4, atol=1e-5)
+        assert np.abs(found - run(graph, feeds)[graph.outputs[0]]).max() > 1e-3
+
+
+def test_an_untrained_student_writes_the_graph_back_as_it_was() -> None:
+    from hwopt.recover.torch.student import Student, written
+
+    teacher = net()
+    for graph in (quantized(teacher), quantized(teacher, weights="int4", reduce_range=True)):
+        assert written(graph, Student(graph).arrays(), "test") is graph
+
+
+def test_step_sizes_get_the_gradient_of_learned_step_sizes() -> None:
+    """Esser et al. 2020, equation 3, times g = 1 / sqrt(N * Qp)."""
+    from hwopt.recover.torch.student import Student
+
+    teacher = net()
+    graph = quantized(teacher)
+    student = Student(graph)
+    node = next(of_op(graph, "Conv"))
+    reader = graph.producer[node.inputs[1]]
+    name, scale = reader.inputs[0], reader.inputs[1]
+    with torch.no_grad():
+        student.value_of(name).mul_(1.37)  # some weights leave the range
+    seen = torch.randn(graph.tensor(reader.output).dims, generator=torch.Generator().manual_seed(0))
+    student.graph = dataclasses.replace(graph, outputs=(reader.output,))
+    (student(next(iter(samples(teacher, 1).feeds(teacher))))[reader.output] * seen).sum().backward()
+    step = student.value_of(scale).detach().reshape(-1, 1, 1, 1)
+    ratio = student.value_of(name).detach() / step
+    inside = (ratio.round() >= -127) & (ratio.round() <= 127)
+    slope = torch.where(inside, ratio.round() - ratio, ratio.round().clamp(-127, 127))
+    channels, factor = len(step), 1 / np.sqrt(graph.params[name].size / len(step) * 127)
+    wanted = (slope * seen).sum((1, 2, 3)) * factor
+    assert not inside.all() and channels == 8
+    torch.testing.assert_close(student.value_of(scale).grad, wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_nothing_is_shipped_that_training_made_worse() -> None:
+    teacher = net()
+    student = quantized(teacher)
+    found = recovered(Case(student, teacher, samples(teacher)), "distill{epochs=2,batch=16,lr=3,warmup=0,patience=0,threads=1}")
+    assert found.graph is student and found.after == found.before and found.recipe.until == 0
+
+
+def test_pruned_and_palette_graphs_learn_the_parameters_that_they_have() -> None:
+    teacher, data = net(), samples(net(), 160)
+    ctx = Context(calibration=data.head(16))
+    pruned = run_pass(PruneChannels(ratio=0.5), teacher, ctx)
+    shared = run_pass(ShareWeights(bits=2, site=tuple(n.name for n in of_op(teacher, "Conv"))), teacher, ctx)
+    for student in (pruned, shared, run_pass(Quantize(), shared, ctx)):
+        better = recover(student, teacher, data, SHORT)
+        fresh = samples(teacher, 48, seed=9)
+        assert student is not teacher and shape_of(better) == shape_of(student)
+        assert divergence(better, teacher, fresh) < 0.9 * divergence(student, teacher, fresh)
+
+
+def test_zeros_stay_zero_where_that_is_asked_for() -> None:
+    teacher = net()
+    edit = teacher.edit()
+    name = next(of_op(teacher, "Conv")).inputs[1]
+    mask = np.random.default_rng(0).random(teacher.params[name].shape) < 0.5
+    edit.set_param(name, (teacher.params[name] * mask).astype(np.float32))
+    sparse = edit.finish("sparse")
+    better = recover(sparse, teacher, samples(teacher), SHORT.replace("lr", "keep_zeros=true,lr"))
+    assert not better.params[name][~mask].any() and not np.array_equal(better.params[name], sparse.params[name])
+
+
+def test_labels_alone_train_with_qat_and_the_accuracy_is_what_progress_shows() -> None:
+    teacher = net()
+    student, data, shown = quantized(teacher, weights="int4"), samples(teacher, 160, labels=True), []
+    case = Case(student, teacher, data, progress=lambda stage, done, total: shown.append(stage))
+    found = recovered(case, "qat{epochs=6,batch=16,lr=0.003,threads=1}")
+    assert isinstance(found.recipe, Qat) and found.after and found.before and found.after.value < found.before.value
+    assert f"recovering: score {found.after.score:.4f}, loss {found.after.value:.4g}" in shown
+
+
+def test_features_of_the_teacher_alone_can_teach() -> None:
+    teacher = net()
+    student = quantized(teacher, weights="int4")
+    better = recover(student, teacher, samples(teacher, 160), SHORT.replace("lr", "logits=0,features=1,lr"))
+    value = next(of_op(teacher, "Gemm")).inputs[0]
+    assert value in teacher.producer and divergence(better, teacher, samples(teacher, 48, seed=9)) < divergence(
+        student, teacher, samples(teacher, 48, seed=9)
+    )
+
+
+def test_the_users_own_loader_and_loss_train() -> None:
+    teacher = net()
+    student, data = quantized(teacher, weights="int4"), samples(teacher, 128)
+    name, output = teacher.inputs[0], teacher.outputs[0]
+    asked = []
+
+    def loss(found: Any, wanted: Any, labels: Any) -> Any:
+        asked.append(labels)
+        return (found[output] - wanted[output]).square().mean()
+
+    tensors = torch.from_numpy(np.array(data.arrays[name]))
+    pairs = torch.utils.data.TensorDataset(tensors, torch.arange(128))
+    loaders = (
+        torch.utils.data.DataLoader(pairs, batch_size=16, shuffle=True),
+        [({name: data.arrays[name][i : i + 16]}, np.arange(i, i + 16)) for i in range(0, 128, 16)],
+        lambda epoch: [{name: data.arrays[name][i : i + 16]} for i in range(0, 128, 16)],
+    )
+    for loader in loaders:
+        asked.clear()
+        once, again = (recover(student, teacher, loader, SHORT, loss=loss) for _ in range(2))
+        assert once.digest == again.digest != student.digest
+        assert divergence(once, teacher, samples(teacher, 48, seed=9)) < divergence(
+            student, teacher, samples(teacher, 48, seed=9)
+        )
+        assert (asked[0] is None) == callable(loader)
+
+
+def test_data_that_cannot_be_trained_on_are_refused() -> None:
+    teacher = net()
+    student, name = quantized(teacher), teacher.inputs[0]
+    one = np.zeros((4, 3, 6, 6), np.float32)
+    with pytest.raises(UsageError, match="only once"):
+        recover(student, teacher, iter([{name: one}]))
+    with pytest.raises(DataError, match="lacks input"):
+        recover(student, teacher, [{"other": one}])
+    with pytest.raises(DataError, match="shape"):
+        recover(student, teacher, [{name: one[:, :2]}])
+    with pytest.raises(DataError, match="no torch number"):
+        recover(student, teacher, [{name: one}] * 4, loss=lambda found, wanted, labels: 1.0)
+
+
+def test_training_that_explodes_never_writes_numbers_that_mean_nothing() -> None:
+    teacher = net()
+    student = quantized(teacher)
+    with pytest.raises(PassError, match="means nothing"):
+        recover(student, teacher, samples(teacher), "distill{steps=4,until=4,batch=16,lr=1e30,warmup=0,threads=1}")
+
+
+def test_without_torch_recovery_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
+    with pytest.raises(ToolchainError, match=r"hwopt\[torch\]"):
+        recover(net(), net(), samples(net()))
+
+
+def test_recipes_and_cases_need_no_torch() -> None:
+    import subprocess
+
+    code = "import sys, hwopt.recover as r; r.parse_recipe('qat'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[1]).returncode == 0
+
+
+def test_distill_is_the_usual_recipe() -> None:
+    assert parse_recipe("distill") == Distill()
