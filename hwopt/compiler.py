@@ -32,9 +32,10 @@ from hwopt.plugins import find_passes
 from hwopt.prove import CHECKS
 from hwopt.report.outcome import estimated_report, measured_report
 from hwopt.target import Target
-from hwopt.tuning import open_database, tune_graph
+from hwopt.tuning import open_database, read_database, tune_graph
 
 if TYPE_CHECKING:  # TVM is imported when something is compiled
+    from hwopt.backends.tvm.tune.database import Database
     from hwopt.backends.tvm.tune.session import Effort, State
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -67,8 +68,8 @@ def compile_model(
     measure: bool = True,
     form: Form = FORM,
     check: str = "doubtful",
-) -> Artifact:
     preprocess: Preprocess | str | None = None,
+) -> Artifact:
     """Optimize a model (an ONNX file, a torch module or an ExportedProgram) for a target and write the artifact to `out`.
 
     `calibrate` and `evaluate` are an .npz file, arrays by input name (with `labels`), or for `evaluate` the text
@@ -87,10 +88,10 @@ def compile_model(
     _refuse_foreign(job.target)
     refuse_unsupported(job.graph)
     job = dataclasses.replace(job, graph=dataclasses.replace(job.graph, name=name or _name(model, job.graph)))
-    database = open_database(tuning_db, job.target) if tuning_db or tune else None  # the same inputs give the same bytes
+    database = _database(tuning_db, tune is not None, measure, job.target)
     job = dataclasses.replace(job, database=database, measure=measure, form=form, check=check)
-    with tempfile.TemporaryDirectory(prefix="hwopt-") as scratch:
     origin = {"original": original_of(model, shapes, binds, job.graph.digest), "preprocess": job.graph.metadata.get(KEY, "")}
+    with tempfile.TemporaryDirectory(prefix="hwopt-") as scratch:
         folder = Path(scratch)
         if not measure:
             found = decided(job, replay)
@@ -108,6 +109,13 @@ def compile_model(
         report = measured_report(job, found, baseline, result) | origin
         delivered = result if form == FORM else _build(found.graph, job, folder / "delivered", form)
         return delivered.write(out, found.plan, report)
+
+
+def _database(path: Path | str | None, tuned: bool, measure: bool, target: Target) -> Database | None:
+    """The user's own only where something is added to it: the same inputs give the same bytes."""
+    if path is not None and not measure:
+        return read_database(path, target)
+    return open_database(path, target) if path is not None or tuned else None
 
 
 def _check_options(tuned: bool, measure: bool, check: str) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 
 from hwopt.artifact import Artifact, check_destination
 from hwopt.cache import Cache, key_of
-from hwopt.compiler import compile_model
 from hwopt.depends import dependencies, write_depfile
+from hwopt.device.build import machine_of_target
 from hwopt.emit.toolchain import find_compiler
 from hwopt.errors import HwoptError, UsageError
 from hwopt.files import replacing
+from hwopt.plugins import find_target
 
 UNKEYED = ("progress",)  # arguments that change nothing in the result
 
@@ -44,6 +45,8 @@ def deliver(
         check_destination(out)
         artifact = kept.publish(out)
     else:
+        from hwopt.compiler import compile_model  # TVM takes seconds to import: only for what the cache does not hold
+
         artifact = compile_model(model, out=out, **options)
         if cache is not None and key:
             cache.keep(key, artifact.path)
@@ -68,7 +71,7 @@ def _key(model: Path, options: Mapping[str, Any]) -> str:
     """The cache's key, or nothing where an input cannot be read (compiling says what is wrong with it)."""
     stated = {name: _plain(value) for name, value in options.items() if name not in UNKEYED}
     try:
-        return key_of(dependencies(model, options), {**stated, "model": model.name}, _compiler())
+        return key_of(dependencies(model, options), {**stated, "model": model.name}, compiler_of(options.get("target", "host")))
     except (OSError, ValueError, ImportError, HwoptError):
         return ""
 
@@ -80,8 +83,9 @@ def _plain(value: Any) -> Any:
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
-def _compiler() -> str:
-    """What $CC, or the compiler found, says of itself."""
-    command = find_compiler()
+def compiler_of(target: Any) -> str:
+    """What $CC, or the compiler found for the target's machine, says of itself."""
+    hardware = find_target(target) if isinstance(target, str) else target
+    command = find_compiler(machine_of_target(hardware) if hardware.array is None else "")
     said = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
     return f"{shlex.join(command)} {said.partition(chr(10))[0]}"

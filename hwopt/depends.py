@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,31 @@ from hwopt.plugins import find_target, plugin_files
 from hwopt.sources import files_of
 from hwopt.target import Target, table_of
 
-FILES = ("plan", "tuning_db", "calibrate", "evaluate", "target")  # options that may name one
+COMPILERS = ("hwopt", "apache-tvm", "apache-tvm-ffi")
+FILES = ("plan", "tuning_db", "calibrate", "evaluate")  # options that may name one
 DATA = ("calibrate", "evaluate")  # options that may name a whole folder
 
 
 def dependencies(model: Path, options: Mapping[str, Any]) -> tuple[Path, ...]:
-    """The model with its external weights, the files that options name, and the compiler itself with all plug-ins; absolute."""
-    given = [path for name in FILES if (path := _file(options.get(name))) is not None]
+    """The model with its external weights, the files that options name, and the compiler itself with all plug-ins; absolute.
+
+    Of what compiles, releases are named by the files that say their version: another release is another compiler.
+    """
+    named = [options.get(name) for name in FILES] + str(options.get("target") or "").split(",")
+    given = [path for value in named if (path := _file(value)) is not None]
     own = Path(__file__).parent
     sources = sorted(path for path in own.rglob("*") if path.suffix in (".py", ".c", ".h"))
-    found = [model, *external_files(model), *given, *_prices(options.get("target")), *sources, *plugin_files()]
+    found = [model, *external_files(model), *given, *_prices(options.get("target")), *sources, *plugin_files(), *_releases()]
     data = [path for name in DATA for path in files_of(options.get(name))]
     return tuple(dict.fromkeys(path.resolve() for path in (*found, *data)))
+
+
+def _releases() -> Iterator[Path]:
+    for name in COMPILERS:
+        with contextlib.suppress(PackageNotFoundError):
+            for file in distribution(name).files or ():
+                if file.name in ("METADATA", "PKG-INFO") and (path := Path(str(file.locate()))).is_file():
+                    yield path
 
 
 def _prices(target: Any) -> Iterator[Path]:
@@ -59,9 +74,13 @@ def external_files(model: Path) -> Iterator[Path]:
 
 
 def write_depfile(path: Path, outputs: tuple[Path, ...], inputs: tuple[Path, ...]) -> None:
-    """`outputs: inputs` as make reads it, written whole or not at all."""
-    text = f"{' '.join(map(escaped, outputs))}: \\\n " + " \\\n ".join(escaped(path) for path in inputs) + "\n"
-    write_whole(path, text)
+    """`outputs: inputs` as make reads it, written whole or not at all.
+
+    Every input is a rule of its own, too, without which make does not go on where one of them is gone (gcc -MP does the same).
+    """
+    names = [escaped(path) for path in inputs]
+    rules = "".join(f"{name}:\n" for name in names)
+    write_whole(path, f"{' '.join(map(escaped, outputs))}: \\\n " + " \\\n ".join(names) + "\n" + rules)
 
 
 def escaped(path: Path | str) -> str:

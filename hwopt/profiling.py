@@ -19,7 +19,7 @@ from hwopt.ir import Graph
 from hwopt.job import choose_families, prepare, quiet
 from hwopt.pipeline import PassManager
 from hwopt.plugins import find_target
-from hwopt.target import Target
+from hwopt.target import HOST, Target
 
 if TYPE_CHECKING:  # TVM is imported when something is measured
     from hwopt.backends.tvm.learn.records import Quality, Record
@@ -32,7 +32,6 @@ POOL = 6  # networks of which the one is measured that the ensemble disagrees ab
 GROWTH = 1.25  # records by which a predictor is trained anew
 SECONDS = 0.4  # that one network is run
 HANG = 60.0
-HOST = "host"  # the target that is whichever machine this is
 Measure = Callable[[Graph, "Runner"], "list[Record]"]
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+HOST = "host"  # the name of the target that is whichever machine this is
+
 
 @dataclass(frozen=True)
 class Memory:

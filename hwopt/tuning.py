@@ -17,7 +17,7 @@ from hwopt.measure import Timing, interleaved
 from hwopt.pipeline import Context
 from hwopt.plugins import find_target
 from hwopt.report.figures import machine
-from hwopt.target import Target
+from hwopt.target import HOST, Target
 
 if TYPE_CHECKING:  # TVM is imported when something is tuned
     from hwopt.backends.tvm.tune.database import Database
@@ -48,6 +48,17 @@ def open_database(path: Path | str | None, target: Target, device: str = "") -> 
     from hwopt.backends.tvm.tune.database import Database
 
     return Database(path, cpu=device or (machine()["cpu"] if target.runs_here else ""))
+
+
+def read_database(path: Path | str, target: Target) -> Database:
+    """The database as a compilation that measures nothing reads it.
+
+    Of a target that is whichever machine this is, this processor's records count; of a named one all of them, so that the same
+    file gives the same code on every machine.
+    """
+    from hwopt.backends.tvm.tune.database import Database
+
+    return Database(path, cpu=machine()["cpu"] if HOST in target.name.split(",") else "")
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,3 +29,11 @@ def test_an_attempt_that_fails_leaves_the_old_file_alone(tmp_path: Path) -> None
         part.write_text("ne")
         raise KeyboardInterrupt
     assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("plan.json", "old")]
+
+
+def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "nowhere" / "plan.json", tmp_path / "file" / "plan.json"):
+        with pytest.raises(OSError) as caught:  # whichever: its name is what matters
+            write_whole(place, "text")
+        assert caught.value.filename == str(place)

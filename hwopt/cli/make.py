@@ -55,9 +55,11 @@ def compile_(
         check_parent(report)
     from hwopt.cache import Cache, cache_folder
     from hwopt.delivery import deliver
-    from hwopt.tuning import parse_effort
 
-    job |= {"tune": parse_effort(effort) if effort else None}
+    if effort:
+        from hwopt.tuning import parse_effort  # what it imports takes a second
+
+        job |= {"tune": parse_effort(effort)}
     with ProgressBar() as progress:
         artifact, kept = deliver(model, out, cache=Cache(cache_folder()), plan=plan_file, progress=progress, **job)
     if report:
@@ -111,9 +113,9 @@ def plan(model: Path, out: Path, report: Path | None, **options: Any) -> None:
 @SHAPE
 @BIND
 @CALIBRATE
+@PREPROCESS
 @SEED
 def apply_(model: Path, out: Path, plan_file: Path | None, **options: Any) -> None:
-@PREPROCESS
     """Apply a plan, or passes such as 'low-rank{site=fc1,rank=16},quantize', to MODEL and write it as ONNX."""
     from hwopt.compiler import apply_model
     from hwopt.io.onnx import save

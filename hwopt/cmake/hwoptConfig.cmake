@@ -88,10 +88,18 @@ function(hwopt_add_model name)
 
   set(folder "${CMAKE_CURRENT_BINARY_DIR}/${name}.hwopt")
   set(library "${folder}/lib${name}.a")
+  # Makefiles only ever add to what earlier depfiles listed: a file that is gone, say after an upgrade of hwopt, would be missed
+  # by every build from then on. Without CMake's notes of the last time they begin anew.
+  set(forget)
+  if(CMAKE_GENERATOR MATCHES "Makefiles")
+    set(notes "${CMAKE_CURRENT_BINARY_DIR}/CMakeFiles/${name}_hwopt.dir/compiler_depend.internal")
+    set(forget COMMAND "${CMAKE_COMMAND}" -E rm -f "${notes}")
+  endif()
   add_custom_command(
     OUTPUT "${library}" "${folder}/${name}.h"
     COMMAND "${CMAKE_COMMAND}" -E env "CC=${CMAKE_C_COMPILER}" ${HWOPT_COMMAND} compile "${model}" --name "${name}"
             --target "${A_TARGET}" -o "${folder}" --emit static --no-measure --depfile "${folder}.d" ${options} ${A_FLAGS}
+    ${forget}
     DEPENDS ${inputs}
     DEPFILE "${folder}.d"
     COMMENT "hwopt: ${A_MODEL} -> ${name} for ${A_TARGET}"

@@ -14,6 +14,7 @@ from pathlib import Path
 from hwopt.emit.cpu import host_machine
 from hwopt.emit.toolchain import CROSS, run_compiler
 from hwopt.errors import ToolchainError, UnsupportedError, UsageError
+from hwopt.files import replacing
 from hwopt.target import Target
 
 DAEMON = "hwopt-deviced"
@@ -92,9 +93,8 @@ def _copy(files: list[Path], folder: Path) -> None:
     for file in files:
         if not file.is_file():
             raise UsageError(f"no {file.name}", place=str(file.parent), hint="it holds TVM's libraries for the device")
-        part = folder / f".{file.name}.part"
-        shutil.copyfile(file, part)
-        part.replace(folder / file.name)
+        with replacing(folder / file.name) as part:
+            shutil.copyfile(file, part)
 
 
 def _download(machine: str, folder: Path) -> None:
@@ -126,6 +126,5 @@ def _unpack(wheel: Path, folder: Path) -> None:
         for member in archive.namelist():
             name = member.rpartition("/")[2]
             if name in RUNTIME:
-                part = folder / f".{name}.part"
-                part.write_bytes(archive.read(member))
-                part.replace(folder / name)
+                with replacing(folder / name) as part:
+                    part.write_bytes(archive.read(member))
