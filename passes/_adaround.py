@@ -88,7 +88,7 @@ def _solved(graph: Graph, node: Node, quantized: Graph, layer: Node, samples: Sa
     scale = scale.reshape(steps.shape[0], steps.shape[1], 1)
     bias = quantized.producer.get(layer.inputs[2]) if len(layer.inputs) > 2 else None
     biased = bias is not None and bias.op == "DequantizeLinear" and bias.inputs[0] in quantized.params
-    exact = _rows(node, _weight_of(graph, node))[0].astype(np.float64)
+    exact = _rows(node, float_weight(graph, node))[0].astype(np.float64)
     few = samples.head(max(_needed(graph, node, steps.shape[2]), batch_of(graph)))
     moments = _moments(_pairs(graph, node, quantized, layer, few), centred=biased)
     limit = max(int(np.abs(steps.astype(np.int8)).max(initial=1)), 1)  # every layer has a channel that reaches it
@@ -187,7 +187,8 @@ def _rows(node: Node, weight: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndar
     return weight.T[None], lambda rows: np.ascontiguousarray(rows[0].T)
 
 
-def _weight_of(graph: Graph, node: Node) -> np.ndarray:
+def float_weight(graph: Graph, node: Node) -> np.ndarray:
+    """What the layer multiplies by, a Gemm's alpha included."""
     weight = graph.params[node.inputs[1]]
     return weight * np.float32(node.attr("alpha", 1.0)) if node.op == "Gemm" else weight
 
@@ -195,8 +196,8 @@ def _weight_of(graph: Graph, node: Node) -> np.ndarray:
 def _pairs(graph: Graph, node: Node, quantized: Graph, layer: Node, samples: Samples) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Inputs [rows, groups, k] of the quantized layer and outputs [rows, groups, n] of the float one, batch by batch."""
     read, wanted = layer.inputs[0], node.output
-    seeing = None if read in quantized.inputs else _only(quantized, read)
-    answering = _only(graph, wanted)
+    seeing = None if read in quantized.inputs else only(quantized, read)
+    answering = only(graph, wanted)
     for feeds in samples.feeds(graph):
         data = feeds[read] if seeing is None else seeing.run(feeds)[read]
         answer = answering.run(feeds)[wanted]
@@ -208,13 +209,13 @@ def _pairs(graph: Graph, node: Node, quantized: Graph, layer: Node, samples: Sam
             yield data.reshape(-1, 1, data.shape[-1]), answer.reshape(-1, 1, answer.shape[-1])
 
 
-def _only(graph: Graph, value: str) -> Session:
-    """What computes this value and nothing else."""
-    nodes = in_order(graph.nodes, (value,))
+def only(graph: Graph, *values: str) -> Session:
+    """What computes these values and nothing else."""
+    nodes = in_order(graph.nodes, values)
     read = {name for node in nodes for name in node.reads}
     params = MappingProxyType({name: array for name, array in graph.params.items() if name in read})
     inputs = tuple(name for name in graph.inputs if name in read)
-    return Session(replace(graph, nodes=tuple(nodes), params=params, inputs=inputs, outputs=(value,)))
+    return Session(replace(graph, nodes=tuple(nodes), params=params, inputs=inputs, outputs=values))
 
 
 def _patches(node: Node, data: np.ndarray, answer: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

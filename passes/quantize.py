@@ -7,20 +7,23 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from hwopt.analysis.ranges import CALIBRATORS, Grid, Histogram, Observations, Probe, check_calibrator, grid_of, observed
-from hwopt.errors import PassError, did_you_mean
+from hwopt.analysis.ranges import CALIBRATORS, Probe, check_calibrator, observed
+from hwopt.errors import PassError, ToolchainError, did_you_mean
 from hwopt.ir import Graph, of_op
 from hwopt.pipeline import Context, Pass, Phase, Refusal
+from hwopt.samples import Samples
 from hwopt.target import Target
 from passes._adaround import adapted
 from passes._bfloat16 import Rounding, layer_problem
+from passes._calibrate import AUTO, grids_of
+from passes._dynamic import dynamic, undynamic
 from passes._quantize_layers import OPS, QUANTIZED, Layer, layer_of
-from passes._quantize_places import LEFT, RIGHT, Key, Places, places_of
+from passes._quantize_places import places_of
 from passes._quantize_rewrite import rewrite
 
 OPSET = 13  # brought one scale per channel, and bfloat16 to Cast
 DTYPES = ("int8", "bf16")
-ROUNDINGS = ("nearest", "adaround")
+ROUNDINGS = ("nearest", "adaround", "block")
 WEIGHTS = {"int8": 8, "int4": 4}
 INT4_OPSET = 21
 
@@ -41,12 +44,16 @@ class Quantize(Pass):
     rounding=adaround: weights round up or down as the outputs of their layer ask for, layer after layer, each on what the ones
     before it hand over (Nagel et al. 2020); the biases follow. Takes minutes; worth it with weights=int4.
 
+    dynamic=true: the data of Gemm and MatMul in 8 bits by rows, each row's largest magnitude found at run time; needs no data,
+    nothing is clipped, and one pass over the data more than the static form. Weights are int8, rounded to the nearest.
+
     dtype=bf16:  conv(x, w) + b -> conv(f32(bf16(x)), f32(bf16 w)) + b, with casts that vanish: the kernels multiply and store
     bfloat16 and add in float32. Residuals and moves in between are bfloat16, everything else stays float32, products of two
     computed values are taken as well. Needs no data.
 
     minmax is the default: it alone suits convolutions and transformers. On MiniLM the others clip the few large activations
-    that carry meaning; on EfficientNet-Lite0 mse and percentile are better by half a dB, entropy is worse by 8.
+    that carry meaning; on EfficientNet-Lite0 mse and percentile are better by half a dB, entropy is worse by 8. auto takes for
+    every value the one whose rounding disturbs the outputs of the layers that read it least.
 
     Jacob et al., "Quantization and training of neural networks for efficient integer-arithmetic-only inference", 2018.
     """
@@ -54,7 +61,7 @@ class Quantize(Pass):
     name: ClassVar[str] = "quantize"
     summary: ClassVar[str] = "static int8 (weights per channel, activations calibrated), or dtype=bf16"
     phase: ClassVar[Phase] = Phase.QUANTIZE
-    knobs: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"calibrator": tuple(CALIBRATORS)})
+    knobs: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"calibrator": (*CALIBRATORS, AUTO)})
 
     calibrator: str = "minmax"
     percent: float = 99.99  # what the percentile calibrator keeps
@@ -62,7 +69,8 @@ class Quantize(Pass):
     reduce_range: bool = False  # 7-bit weights, for kernels that add pairs of products in 16 bits
     dtype: str = "int8"  # or bf16
     weights: str = "int8"  # or int4
-    rounding: str = "nearest"  # or adaround
+    rounding: str = "nearest"  # or adaround, block
+    dynamic: bool = False  # data by rows, at run time
 
     def run(self, graph: Graph, ctx: Context) -> Graph:
         self.check_site(graph)
@@ -73,9 +81,12 @@ class Quantize(Pass):
         if self.weights not in WEIGHTS or (self.dtype == "bf16" and self.weights != "int8"):
             hint = did_you_mean(self.weights, WEIGHTS)
             raise PassError(f"no weights {self.weights!r} with dtype {self.dtype}", place=str(self), hint=hint)
+        if self.dynamic and (self.dtype, self.weights, self.rounding) != ("int8", "int8", "nearest"):
+            raise PassError("dynamic=true has int8 weights, rounded to the nearest", place=str(self))
         if self.dtype == "bf16":
             return self._to_bfloat16(graph, ctx)
-        check_calibrator(self.calibrator)
+        if self.calibrator != AUTO:
+            check_calibrator(self.calibrator)
         needed = INT4_OPSET if self.weights == "int4" else OPSET
         if graph.opsets.get("", 0) < needed:
             what = "4-bit weights need" if self.weights == "int4" else "one scale per channel needs"
@@ -83,6 +94,8 @@ class Quantize(Pass):
         layers = self._layers(graph, ctx)
         if not layers:
             return graph
+        if self.dynamic:
+            return self._dynamically(graph, layers, ctx)
         if ctx.calibration is None:
             raise PassError("static quantization needs calibration data", place=str(self), hint="give some with --calibrate")
         places = places_of(graph, {name: layer.weight is None for name, layer in layers.items()})
@@ -91,16 +104,34 @@ class Quantize(Pass):
             probes += [mean_probe(layer) for layer in layers.values() if layer.weight is not None]
         seen = observed(graph, ctx.calibration, probes, everywhere(graph, self.correct_bias))
         means = {name: seen.mean(*mean_probe(layer)) for name, layer in layers.items() if mean_probe(layer) in seen.found}
-        grids = self._grids(places, seen, ctx.target)
+        activation = ctx.target.activation if ctx.target else "uint8"
+        grids = grids_of(places, seen, ctx.calibration, activation, self.calibrator, self.percent)
         bits = WEIGHTS[self.weights]
         if self.rounding != "nearest":  # which leaves no mean error that a bias behind a MatMul would take back
             means = {name: mean for name, mean in means.items() if layers[name].node.op != "MatMul"}
         after = rewrite(places, layers, grids, means, reduce_range=self.reduce_range, bits=bits).finish(str(self))
-        if self.rounding == "nearest":
-            return after
-        return adapted(
-            graph, after, [name for name, layer in layers.items() if layer.weight is not None], ctx.calibration, str(self)
-        )
+        weighted = [name for name, layer in layers.items() if layer.weight is not None]
+        return after if self.rounding == "nearest" else self._rounded(graph, after, weighted, ctx.calibration, ctx)
+
+    def _dynamically(self, graph: Graph, layers: dict[str, Layer], ctx: Context) -> Graph:
+        """Data of products in 8 bits by rows, at run time."""
+        reasons = {name: undynamic(graph, layer.node, layer) for name, layer in layers.items()}
+        for name in (name for name, reason in reasons.items() if reason):
+            ctx.refuse(self, name, reasons[name])
+        chosen = [layer for name, layer in layers.items() if not reasons[name]]
+        activation = ctx.target.activation if ctx.target else "uint8"
+        return dynamic(graph, chosen, activation, reduce_range=self.reduce_range).finish(str(self)) if chosen else graph
+
+    def _rounded(self, graph: Graph, after: Graph, names: list[str], samples: Samples, ctx: Context) -> Graph:
+        """With the integer weights of these layers rounded by what they do to outputs."""
+        if self.rounding == "adaround":
+            return adapted(graph, after, names, samples, str(self))
+        try:
+            from passes._reconstruct import reconstructed
+        except ImportError as error:
+            hint = "pip install 'hwopt[torch]', or take rounding=adaround"
+            raise ToolchainError("block reconstruction needs torch", place=str(self), hint=hint) from error
+        return reconstructed(graph, after, names, samples, str(self), lambda site, why: ctx.refuse(self, site, why))
 
     @classmethod
     def candidates(cls, graph: Graph, target: Target) -> Iterator[Pass | Refusal]:
@@ -152,23 +183,6 @@ class Quantize(Pass):
             elif layer != QUANTIZED:
                 ctx.refuse(self, node, layer)
         return found
-
-    def _grids(self, places: Places, seen: Observations, target: Target | None) -> dict[Key, Grid]:
-        """One grid for each group of values that must share it, from the histogram of all of them."""
-        merged: dict[Key, Histogram] = {}
-        for key in places.points:
-            group, histogram = places.group(key), seen.histogram(key[0])
-            merged[group] = merged[group].merge(histogram) if group in merged else histogram
-        options = {"percent": self.percent} if self.calibrator == "percentile" else {}
-        grids: dict[Key, Grid] = {}
-        for group, histogram in merged.items():
-            low, high = CALIBRATORS[self.calibrator](histogram, **options)
-            dtype = target.activation if target else "uint8"
-            if group[1] == RIGHT or (group[1] == LEFT and (low < 0 or dtype == "int8")):
-                grids[group] = grid_of(low, high, "int8", symmetric=True)
-            else:
-                grids[group] = grid_of(low, high, dtype)
-        return grids
 
 
 def mean_probe(layer: Layer) -> tuple[str, int]:

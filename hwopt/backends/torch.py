@@ -118,6 +118,11 @@ class Module(torch.nn.Module):
         self.values = {name: values[name] for name in wanted}
         return dict(self.values)
 
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Compute with this tensor in place of a parameter; gradients flow into whatever it was computed from."""
+        self._parameters.pop(name, None)
+        self._buffers[name] = tensor
+
     def stacks(self, feeds: Mapping[str, np.ndarray]) -> bool:
         """Whether several samples in one run give what they give one run after the other: tried on these, [samples, ...].
 
