@@ -17,7 +17,7 @@ from typing import Any
 from hwopt.analysis.qdq import quantization
 from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.fold import folded
-from hwopt.backends.tvm.generic import Knobs, scheduled
+from hwopt.backends.tvm.generic import scheduled
 from hwopt.backends.tvm.kernels import loops
 from hwopt.backends.tvm.lower import lower
 from hwopt.backends.tvm.read import Reading, read
@@ -94,7 +94,7 @@ def _scheduled(function: Any, name: str, target: Target, threads: int, choose: C
     if spec is None:
         return scheduled(function, threads)
     chosen = choose(spec, target.microkernels.get("float32", PLAIN["float32"]), threads)
-    return scheduled(function, threads if chosen.parallel else 1, Knobs(chosen.tile_columns, chosen.vectors))
+    return loops.ordered(function, chosen)
 
 
 def tvm_target(target: Target) -> Any:
@@ -138,13 +138,20 @@ def build_objects(functions: Mapping[str, Any], target: Target) -> tuple[bytes, 
     wrapping = [symbol for symbol in sorted(functions) if functions[symbol].attrs.get("hwopt.scalar", False)]
     plain = [symbol for symbol in sorted(functions) if symbol not in wrapping]
 
-    def compiled(symbol: str, description: Mapping[str, Any]) -> bytes:
-        return _compiled(Source(symbol, json.dumps(description, sort_keys=True), target.name, functions[symbol]))
+    def compiled(symbol: str) -> bytes:
+        description = json.dumps(description_for(functions[symbol], target.tvm), sort_keys=True)
+        return _compiled(Source(symbol, description, target.name, functions[symbol]))
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # LLVM works outside of Python's lock
-        found = list(pool.map(lambda symbol: compiled(symbol, target.tvm), plain))
-    options = {**target.tvm, "cl-opt": [*target.tvm.get("cl-opt", ()), *AS_WRITTEN]}
-    return (*found, *(compiled(symbol, options) for symbol in wrapping))  # such options are the process's: one after the other
+        found = list(pool.map(compiled, plain))
+    return (*found, *map(compiled, wrapping))  # such options are the process's: one after the other
+
+
+def description_for(function: Any, description: Mapping[str, Any]) -> dict[str, Any]:
+    """A TVM target with the options that a kernel needs."""
+    if not function.attrs.get("hwopt.scalar", False):
+        return dict(description)
+    return {**description, "cl-opt": [*description.get("cl-opt", ()), *AS_WRITTEN]}
 
 
 @dataclass(frozen=True)

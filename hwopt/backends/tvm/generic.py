@@ -7,9 +7,12 @@ reduction over the innermost axis (softmax, layer norm)   16 partial results in 
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
+
+from hwopt.errors import ToolchainError
 
 LANES = 16
 PARALLEL_WORK = 16384  # scalar results below which starting threads costs more than it saves
@@ -42,6 +45,21 @@ def scheduled(function: Any, threads: int, knobs: Knobs | None = None) -> Any:
         _block(schedule, block, threads, knobs or Knobs())
     wraps = any(_walk(schedule.get(block).body, tirx.FloorMod) for block in _blocks(schedule))
     return schedule.mod["main"].with_attr({"tirx.is_scheduled": True, "hwopt.scalar": wraps})
+
+
+def traced(function: Any, trace: str) -> Any:
+    """The PrimFunc after the instructions of a MetaSchedule trace, which is JSON; raises ToolchainError if they do not fit it."""
+    import tvm
+    from tvm import s_tir, tirx
+
+    try:
+        schedule = s_tir.Schedule(tvm.IRModule({"main": function}))
+        s_tir.schedule.Trace.apply_json_to_schedule(json.loads(trace), schedule)
+    except Exception as error:  # TVM raises kinds of its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ToolchainError(f"its trace does not fit the kernel: {reason}", hint="tune with a new --tuning-db") from error
+    found = schedule.mod["main"]
+    return found.with_attr({"tirx.is_scheduled": True, "hwopt.scalar": bool(_walk(found.body, tirx.FloorMod))})
 
 
 def _blocks(schedule: Any) -> list[Any]:

@@ -1,6 +1,7 @@
 """Kernels of TVM's own operators, which no template covers, as something that tuning can work on.
 
-Of their schedules two numbers count: `tile_columns` are the lanes of a vector, `vectors` how many vectors a step computes.
+Of their schedules two numbers count: `tile_columns` are the lanes of a vector, `vectors` how many vectors a step computes. Or
+MetaSchedule found them (tune/traces.py): then a trace says everything.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from hwopt.backends.tvm.generic import LANES, Knobs, scheduled
+from hwopt.backends.tvm.generic import LANES, Knobs, scheduled, traced
 from hwopt.backends.tvm.kernels.schedule import Schedule
 from hwopt.backends.tvm.kernels.spec import Step
 
@@ -34,6 +35,13 @@ class LoopsSpec:
     epilogue: tuple[Step, ...] = ()
 
 
+@dataclass(frozen=True)
+class Traced(Schedule):
+    """What MetaSchedule made of a kernel: instructions and decisions as JSON. Of the numbers only `parallel` counts."""
+
+    trace: str = ""
+
+
 def spec_of(function: Any, name: str) -> LoopsSpec | None:
     """The spec of an unscheduled PrimFunc; None where it is small, or reads what random values are not right for."""
     import tvm
@@ -55,9 +63,24 @@ def default_loops(cores: int) -> Schedule:
     return Schedule(1, LANES, 1, 1, 1, 1, 1, cores > 1)
 
 
+def traced_loops(trace: str, cores: int) -> Traced:
+    return Traced(1, 1, 1, 1, 1, 1, 1, cores > 1, trace=trace)
+
+
 def build_loops(spec: LoopsSpec, schedule: Schedule, symbol: str) -> Any:
     """The kernel with its loops in this order; for any number of threads above one where the schedule is parallel."""
+    return ordered(source_of(spec).with_attr("global_symbol", symbol), schedule)
+
+
+def source_of(spec: LoopsSpec) -> Any:
+    """The PrimFunc before it is scheduled."""
     import tvm
 
-    function = tvm.ir.load_json(spec.source).with_attr("global_symbol", symbol)
+    return tvm.ir.load_json(spec.source)
+
+
+def ordered(function: Any, schedule: Schedule) -> Any:
+    """A PrimFunc with its loops as a schedule says."""
+    if isinstance(schedule, Traced):
+        return traced(function, schedule.trace)
     return scheduled(function, 2 if schedule.parallel else 1, Knobs(schedule.tile_columns, schedule.vectors))

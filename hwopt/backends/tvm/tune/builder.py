@@ -33,12 +33,13 @@ def build_candidate(task: Task, schedule: Schedule, symbol: str) -> Built:
     import math
 
     from hwopt.backends.tvm import kernels
-    from hwopt.backends.tvm.build import object_code
+    from hwopt.backends.tvm.build import description_for, object_code
 
     try:
         function = kernels.build(task.spec, schedule, task.micro, symbol)
         parameters = tuple((str(one.name), str(one.dtype), math.prod(map(int, one.shape))) for one in function.params)
-        return Built(object_code({symbol: function}, json.loads(task.tvm), task.name), parameters)
+        description = description_for(function, json.loads(task.tvm))
+        return Built(object_code({symbol: function}, description, task.name), parameters)
     except HwoptError as error:
         return Built(reason=str(error))
     except Exception as error:  # a template that cannot do this schedule: the candidate's failure, not ours

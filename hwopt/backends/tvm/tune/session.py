@@ -16,8 +16,9 @@ from hwopt.backends.tvm.kernels.spec import MatmulSpec, PoolSpec, Quantize
 from hwopt.backends.tvm.tune.builder import Build, Builder, Built, build_candidate
 from hwopt.backends.tvm.tune.database import CONFIRM, ROUNDS, Database, Trial
 from hwopt.backends.tvm.tune.runner import HANG_SECONDS, Kernels, Outcome, Runner, ratio
-from hwopt.backends.tvm.tune.space import Proposer, space_of
+from hwopt.backends.tvm.tune.space import Proposer
 from hwopt.backends.tvm.tune.task import Task, operations
+from hwopt.backends.tvm.tune.traces import TraceProposer, proposer_of
 from hwopt.errors import ToolchainError, UsageError
 from hwopt.target import Target
 
@@ -33,7 +34,7 @@ class Progress:
 
     task: Task
     calls: int
-    proposer: Proposer | None
+    proposer: Proposer | TraceProposer | None
     limit: float = 0.0  # seconds that the hardware needs at least, by the measured peak of its micro-kernel
     default: float = 0.0
     trials: int = 0
@@ -167,8 +168,7 @@ def _machine(threads: int) -> tuple[int, tuple[int, ...], bool]:
 
 def _progress(task: Task, calls: int, database: Database, seed: int) -> Progress:
     """What the database knows of a task is where it starts."""
-    space = space_of(task)
-    found = Progress(task, calls, Proposer(space, seed) if space else None)
+    found = Progress(task, calls, proposer_of(task, seed))
     known = [trial for trial in database.trials(task) if trial.ok]
     if known:
         found.trials = len(known)

@@ -16,7 +16,7 @@ from typing import Any
 from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.kernels import Schedule
 from hwopt.backends.tvm.kernels.amx_schedule import is_tile
-from hwopt.backends.tvm.kernels.loops import LoopsSpec
+from hwopt.backends.tvm.kernels.loops import LoopsSpec, Traced
 from hwopt.backends.tvm.kernels.spec import ConvSpec, ConvTransposeSpec, MatmulSpec, PoolSpec
 from hwopt.ir import Graph
 from hwopt.target import MicroKernel, Target
@@ -122,12 +122,13 @@ def plain(value: Any) -> Any:
 
 def schedule_from(data: Any) -> Schedule | None:
     """A schedule that `plain` wrote; None if its fields are not today's."""
-    names = {one.name for one in dataclasses.fields(Schedule)}
-    if not isinstance(data, Mapping) or set(data) != {"kind", *names} or data["kind"] != Schedule.__name__:
+    form = next((one for one in (Schedule, Traced) if isinstance(data, Mapping) and data.get("kind") == one.__name__), None)
+    if form is None:
         return None
-    if not all(isinstance(data[name], int) for name in names):
+    kinds = {one.name: str if one.name == "trace" else int for one in dataclasses.fields(form)}
+    if set(data) != {"kind", *kinds} or not all(isinstance(data[name], kind) for name, kind in kinds.items()):
         return None
-    return Schedule(**{name: data[name] for name in names})
+    return form(**{name: data[name] for name in kinds})
 
 
 @functools.cache
