@@ -21,7 +21,7 @@ from hwopt.emit.products import Form
 from hwopt.errors import UnsupportedError, UsageError, did_you_mean
 from hwopt.io.preprocess import KEY, Preprocess
 from hwopt.ir import Graph
-from hwopt.job import FORM, Data, Job, prepare, quiet, read_plan
+from hwopt.job import FORM, Data, Job, prepare, quiet, read_plan, with_training
 from hwopt.original import original_of
 from hwopt.pipeline import PassManager, Refusal, parse_list
 from hwopt.plan.budget import Budget
@@ -30,6 +30,8 @@ from hwopt.plan.plan import Plan, apply_plan
 from hwopt.plan.search import Found
 from hwopt.plugins import find_passes
 from hwopt.prove import CHECKS
+from hwopt.recover import Recipe
+from hwopt.recovery import retrained
 from hwopt.report.outcome import estimated_report, measured_report
 from hwopt.target import Target
 from hwopt.tuning import open_database, read_database, tune_graph
@@ -69,6 +71,10 @@ def compile_model(
     form: Form = FORM,
     check: str = "doubtful",
     preprocess: Preprocess | str | None = None,
+    recover: str | Recipe | None = None,
+    train: Data = None,
+    loss: Callable[..., Any] | None = None,
+    checkpoints: Path | str | None = None,
 ) -> Artifact:
     """Optimize a model (an ONNX file, a torch module or an ExportedProgram) for a target and write the artifact to `out`.
 
@@ -79,7 +85,9 @@ def compile_model(
     nothing is timed: the cost model alone decides, and the same inputs give the same bytes, as build systems want it. `form` says
     which libraries, objects or sources are delivered. `check` says which changes are left out once, and stay out if the model is
     faster without them: all, the doubtful ones or none. `preprocess` (`mean=..,std=..,layout=nhwc`) becomes the first part of
-    the model, which then takes pixels, as do the data. Raises HwoptError with the reason and the next step.
+    the model, which then takes pixels, as do the data. `recover` trains the changed model (`distill{epochs=3}`, see
+    hwopt.recover) on `train`: data as above (those of calibration if not given) or a loader, with a `loss` of yours if given;
+    unfinished training is kept in the folder `checkpoints`. Raises HwoptError with the reason and the next step.
     """
     _check_options(tune is not None, measure, check)
     check_destination(out)
@@ -90,6 +98,7 @@ def compile_model(
     job = dataclasses.replace(job, graph=dataclasses.replace(job.graph, name=name or _name(model, job.graph)))
     database = _database(tuning_db, tune is not None, measure, job.target)
     job = dataclasses.replace(job, database=database, measure=measure, form=form, check=check)
+    job = with_training(job, recover, train, loss, checkpoints, replay)
     origin = {"original": original_of(model, shapes, binds, job.graph.digest), "preprocess": job.graph.metadata.get(KEY, "")}
     with tempfile.TemporaryDirectory(prefix="hwopt-") as scratch:
         folder = Path(scratch)
@@ -142,7 +151,8 @@ def _watching(progress: Progress) -> Callable[[State], None]:
 @one_blas_thread
 def plan_model(model: Any, **options: Any) -> Found:
     """The decisions only, with the score of the graph they make; nothing is compiled. Takes compile_model's arguments."""
-    return decided(_job(model, options), None)
+    training = [options.get(name) for name in ("recover", "train", "loss", "checkpoints")]
+    return decided(with_training(_job(model, options), *training), None)
 
 
 @one_blas_thread
@@ -150,7 +160,9 @@ def apply_model(model: Any, *, plan: Plan | Path | str | None = None, **options:
     """The graph that a plan, or passes given as text, make of a model, and what they declined to do."""
     job = _job(model, options)
     if plan is not None:
-        return apply_plan(job.graph, read_plan(plan), job.ctx, find_passes()).graph, job.ctx.refused
+        stated = read_plan(plan)
+        job = with_training(job, None, options.get("train"), options.get("loss"), options.get("checkpoints"), stated)
+        return retrained(job, stated, apply_plan(job.graph, stated, job.ctx, find_passes()).graph)[0], job.ctx.refused
     if options.get("passes") is None:
         raise UsageError("nothing to apply", hint="give --plan plan.json or --passes name{option=value}")
     named = tuple(one for one, _ in parse_list(options["passes"], find_passes()))

@@ -22,6 +22,7 @@ from hwopt.plan.plan import Decision, Plan, apply_plan
 from hwopt.plan.search import Found, Priced, Search, price, search, versions
 from hwopt.plugins import find_passes
 from hwopt.prove import proved
+from hwopt.recovery import Option, deepened, retrained, trained_as_stated
 
 CORES = psutil.cpu_count() or 1
 NEAR, CONTENDERS = 1.15, 3  # plans that are built and timed beside the best one: how much slower they may seem, how many
@@ -30,23 +31,55 @@ Build = Callable[[Found], Built]
 
 
 def decided(job: Job, replay: Plan | None, *, tie: bool = True) -> Found:
-    """A replayed plan, the passes that were stated, or a search; nothing is compiled."""
+    """A replayed plan, the passes that were stated, or a search, with training where that is asked for; nothing is compiled."""
     task = None if replay else make_task(job, tie=tie)
-    return search(task, price(task)) if task else _given(job, replay)
+    if task is None:
+        return _given(job, replay)
+    priced = price(task)
+    if job.training.recipe is None:
+        return search(task, priced)
+
+    def searched(one: Job) -> tuple[Found, None]:
+        return search(dataclasses.replace(task, budget=one.budget), priced), None
+
+    faster = lambda one, other: one[0].plan.seconds_after < other[0].plan.seconds_after  # noqa: E731
+    return deepened(job, task.scorer, priced.baseline, searched, faster, lambda found: (found, None))[0]
 
 
 def decided_and_built(job: Job, replay: Plan | None, baseline: Built, build: Build) -> tuple[Found, Built]:
     """The same with the library, measured: limits hold for what was measured, and what gains nothing is not shipped."""
     task = None if replay else make_task(job)
     if task is None:
-        found = _given(job, replay)
-        result = build(found)
-        latency = 0.0 if job.budget.latency_seconds is None else _seconds(job, baseline, result)["result"]
-        if limit := _broken(job, result, latency):
-            raise BudgetError(limit, place=job.graph.name, hint="give data and no plan or passes, so that hwopt searches")
-        return found, result
+        return _kept(job, baseline, _given(job, replay), build)
     task = dataclasses.replace(task, scale=_time_scale(job, baseline), memory_scale=_memory_scale(baseline))
     priced = price(task)
+    if job.training.recipe is None:
+        return _searched(job, task, priced, baseline, build)
+
+    def searched(one: Job) -> tuple[Found, Built]:
+        return _searched(one, dataclasses.replace(task, budget=one.budget), priced, baseline, build)
+
+    def faster(one: Option, other: Option) -> bool:
+        if one[1] is None or other[1] is None:
+            return False
+        seconds = _seconds(job, other[1], one[1])
+        return seconds["result"] < seconds["baseline"]
+
+    found, result = deepened(job, task.scorer, priced.baseline, searched, faster, lambda one: _kept(job, baseline, one, build))
+    return found, result or build(found)
+
+
+def _kept(job: Job, baseline: Built, found: Found, build: Build) -> tuple[Found, Built]:
+    """A plan that is not searched for, built; raises BudgetError if the library breaks a limit."""
+    result = build(found)
+    latency = 0.0 if job.budget.latency_seconds is None else _seconds(job, baseline, result)["result"]
+    if limit := _broken(job, result, latency):
+        raise BudgetError(limit, place=job.graph.name, hint="give data and no plan or passes, so that hwopt searches")
+    return found, result
+
+
+def _searched(job: Job, task: Search, priced: Priced, baseline: Built, build: Build) -> tuple[Found, Built]:
+    """Search, build and measure in turns, until the library keeps the limits."""
     for _ in range(TURNS):
         found, result = fastest(job, search(task, priced), build)
         seconds = _seconds(job, baseline, result)
@@ -107,10 +140,11 @@ def make_task(job: Job, *, tie: bool = True) -> Search | None:
 
 def _given(job: Job, replay: Plan | None) -> Found:
     """What needs no search."""
-    if replay is not None:
-        return replayed(job, replay)
-    if job.fixed:
-        return replayed(job, _plan_of(job, [(str(one), "stated by the user") for one in job.fixed], ()))
+    if replay is not None or job.fixed:
+        stated = replay or _plan_of(job, [(str(one), "stated by the user") for one in job.fixed], ())
+        found = replayed(job, stated)
+        scorer = make_job_scorer(job, CORES) if job.training.recipe else None
+        return trained_as_stated(job, found, scorer, scorer(Session(job.graph).run) if scorer else None)
     reason = "nothing was asked for" if not job.families else "there are no data to choose and to judge by"
     refused = tuple(Refusal(kind.name, job.graph.name, reason) for kind in job.families)
     return Found(_plan_of(job, (), refused), job.graph, None)
@@ -170,7 +204,7 @@ def _plan_of(job: Job, stated: Sequence[tuple[str, str]], refused: tuple[Refusal
 
 def replayed(job: Job, plan: Plan) -> Found:
     """Do what a plan says and score it; what the passes declined goes into the plan."""
-    graph = apply_plan(job.graph, plan, job.ctx, find_passes()).graph
+    graph, note = retrained(job, plan, apply_plan(job.graph, plan, job.ctx, find_passes()).graph)
     scorer = make_job_scorer(job, CORES)
     compared = None
     if scorer is not None:
@@ -178,7 +212,7 @@ def replayed(job: Job, plan: Plan) -> Found:
         compared = compare(scorer.metric, before, after)
     refused = tuple(dict.fromkeys((*plan.refused, *job.ctx.refused)))
     here = job.ctx.calibration.digest if job.ctx.calibration else ""
-    note = plan.note
+    note = note or plan.note
     if plan.calibration_digest not in ("", here):
         note = "replayed with other calibration data than the plan was made with: ranges and weights may differ"
     return Found(dataclasses.replace(plan, refused=refused, note=note), graph, compared)

@@ -19,7 +19,7 @@ from hwopt.errors import HwoptError, UsageError
 from hwopt.files import replacing
 from hwopt.plugins import find_target
 
-UNKEYED = ("progress",)  # arguments that change nothing in the result
+UNKEYED = ("progress", "checkpoints")  # arguments that change nothing in the result
 
 
 def deliver(

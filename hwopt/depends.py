@@ -18,8 +18,8 @@ from hwopt.sources import files_of
 from hwopt.target import Target, table_of
 
 COMPILERS = ("hwopt", "apache-tvm", "apache-tvm-ffi")
-FILES = ("plan", "tuning_db", "calibrate", "evaluate")  # options that may name one
-DATA = ("calibrate", "evaluate")  # options that may name a whole folder
+FILES = ("plan", "tuning_db", "calibrate", "evaluate", "train")  # options that may name one
+DATA = ("calibrate", "evaluate", "train")  # options that may name a whole folder
 
 
 def dependencies(model: Path, options: Mapping[str, Any]) -> tuple[Path, ...]:

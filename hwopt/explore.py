@@ -11,7 +11,7 @@ from hwopt.compiler import one_blas_thread
 from hwopt.decide import decided, make_task, replayed
 from hwopt.errors import BudgetError, UsageError
 from hwopt.files import write_whole
-from hwopt.job import Job, prepare, quiet
+from hwopt.job import Job, prepare, quiet, with_training
 from hwopt.plan.attempt import Found, Search
 from hwopt.plan.front import FRONT, Point, front
 from hwopt.plan.plan import plan_from_json
@@ -26,9 +26,10 @@ OPTIONS = ("shapes", "binds", "calibrate", "evaluate", "budget", "passes", "thre
 def job_of(model: Any, options: Mapping[str, Any]) -> Job:
     """compile_model's arguments as a checked job."""
     given = {name: options.get(name) for name in OPTIONS}
-    return prepare(
+    job = prepare(
         model, target=options.get("target", "host"), seed=options.get("seed", 0), progress=options.get("progress", quiet), **given
     )
+    return with_training(job, *(options.get(name) for name in ("recover", "train", "loss", "checkpoints")))
 
 
 @one_blas_thread

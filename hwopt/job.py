@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ from hwopt.plan.budget import Budget
 from hwopt.plan.options import Progress
 from hwopt.plan.plan import Plan, plan_from_json
 from hwopt.plugins import find_passes, find_target
+from hwopt.recover import Recipe, Training, parse_recipe, require
 from hwopt.samples import Samples
 from hwopt.sources import is_scoring, samples_from
 from hwopt.target import Cost, Target, total
 
 FORM = Form()
+TRAINING = Training()
 Data = Samples | Mapping[str, np.ndarray] | Path | str | Iterable[Any] | Callable[[], Any] | None  # see samples_from
 
 
@@ -52,6 +54,7 @@ class Job:
     check: str = "doubtful"  # which changes are left out once, to see what they save: none, doubtful, all
     sensitivity: str = "auto"  # how the errors of changes are found: auto, fisher (gradients), measured
     pairwise: bool = False  # neighbours' errors together, too
+    training: Training = TRAINING  # after the changes
 
     def predicted(self, graph: Graph) -> Cost:
         """One run of a graph on this target, by its cost model."""
@@ -86,6 +89,34 @@ def prepare(
         graph=graph, ctx=Context(hardware, calibration, seed), target=hardware, threads=threads or hardware.cores,
         budget=budget or Budget(), families=families, fixed=fixed, evaluation=evaluation, user_score=scorer, progress=progress,
     )  # fmt: skip
+
+
+def with_training(
+    job: Job,
+    recover: str | Recipe | None,
+    train: Data = None,
+    loss: Callable[..., Any] | None = None,
+    checkpoints: Path | str | None = None,
+    replay: Plan | None = None,
+) -> Job:
+    """The job with a recipe of recovery, and data to train on: samples, or a loader as it is. Checked before any long work.
+
+    Raises UsageError for a recipe that means nothing or has no data, ToolchainError without torch.
+    """
+    recipe = None if recover is None else parse_recipe(recover)
+    if recipe is None and not (replay and replay.recovery):
+        if train is not None:
+            raise UsageError("training data without a recipe", place="train", hint="say how: --recover distill")
+        return job
+    require()
+    stored = isinstance(train, (Samples, Mapping, str, Path))
+    data = _samples(train, job.graph) if stored else train
+    if data is None and job.ctx.calibration is None:
+        raise UsageError("there are no data to train on", place="--recover", hint="give --train or --calibrate")
+    if recipe is not None and not recipe.seed:
+        recipe = replace(recipe, seed=job.ctx.seed)
+    training = Training(recipe, data, loss, None if checkpoints is None else Path(checkpoints))
+    return replace(job, training=training)
 
 
 def preprocessed(graph: Graph, preprocess: Preprocess | str | None) -> Graph:

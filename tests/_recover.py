@@ -16,16 +16,18 @@ from tests.random_graphs import Builder
 CLASSES = 4
 
 
-def net(seed: int = 0) -> Graph:
-    """Two convolutions and a head, one sample at a time."""
+def net(seed: int = 0, width: int = 8, pool: int = 6) -> Graph:
+    """Two convolutions, a pool over so many pixels, and a head; one sample at a time. With pool=3 its answers differ."""
     build = Builder(np.random.default_rng(seed))
     x, depth = build.input((1, 3, 6, 6)), 3
-    for channels in (8, 8):
+    for channels in (width, width):
         operands = [x, build.weight(channels, depth, 3, 3, fan_in=9 * depth), build.vector(channels)]
         depth, shape = channels, (1, channels, 6, 6)
         x = build.op("Relu", [build.op("Conv", operands, shape, pads=(1, 1, 1, 1))], shape)
-    x = build.op("Flatten", [build.op("GlobalAveragePool", [x], (1, depth, 1, 1))], (1, depth))
-    head = [x, build.weight(CLASSES, depth, fan_in=1), build.vector(CLASSES)]
+    size, kind = 6 // pool, "AveragePool" if pool == 6 else "MaxPool"
+    x = build.op(kind, [x], (1, depth, size, size), kernel_shape=(pool, pool), strides=(pool, pool))
+    x = build.op("Flatten", [x], (1, size * size * depth))
+    head = [x, build.weight(CLASSES, size * size * depth, fan_in=1 if pool == 6 else depth), build.vector(CLASSES)]
     build.outputs.append(build.op("Gemm", head, (1, CLASSES), transB=1))
     return build.graph()
 

@@ -24,11 +24,13 @@ from hwopt.cli.options import (
     SHAPE,
     TARGET,
     THREADS,
+    TRAIN,
     TUNING_DB,
     building,
     form_arguments,
     job_arguments,
     planning,
+    recovering,
 )
 from hwopt.cli.progress import ProgressBar
 from hwopt.files import write_whole
@@ -43,6 +45,7 @@ from hwopt.files import write_whole
 @TUNING_DB
 @click.option("--tune", "effort", metavar="200|90s|5m", help="Search faster schedules first: so many candidates, or so long.")
 @click.option("--check", type=click.Choice(["none", "doubtful", "all"]), default="doubtful", show_default=True, help=CHECK)
+@recovering
 @building
 @REPORT
 @JSON
@@ -81,6 +84,7 @@ def compile_(
 )
 @click.option("--tie/--no-tie", default=True, help="Decide isomorphic layers once, where that is proven to lose nothing.")
 @click.option("--sensitivity", type=click.Choice(["auto", "fisher", "measured"]), default="auto", show_default=True, help=ERRORS)
+@recovering
 @click.option("--pairwise", is_flag=True, help="Also what changes of neighbouring layers cost together (needs torch).")
 @REPORT
 def plan(model: Path, out: Path, report: Path | None, **options: Any) -> None:
@@ -108,6 +112,7 @@ def plan(model: Path, out: Path, report: Path | None, **options: Any) -> None:
 @MODEL
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The ONNX file to write.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan to replay.")
+@TRAIN
 @PASSES
 @TARGET
 @SHAPE

@@ -46,6 +46,14 @@ PASSES = click.option(
 ERRORS = "How the errors of changes are found: by gradients (torch), by running each, or by what takes less time."
 CHECK = "Leave changes out once; those without which the model is faster stay out."
 REPORT = click.option("--report", type=click.Path(path_type=Path), help="Write a page for people, one HTML file.")
+TRAIN = click.option("--train", metavar="NPZ", help="What to train on: as --calibrate, whose data are used otherwise.")
+RECOVERING = (
+    click.option(
+        "--recover", default=None, metavar="distill{epochs=3}", help="Train the changed model: distill, qat (needs torch)."
+    ),
+    TRAIN,
+    click.option("--checkpoints", type=click.Path(path_type=Path), help="Where unfinished training is kept and found again."),
+)
 BUILDING = (
     click.option("--emit", default="shared,source", show_default=True, help="Products: shared, static, object, source, pc."),
     click.option("--parallel", type=click.Choice(["pthread", "openmp", "serial"]), default="pthread", show_default=True),
@@ -59,6 +67,13 @@ BUILDING = (
 def building(command: Command) -> Command:
     """The options of a compilation that say what is delivered, and to whom."""
     for option in reversed(BUILDING):
+        command = option(command)
+    return command
+
+
+def recovering(command: Command) -> Command:
+    """The options of training after the changes."""
+    for option in reversed(RECOVERING):
         command = option(command)
     return command
 

@@ -101,7 +101,7 @@ class Found:
     """The best plan, the graph it makes, and how that compares with the original (None without evaluation data).
 
     `others` are further plans within the budget, predicted to be slower: a measurement may disagree. `uniform`: every layer in
-    one precision.
+    one precision. `training_seconds` is what recovery took.
     """
 
     plan: Plan
@@ -109,6 +109,7 @@ class Found:
     comparison: Comparison | None
     others: tuple[Found, ...] = ()
     uniform: bool = False
+    training_seconds: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from hwopt.errors import UsageError, did_you_mean
 from hwopt.pipeline import parse
-from hwopt.plan.plan import Decision, Plan
+from hwopt.plan.plan import Decision, Plan, Recovery
 from hwopt.plugins import find_passes
 
 
@@ -19,12 +19,19 @@ def explain(plan: Plan, layer: str = "") -> str:
     return "\n".join(_lines(plan, layer)) + "\n"
 
 
+def recovery_line(recovery: Recovery) -> str:
+    """What training made of the changed model."""
+    return f"recovered: {recovery.metric} {recovery.score_before:.4f} -> {recovery.score_after:.4f} by {recovery.recipe}"
+
+
 def _lines(plan: Plan, layer: str) -> Iterator[str]:
     yield f"target {plan.target}, {plan.threads} thread{'s' if plan.threads != 1 else ''}, seed {plan.seed}"
     limits = ", ".join(f"{key} {value:g}" for key, value in vars(plan.budget).items() if value is not None)
     yield f"budget: {limits}"
     if plan.seconds_before:
         yield f"predicted: {plan.seconds_before * 1e3:.4g} ms -> {plan.seconds_after * 1e3:.4g} ms"
+    if plan.recovery:
+        yield recovery_line(plan.recovery)
     if plan.note:
         yield f"note: {plan.note}"
     if not layer:

@@ -64,6 +64,17 @@ class Offer:
 
 
 @dataclass(frozen=True)
+class Recovery:
+    """The training behind the changes: a recipe that does it again, and the score of the changed model without and with it."""
+
+    recipe: str
+    metric: str
+    score_before: float
+    score_after: float
+    data_digest: str = ""  # of what was trained on; empty for a loader
+
+
+@dataclass(frozen=True)
 class Plan:
     """What to do to one graph for one target. `str(pass)` in each decision parses back into the pass."""
 
@@ -82,6 +93,7 @@ class Plan:
     offers: tuple[Offer, ...] = ()
     knobs: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of whole families, as a search set them
     calibration_digest: str = ""  # of the data that chose ranges and scores; others give other weights
+    recovery: Recovery | None = None
     note: str = ""  # what a reader must know, such as an interrupted search
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -112,6 +124,7 @@ def plan_from_json(text: str, place: str = "plan") -> Plan:
         for key, kind in (("decisions", Decision), ("refused", Refusal), ("rounds", Round), ("offers", Offer)):
             raw[key] = tuple(kind(**item) for item in raw.get(key, ()))
         raw["decisions"] = tuple(dataclasses.replace(one, by=tuple(one.by)) for one in raw["decisions"])
+        raw["recovery"] = Recovery(**raw["recovery"]) if raw.get("recovery") else None
         return Plan(**raw)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"not a plan ({type(error).__name__}: {error})", place=place) from error

@@ -13,10 +13,13 @@ from typing import Any
 
 from hwopt.errors import ToolchainError
 from hwopt.ir import Graph
-from hwopt.recover.case import Case, Check, Outcome
+from hwopt.recover.case import Case, Check, Outcome, Training
 from hwopt.recover.recipe import RECIPES, Distill, Qat, Recipe, parse_recipe
 
-__all__ = ["RECIPES", "Case", "Check", "Distill", "Outcome", "Qat", "Recipe", "parse_recipe", "recover", "recovered", "require"]
+__all__ = [
+    "RECIPES", "Case", "Check", "Distill", "Outcome", "Qat", "Recipe", "Training", "parse_recipe", "recover", "recovered",
+    "require",
+]  # fmt: skip
 
 
 def recover(graph: Graph, teacher: Graph, data: Any, recipe: str | Recipe = "distill", **options: Any) -> Graph:

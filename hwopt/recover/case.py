@@ -48,6 +48,16 @@ class Case:
         return dataclasses.replace(self, graph=graph)
 
 
+@dataclass(frozen=True, eq=False)
+class Training:
+    """What a job knows of recovery: the recipe (None: a plan's own, if it has one), the data (None: those of calibration)."""
+
+    recipe: Recipe | None = None
+    data: Any = None
+    loss: Callable[..., Any] | None = None
+    checkpoints: Path | None = None
+
+
 @dataclass(frozen=True)
 class Check:
     """The student on the held-out samples after so many steps: the value that is minimized, and a score to look at."""

@@ -15,6 +15,7 @@ from hwopt.evaluate import Comparison, compare
 from hwopt.ir import Graph
 from hwopt.job import Job
 from hwopt.measure import Timing, interleaved, onnxruntime_runner
+from hwopt.plan.explain import recovery_line
 from hwopt.plan.search import Found
 from hwopt.report.figures import Figures, layer_table, make_report
 from hwopt.target import origin
@@ -57,10 +58,13 @@ def _report(
     if compared is not None:
         before = dataclasses.replace(before, score=compared.baseline)
         after = dataclasses.replace(after, score=compared.score)
-    return make_report(
+    report = make_report(
         name=job.graph.name, target=job.target, threads=job.threads, baseline=before, result=after, comparison=compared,
         layers=layer_table(job.graph, found.graph, found.plan, job.target, job.threads), peers=peers or {}, notes=notes,
     )  # fmt: skip
+    recovery = found.plan.recovery
+    took = {"seconds": found.training_seconds} if job.measure else {}  # else the same inputs give the same bytes
+    return report | {"recovery": dataclasses.asdict(recovery) | took if recovery else None}
 
 
 def _compared(job: Job, baseline: Built, result: Built) -> Comparison | None:
@@ -128,6 +132,7 @@ def _notes(job: Job, found: Found, result: Built, compared: Comparison | None) -
         notes.append("compiled for another machine: scored in ONNX Runtime, timed by the cost model, the library was not run")
     notes += [result.tuning] if result.tuning else []
     notes += [found.plan.note] if found.plan.note else []
+    notes += [recovery_line(found.plan.recovery)] if found.plan.recovery else []
     notes += [] if origin(job.target.cost) == "analytical" else [f"prices: {origin(job.target.cost)}"]
     if not found.plan.decisions:
         notes.append(

@@ -1,0 +1,160 @@
+"""Recovery in a job: plans deeper than the budget are trained, and the fastest one that then keeps it is taken."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hwopt.backends.ort import Session
+from hwopt.build import Built
+from hwopt.errors import BudgetError, UsageError
+from hwopt.evaluate import Comparison, Scorer, compare
+from hwopt.ir import Graph
+from hwopt.job import Job
+from hwopt.plan.attempt import Found
+from hwopt.plan.budget import Budget
+from hwopt.plan.plan import Plan, Recovery
+from hwopt.plan.search import aim
+from hwopt.recover import Case, Outcome, Recipe, parse_recipe, recovered
+from hwopt.samples import Samples
+
+DEPTHS = (12.0, 4.0)  # drops before training, in drops that are allowed after it: the deepest plan first
+LEAST, MOST = 0.02, 0.5  # the least of the smallest of them, the most of any
+Option = tuple[Found, "Built | None"]  # a plan with its library, where one is built
+Searched = Callable[[Job], Option]
+
+
+def relaxed(budget: Budget) -> tuple[Budget, ...]:
+    """The budget with larger drops: what plans may lose before they are trained."""
+    drops = (min(depth * max(budget.max_drop, LEAST / DEPTHS[-1]), MOST) for depth in DEPTHS)
+    return tuple(dataclasses.replace(budget, max_drop=drop) for drop in dict.fromkeys(drops) if drop > budget.max_drop)
+
+
+def deepened(job: Job, scorer: Scorer, baseline: np.ndarray, searched: Searched, faster: Callable[[Option, Option], bool],
+             built: Callable[[Found], Option]) -> Option:  # fmt: skip
+    """The fastest plan that keeps the budget after training; without any the one that keeps it without, trained if that helps.
+
+    `searched` finds the best plan for a job, `built` makes an option of a trained plan (BudgetError if it breaks a limit).
+    """
+    usual, failed = _tried(searched, job)
+    trainer = Trainer(job, scorer, baseline)
+    budgets = relaxed(job.budget)
+    for place, budget in enumerate(budgets):
+        deeper, _ = _tried(searched, dataclasses.replace(job, budget=budget))
+        if deeper is None or deeper[0].graph is job.graph or (usual and not faster(deeper, usual)) or trainer.over:
+            continue
+        trained = trainer.train(deeper[0], len(budgets) - place - 1 + (usual is not None))
+        if trained is None or not _kept(job, trained.comparison):
+            continue
+        option, _ = _tried(built, trained)
+        if option is not None:
+            return option
+    if usual is None:
+        raise failed or BudgetError("no plan keeps the budget", place="plan")
+    trained = None if usual[0].graph is job.graph or trainer.over else trainer.train(usual[0], 0)
+    option, _ = (None, None) if trained is None else _tried(built, trained)
+    return option or usual
+
+
+def _tried(work: Callable[[Any], Option], what: Any) -> tuple[Option | None, BudgetError | None]:
+    try:
+        return work(what), None
+    except BudgetError as error:
+        return None, error
+
+
+def _kept(job: Job, comparison: Comparison | None) -> bool:
+    """As careful as the search: one standard error inside of the budget."""
+    return comparison is None or comparison.drop <= aim(job.budget, comparison)
+
+
+@dataclass
+class Trainer:
+    """Trains plans one after the other, in the recipe's minutes together, and scores what comes out against `baseline`."""
+
+    job: Job
+    scorer: Scorer | None
+    baseline: np.ndarray | None
+    spent: float = 0.0
+    interrupted: bool = False
+
+    @property
+    def over(self) -> bool:
+        """No time is left, or the user has had enough."""
+        recipe = recipe_of(self.job)
+        return self.interrupted or bool(recipe.minutes and self.spent + 1 >= 60 * recipe.minutes)
+
+    def train(self, found: Found, others: int) -> Found | None:
+        """The plan with its training on record, None if that made nothing better; `others` more may need time, too."""
+        recipe, started = recipe_of(self.job), time.perf_counter()
+        if recipe.minutes:
+            left = max(recipe.minutes - self.spent / 60, 1 / 60)
+            recipe = dataclasses.replace(recipe, minutes=left / 2 if others else left)
+        outcome = recovered(case_of(self.job, found.graph), recipe)
+        seconds = time.perf_counter() - started
+        self.spent += seconds
+        self.interrupted = outcome.interrupted
+        return None if outcome.graph is found.graph else self._recorded(found, outcome, seconds)
+
+    def _recorded(self, found: Found, outcome: Outcome, seconds: float) -> Found | None:
+        metric, before, after, comparison = "score on held-out training data", 0.0, 0.0, found.comparison
+        if outcome.before and outcome.after:
+            before, after = outcome.before.score, outcome.after.score
+        if self.scorer is not None and self.baseline is not None:
+            scores = [self.scorer(Session(graph).run) for graph in (found.graph, outcome.graph)]
+            compared = [compare(self.scorer.metric, self.baseline, one) for one in scores]
+            metric, before, after, comparison = compared[0].metric, compared[0].score, compared[1].score, compared[1]
+            if after < before:
+                return None
+        digest = data.digest if isinstance(data := data_of(self.job), Samples) else ""
+        notes = (found.plan.note, "training was interrupted: its best state so far" if outcome.interrupted else "")
+        plan = dataclasses.replace(
+            found.plan, budget=self.job.budget, note="; ".join(filter(None, notes)),
+            recovery=Recovery(str(outcome.recipe), metric, before, after, digest),
+        )  # fmt: skip
+        return Found(plan, outcome.graph, comparison, uniform=found.uniform, training_seconds=seconds)
+
+
+def trained_as_stated(job: Job, found: Found, scorer: Scorer | None, baseline: np.ndarray | None) -> Found:
+    """A plan that was not searched for, trained if the job has a recipe, the plan has none, and it helps."""
+    if job.training.recipe is None or found.plan.recovery or found.graph is job.graph:
+        return found
+    return Trainer(job, scorer, baseline).train(found, 0) or found
+
+
+def retrained(job: Job, plan: Plan, graph: Graph) -> tuple[Graph, str]:
+    """The graph after the training that a plan has on record, and what a reader must know of it."""
+    if plan.recovery is None:
+        return graph, ""
+    data = data_of(job)
+    if data is None:
+        raise UsageError("the plan trains, and there are no data", place="plan", hint="give --train or --calibrate as it was")
+    other = isinstance(data, Samples) and plan.recovery.data_digest not in ("", data.digest)
+    after = recovered(case_of(job, graph), parse_recipe(plan.recovery.recipe)).graph
+    return after, "trained on other data than the plan was made with: weights differ" if other else ""
+
+
+def recipe_of(job: Job) -> Recipe:
+    if job.training.recipe is None:
+        raise UsageError("no recipe of recovery", place="recover")
+    return job.training.recipe
+
+
+def data_of(job: Job) -> Any:
+    return job.ctx.calibration if job.training.data is None else job.training.data
+
+
+def case_of(job: Job, graph: Graph) -> Case:
+    """What is trained in a job: the model before the changes is the teacher."""
+    training = job.training
+    return Case(
+        graph, job.graph, data_of(job), loss=training.loss, progress=job.progress, checkpoints=training.checkpoints, ctx=job.ctx
+    )
+
+
+__all__: Sequence[str] = ["Trainer", "deepened", "relaxed", "retrained", "trained_as_stated"]
