@@ -1,8 +1,8 @@
 """Targets in TOML files of the user's own: read, checked against the keys of their kind, and complained about by line.
 
 A plug-in module behind `hwopt.targets` offers kinds of files as `FILES`, kind -> a dataclass whose fields are the keys: numbers
-(which must be above zero), texts, truth values, tuples of texts, and tuples of Memory for [[memories]] tables. It has a method
-`target(name, summary)`.
+(which must be above zero), texts, truth values, Paths of files beside it, tuples of texts, and tuples of Memory for [[memories]]
+tables. It has a method `target(name, summary)`.
 """
 
 from __future__ import annotations
@@ -116,12 +116,22 @@ def _value(kind: Any, value: Any, source: Source, key: str, nth: int) -> Any:
         return _items(arguments[0], value, source, key)
     if origin is types.UnionType:
         kind = next(one for one in arguments if one is not type(None))
+    if kind is Path:
+        return _beside(value, source, key, nth)
     good = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
     if not good:
         raise source.error(f"needs {_named(kind)}, not {value!r}", key, nth)
     if kind in (int, float) and not 0 < value < float("inf"):
         raise source.error(f"needs a number above zero, not {value!r}", key, nth)
     return kind(value)
+
+
+def _beside(value: Any, source: Source, key: str, nth: int) -> Path:
+    """A file that lies where the target file does, if its path is not absolute."""
+    path = source.path.parent / str(value)
+    if not isinstance(value, str) or not path.is_file():
+        raise source.error(f"no file {value!r}", key, nth)
+    return path
 
 
 def _items(kind: Any, value: Any, source: Source, key: str) -> tuple:

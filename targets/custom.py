@@ -5,20 +5,23 @@ The fields of each class are the keys of the file; see hwopt.target_file for how
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
+from hwopt.backends.tvm.learn.model import Learned
+from hwopt.emit.cpu import host_machine
 from hwopt.errors import UsageError
 from hwopt.target import Memory, Target
-from targets import _isa_arm, _isa_x86
+from targets import _isa_arm, _isa_arm32, _isa_riscv, _isa_x86
+from targets._cpu import cpu_features, needed_features
 from targets._energy import DRAM_JOULES_PER_BYTE, sram_joules_per_byte
 from targets._gpu import Gpu
 from targets._npu import BlockArray
 from targets._roofline import Roofline
 from targets._systolic import Systolic
 
-MACHINES = {"x86_64": _isa_x86, "aarch64": _isa_arm}
+MACHINES: dict[str, Any] = {"x86_64": _isa_x86, "aarch64": _isa_arm, "arm": _isa_arm32, "riscv": _isa_riscv}
 CONTROLLER = {"kind": "llvm", "mtriple": "riscv64-linux-gnu", "mcpu": "generic-rv64", "mattr": ["+m", "+a", "+f", "+d", "+c"]}
 
 
@@ -118,9 +121,12 @@ class GpuFile:
 
 @dataclass(frozen=True)
 class CpuFile:
-    """A processor: features in /proc/cpuinfo's words choose its kernels; operations are those of one core, 2 per product."""
+    """A processor: features in /proc/cpuinfo's words choose its kernels; operations are those of one core, 2 per product.
 
-    machine: Literal["x86_64", "aarch64"]
+    `table` is what `hwopt profile` measured there: it gives the prices of the kernels that it knows.
+    """
+
+    machine: Literal["x86_64", "aarch64", "arm", "riscv"]
     cores: int
     clock_hz: float
     float32_ops_per_cycle: float
@@ -129,10 +135,14 @@ class CpuFile:
     features: tuple[str, ...] = ()
     efficiency: float = 0.7
     launch_seconds: float = 1e-6
+    table: Path | None = None
 
     def target(self, name: str, summary: str) -> Target:
         isa, found = MACHINES[self.machine], frozenset(self.features)
-        micro = isa.microkernels(found)
+        micro, llvm = isa.microkernels(found), isa.llvm(found)
+        if not micro:
+            raise UsageError(f"there are no kernels for {self.machine} with these features", place="features")
+        needed = needed_features(llvm)
         peak = {"float32": self.float32_ops_per_cycle * self.clock_hz, "int8": self.int8_ops_per_cycle * self.clock_hz}
         granule = {dtype: kernel.lanes for dtype, kernel in micro.items()}
         kinds = {"conv": self.efficiency, "matmul": self.efficiency, "depthwise": self.efficiency / 2}
@@ -140,17 +150,11 @@ class CpuFile:
             peak=peak, elements_per_second=granule["float32"] * self.clock_hz / 4, memories=self.memories, granule=granule,
             depth={dtype: kernel.depth for dtype, kernel in micro.items()}, efficiency=kinds, launch_seconds=self.launch_seconds,
         )  # fmt: skip
-        here = self.machine == {"arm64": "aarch64", "AMD64": "x86_64"}.get(platform.machine(), platform.machine())
         return Target(
-            name, summary, "cpu", self.cores, peak, self.memories, granule, cost, isa.llvm(found), micro,
-            tuple(sorted(found)), here and found <= _present(),
+            name, summary, "cpu", self.cores, peak, self.memories, granule,
+            cost if self.table is None else Learned(self.table, cost, micro), llvm, micro, needed,
+            self.machine == host_machine() and set(needed) <= cpu_features(),
         )  # fmt: skip
-
-
-def _present() -> frozenset[str]:
-    from targets._cpu import cpu_features
-
-    return cpu_features()
 
 
 FILES = {"systolic": SystolicFile, "npu": NpuFile, "gpu": GpuFile, "cpu": CpuFile}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,16 @@ from hwopt.artifact import Artifact
 from hwopt.device import link
 from hwopt.device.fit import check_features
 from hwopt.device.link import Address
-from hwopt.device.session import first_line, remote
+from hwopt.device.session import remote
+from hwopt.device.watchdog import Watchdog
+from hwopt.emit import Tensor
 from hwopt.emit.toolchain import find_compiler, run_compiler
 from hwopt.errors import DeviceError, UnsupportedError
 from hwopt.measure import Timing
 
 ROUNDS, TURN_SECONDS = 20, 0.02
 SESSION_SECONDS = 900
+HANG_SECONDS = 120.0  # an upload, or a turn: milliseconds of runs, or one run of a large model
 
 # (runs, threads, tensors...) -> seconds of one run, or the error code of a run that failed
 SOURCE = """\
@@ -50,22 +53,32 @@ int __tvm_ffi_hwopt_bench(void *self, const TVMFFIAny *given, int32_t count, TVM
 """
 
 
-def bench(artifacts: Mapping[str, Path], address: Address, rounds: int = ROUNDS, threads: int | None = None) -> dict[str, Timing]:
-    """Seconds of one run of each, interleaved; raises DeviceError where the device cannot run one, or goes away."""
+def bench(
+    artifacts: Mapping[str, Path], address: Address, rounds: int = ROUNDS, threads: int | None = None, hang: float = HANG_SECONDS
+) -> dict[str, Timing]:
+    """Seconds of one run of each, interleaved; raises DeviceError where the device cannot run one, hangs, or goes away."""
     device = link.facts(address)
-    with tempfile.TemporaryDirectory(prefix="hwopt-") as folder, remote(address, SESSION_SECONDS) as session:
-        try:
-            calls = {
-                name: _loaded(session, Artifact(path, foreign=True), Path(folder) / str(at), at, device, threads, address)
-                for at, (name, path) in enumerate(artifacts.items())
-            }
-            return _turns(calls, rounds)
-        except (RuntimeError, AttributeError) as error:  # TVM's
-            raise DeviceError(f"the run ended: {first_line(error)}", place=str(address)) from error
+    with (
+        tempfile.TemporaryDirectory(prefix="hwopt-") as folder,
+        remote(address, SESSION_SECONDS) as session,
+        Watchdog(session, hang, str(address)) as dog,
+    ):
+        calls = {}
+        for at, (name, path) in enumerate(artifacts.items()):
+            artifact = Artifact(path, foreign=True)
+            calls[name] = _loaded(session, artifact, Path(folder) / str(at), at, device, threads, address, dog)
+        return _turns(calls, rounds)
 
 
 def _loaded(
-    session: Any, artifact: Artifact, folder: Path, at: int, device: Mapping[str, Any], threads: int | None, address: Address
+    session: Any,
+    artifact: Artifact,
+    folder: Path,
+    at: int,
+    device: Mapping[str, Any],
+    threads: int | None,
+    address: Address,
+    dog: Watchdog,
 ) -> Callable[[int], float]:
     """A function that runs the artifact so many times there: seconds of one run."""
     manifest = artifact.manifest
@@ -76,13 +89,15 @@ def _loaded(
         raise DeviceError(f"is a {device['machine']}, the artifact for {machine}", place=str(address))
     check_features(device, tuple(manifest["features"]), str(address))
     wrapper = _wrapper(artifact, folder, at)
-    session.upload(str(folder / f"model{at}.so"))
-    session.upload(str(wrapper))
+    for file in (folder / f"model{at}.so", wrapper):
+        session.upload(str(file))
+        dog.feed()
     call = session.load_module(wrapper.name)["hwopt_bench"]
     tensors = _tensors(session, artifact)
     used = threads or min(manifest["threads"], device["cores"])
 
     def run(times: int) -> float:
+        dog.feed()
         seconds = float(call(times, used, *tensors))
         if seconds < 0:
             raise DeviceError(f"{name}_run returns {int(seconds)}", place=str(address), hint="the codes are in hwopt_types.h")
@@ -109,13 +124,18 @@ def _wrapper(artifact: Artifact, folder: Path, at: int) -> Path:
 
 
 def _tensors(session: Any, artifact: Artifact) -> list[Any]:
+    return tensors_on(session, list(artifact.random_inputs().values()), artifact.outputs)
+
+
+def tensors_on(session: Any, inputs: Sequence[np.ndarray], outputs: Sequence[Tensor]) -> list[Any]:
+    """The arrays on the device, and room for results."""
     import tvm
 
     made = []
-    for array in artifact.random_inputs().values():
+    for array in inputs:
         made.append(tvm.runtime.empty(array.shape, _dtype(array.dtype), session.cpu(0)))
         made[-1].copyfrom(array.view(_bits(array.dtype)))
-    for tensor in artifact.outputs:
+    for tensor in outputs:
         shape = [dim if isinstance(dim, int) else 1 for dim in tensor.type.shape or ()]
         made.append(tvm.runtime.empty(shape, tensor.type.dtype, session.cpu(0)))
     return made

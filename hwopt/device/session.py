@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from hwopt.device.link import Address, open_session
 from hwopt.errors import DeviceError
 
@@ -25,10 +27,12 @@ def remote(address: Address, seconds: int) -> Iterator[Any]:
     from tvm.rpc import _ffi_api, client
 
     link = open_session(address, seconds)
+    before = _children()
     try:
         os.set_inheritable(link.fileno(), True)
         pipes = _ffi_api.CreatePipeClient(sys.executable, "-I", "-S", str(PUMP), str(link.fileno()))
         session = client.RPCSession(pipes)
+        session.pumps = tuple(_children() - before)
     except RuntimeError as error:
         raise DeviceError(f"does not begin a session: {first_line(error)}", place=str(address)) from error
     finally:
@@ -38,6 +42,22 @@ def remote(address: Address, seconds: int) -> Iterator[Any]:
     finally:
         del session
         gc.collect()  # TVM ends the session when its last reference goes
+
+
+def _children() -> frozenset[int]:
+    """The pumps that this process has started."""
+    found = set()
+    for one in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if str(PUMP) in one.cmdline():
+                found.add(one.pid)
+    return frozenset(found)
+
+
+def pump_of(session: Any) -> int:
+    """The process between TVM's client and the device."""
+    (pump,) = session.pumps
+    return int(pump)
 
 
 def first_line(error: BaseException) -> str:
