@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from hwopt.ir import Graph, Node
 
-LAYERS = 4  # of a chain without branches, in one block: as many as a bottleneck has
+LAYERS = 3  # of a chain without branches, in one block: as many as a bottleneck has
 
 
 @dataclass(frozen=True)

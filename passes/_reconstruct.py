@@ -24,6 +24,7 @@ from passes._adaround import BETA, WARM, adapted, float_weight, only
 from passes._blocks import Block, blocks
 
 SAMPLES = 128
+BYTES = 2**28  # of what a block reads and should answer: with large images fewer samples count
 BATCH = 8  # samples of one step
 ITERATIONS = 300
 RATE = 0.1  # of Adam, for the soft choices, and for the biases in units of the noise that rounding makes
@@ -239,7 +240,8 @@ def _collected(problem: _Problem, graph: Graph, quantized: Graph, samples: Sampl
     seeing = only(quantized, *computed) if computed else None
     answering = only(graph, problem.wanted)
     rows: dict[str, list[np.ndarray]] = {name: [] for name in (*problem.inner.inputs, problem.inner.outputs[0])}
-    for feeds in samples.feeds(graph):
+    size = sum(problem.inner.tensor(name).bytes for name in rows)
+    for feeds in samples.head(max(BYTES // max(size, 1), 2) * batch_of(graph)).feeds(graph):
         found = {**feeds, **(seeing.run(feeds) if seeing else {})}
         for name in problem.inner.inputs:
             rows[name].append(found[name])
