@@ -207,12 +207,17 @@ def user_scorer(text: str) -> UserScore:
 def divergence(reference: np.ndarray, found: np.ndarray) -> float:
     """Error of outputs in one currency: mean KL of the softmax for classifiers, else squared error over signal power."""
     if is_classifier(reference):
-        return float(np.maximum(_kl(_log_softmax(reference), _log_softmax(found)), 0).mean())
+        return float(divergences(reference, found).mean())
     wanted, got = reference.astype(np.float64), found.astype(np.float64)
     return float(((wanted - got) ** 2).sum() / max(float((wanted**2).sum()), 1e-30))
 
 
-def _log_softmax(output: np.ndarray) -> np.ndarray:
+def divergences(reference: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Each sample's KL of the softmax, [samples], for outputs [samples, classes]."""
+    return np.maximum(_kl(log_softmax(reference), log_softmax(found)), 0)
+
+
+def log_softmax(output: np.ndarray) -> np.ndarray:
     """Row-wise; outputs that are probabilities already are only logged."""
     values = output.astype(np.float64)
     if values.min() >= 0 and np.allclose(values.sum(1), 1, atol=1e-3):

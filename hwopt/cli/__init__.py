@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from hwopt.cli.device import device
+from hwopt.cli.evaluate import evaluate
 from hwopt.cli.look import diff, explain_, passes, print_, targets
 from hwopt.cli.make import apply_, compile_, demo, plan
 from hwopt.cli.profile import profile
@@ -32,7 +33,10 @@ def cli() -> None:
     """Compile a trained model for one piece of hardware, as small and fast as an accuracy budget allows."""
 
 
-for verb in (compile_, plan, apply_, demo, print_, diff, explain_, passes, targets, run, bench, tune, profile, device, cache):
+MAKE = (compile_, plan, apply_, demo)
+LOOK = (print_, diff, explain_, passes, targets)
+USE = (run, evaluate, bench, tune, profile, device, cache)
+for verb in (*MAKE, *LOOK, *USE):
     cli.add_command(verb)
 
 

@@ -36,3 +36,9 @@ def run_demo(
         budget=Budget(max_drop), threads=threads, progress=progress,
     )  # fmt: skip
     return artifact.report
+
+
+def evaluation_data() -> Mapping[str, np.ndarray]:
+    """The evaluation half with its labels: `hwopt evaluate build/demo --data hwopt.demo:evaluation_data`."""
+    classes = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+    return {**demo_data()[1], "classes": np.array(classes)}
