@@ -110,7 +110,10 @@ def compile_model(
 
         def built(found: Found) -> Built:
             if tune is not None and database is not None:
-                tune_graph(found.graph, job.target, job.threads, database, tune, seed=seed, watch=_watching(progress))
+                tune_graph(
+                    found.graph, job.target, job.threads, database, tune, seed=seed, watch=_watching(progress),
+                    compact=job.budget.weight_bytes is not None,
+                )  # fmt: skip
             same = found.graph is job.graph and tune is None
             return baseline if same else _build(found.graph, job, Path(tempfile.mkdtemp(prefix="result", dir=folder)))
 

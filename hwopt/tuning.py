@@ -96,11 +96,14 @@ def tune_model(
     from hwopt.backends.tvm.tune.builder import cluster
 
     graph, hardware, count = _subject(Path(model), target, threads, shapes, binds)
+    compact = Path(model).is_dir() and _is_compact(Path(model))
     runner = _device_runner(device, hardware, count, seed) if device else None
     database = open_database(tuning_db, hardware, str(runner.device["name"]) if runner else "")
     with cluster(workers) if workers else contextlib.nullcontext(executor) as chosen:
-        state = tune_graph(graph, hardware, count, database, effort, executor=chosen, seed=seed, watch=watch, runner=runner)
-    times = _compared(graph, hardware, count, database, device)
+        state = tune_graph(
+            graph, hardware, count, database, effort, executor=chosen, seed=seed, watch=watch, runner=runner, compact=compact
+        )
+    times = _compared(graph, hardware, count, database, device, compact)
     return Result(state, times["default"], times["tuned"], database.path)
 
 
@@ -124,8 +127,9 @@ def tune_graph(
     seed: int = 0,
     watch: Callable[[State], None] = lambda _: None,
     runner: Runner | None = None,
+    compact: bool = False,
 ) -> State:
-    """The same for a graph that is ready to compile, without timing the whole of it."""
+    """The same for a graph that is ready to compile, without timing the whole of it; `compact` as hwopt.build.build has it."""
     from hwopt.backends.tvm.tune.session import tune
     from hwopt.backends.tvm.tune.task import tasks_of
     from hwopt.backends.tvm.vm import reasons
@@ -136,7 +140,7 @@ def tune_graph(
     found = reasons(graph)
     if found:
         raise UnsupportedError(f"runs in TVM's virtual machine, whose kernels are not tuned: {found[0]}", place=graph.name)
-    tasks = tasks_of(graph, target, threads)
+    tasks = tasks_of(graph, target, threads, compact)
     return tune(tasks, target, database, effort, executor=executor, seed=seed, watch=watch, runner=runner)
 
 
@@ -161,13 +165,22 @@ def _subject(
     return graph, hardware, threads or hardware.cores
 
 
-def _compared(graph: Graph, target: Target, threads: int, database: Database, device: Address | None = None) -> dict[str, Timing]:
+def _is_compact(artifact: Path) -> bool:
+    """Whether an artifact had a budget of its size: all kernels decode their weights then that can."""
+    from hwopt.artifact import Artifact
+
+    return (Artifact(artifact, foreign=True).plan.get("budget") or {}).get("weight_bytes") is not None
+
+
+def _compared(
+    graph: Graph, target: Target, threads: int, database: Database, device: Address | None = None, compact: bool = False
+) -> dict[str, Timing]:
     """The whole model with default and with tuned schedules, in turns."""
     from hwopt.build import build
 
     with tempfile.TemporaryDirectory(prefix="hwopt-") as folder:
         built = {
-            name: build(graph, target, threads, Path(folder) / name, chosen).artifact
+            name: build(graph, target, threads, Path(folder) / name, chosen, compact=compact).artifact
             for name, chosen in (("default", None), ("tuned", database))
         }
         if device:

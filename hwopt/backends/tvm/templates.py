@@ -30,7 +30,7 @@ class Templates:
 
     def __init__(self, builder: Any, target: Target, threads: int, choose: Choose = kernels.default_schedule) -> None:
         self.builder, self.target, self.threads, self.choose = builder, target, threads, choose
-        self.calls: Counter[tuple[Spec, MicroKernel]] = Counter()  # what tuning works on
+        self.calls: Counter[tuple[Spec | PackedSpec, MicroKernel]] = Counter()  # what tuning works on
         self.labels: dict[str, str] = {}  # variable -> region
         self._functions: dict[Spec | PackedSpec, Any] = {}
         self.row_kernels: dict[Any, Any] = {}
@@ -58,15 +58,11 @@ class Templates:
         micro = self._coded_micro(kernel.spec)
         if micro is None:
             return None
-        if kernel.spec not in self._functions:
-            symbol = f"kernel_{len(self._functions)}"
-            built = packed.build(kernel.spec, packed.schedule_of(kernel.spec, micro, self.threads), micro, symbol)
-            marked = built.with_attr({"hwopt.template": 1, **OPAQUE})
-            self._functions[kernel.spec] = self.builder.add_func(marked, symbol)
+        self.calls[kernel.spec, micro] += 1
         weights = [constant(one) for one in packed.pack(kernel.spec, kernel.weights, micro)]
         arguments = relax.Tuple([kernel.data, *weights, *kernel.tensors])
         result = relax.TensorType(list(kernel.shape), kernel.dtype)
-        found = self.builder.emit(relax.call_tir(self._functions[kernel.spec], arguments, result), label)
+        found = self.builder.emit(relax.call_tir(self._function(kernel.spec, micro), arguments, result), label)
         self.labels[found.name] = label
         return found
 
@@ -103,7 +99,7 @@ class Templates:
         able = (one for one in ((found, *getattr(found, "others", ())) if found else ()) if not kernels.supports(spec, one))
         return next(able, dataclasses.replace(wide, dtype="bfloat16", activation="bfloat16"))
 
-    def _function(self, spec: Spec, micro: MicroKernel) -> Any:
+    def _function(self, spec: Spec | PackedSpec, micro: MicroKernel) -> Any:
         """The module's function for this kernel, built once."""
         if spec not in self._functions:
             symbol = f"kernel_{len(self._functions)}"

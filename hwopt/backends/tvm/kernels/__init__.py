@@ -12,22 +12,36 @@ from typing import Any
 
 import numpy as np
 
-from hwopt.backends.tvm.kernels import amx, amx_layout, amx_schedule, array, conv_transpose, depthwise, gemm, pool, schedule
+from hwopt.backends.tvm.kernels import (
+    amx,
+    amx_layout,
+    amx_schedule,
+    array,
+    conv_transpose,
+    depthwise,
+    gemm,
+    packed,
+    pool,
+    schedule,
+)
 from hwopt.backends.tvm.kernels.geometry import geometry
 from hwopt.backends.tvm.kernels.loops import LoopsSpec, build_loops, default_loops
+from hwopt.backends.tvm.kernels.packed import PackedSpec
 from hwopt.backends.tvm.kernels.schedule import Schedule
 from hwopt.backends.tvm.kernels.spec import ConvSpec, ConvTransposeSpec, MatmulSpec, PoolSpec
 from hwopt.target import MicroKernel
 
 __all__ = ["Schedule", "build", "default_schedule", "pack", "suited", "supports"]
 
-Spec = ConvSpec | ConvTransposeSpec | MatmulSpec | PoolSpec | LoopsSpec
+Spec = ConvSpec | ConvTransposeSpec | MatmulSpec | PoolSpec | LoopsSpec | PackedSpec
 
 
 def supports(spec: Spec, micro: MicroKernel) -> str:
     """The reason why the templates have no kernel for `spec` on `micro`, or ""."""
     if isinstance(spec, PoolSpec | LoopsSpec):
         return ""
+    if isinstance(spec, PackedSpec):
+        return packed.supports(spec, micro)
     if spec.accumulator != micro.accumulator:
         return f"the micro-kernel accumulates {micro.accumulator}, the operator {spec.accumulator}"
     widened = spec.data_dtype == "bfloat16" and depthwise.is_depthwise(spec)
@@ -83,6 +97,8 @@ def default_schedule(spec: Spec, micro: MicroKernel, cores: int = 1) -> Schedule
     """Blocking from a small analytical model."""
     if isinstance(spec, LoopsSpec):
         return default_loops(cores)
+    if isinstance(spec, PackedSpec):
+        return packed.schedule_of(spec, micro, cores)
     if isinstance(spec, PoolSpec):
         return pool.default_schedule(spec, micro, cores)
     if depthwise.is_depthwise(spec):
@@ -97,6 +113,8 @@ def build(spec: Spec, schedule: Schedule, micro: MicroKernel, symbol: str) -> An
     """The kernel as a tirx.PrimFunc."""
     if isinstance(spec, LoopsSpec):
         return build_loops(spec, schedule, symbol)
+    if isinstance(spec, PackedSpec):
+        return packed.build(spec, schedule, micro, symbol)
     if isinstance(spec, PoolSpec):
         return pool.Pool(spec, schedule, micro).build(symbol)
     if depthwise.is_depthwise(spec):

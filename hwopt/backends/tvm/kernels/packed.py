@@ -129,14 +129,26 @@ def schedule_of(spec: PackedSpec, micro: MicroKernel, cores: int = 1) -> Schedul
         return replace(found, block_tiles=min(most, share, tiles), parallel=parallel)
     sums = 2 if spec.block else 1
     room = micro.registers - min(8, micro.registers // 4)
-    decoder = Decoder(spec.coding, micro, spec.n)
-    most = max(1, UNROLLED // (decoder.steps * decoder.instructions))
-    wide = next((v for v in (4, 2, 1) if v <= min(vectors, most) and sums * v * min(spec.m, 4) + v <= room), 1)
+    fitting = (v for v in (4, 2, 1) if v in widths(spec, micro) and sums * v * min(spec.m, 4) + v <= room)
+    wide = next(fitting, 1)
     rows = max(1, min(spec.m, (room - wide) // (sums * wide)))
     rows = -(-spec.m // -(-spec.m // rows))  # even tiles
     tiles = -(-vectors // wide)
     share = -(-tiles // (4 * cores)) if parallel else tiles
     return Schedule(1, rows, wide, 1, 1, -(-spec.m // rows) * rows, share, parallel)
+
+
+def widths(spec: PackedSpec, micro: MicroKernel) -> list[int]:
+    """How many vectors of channels a tile of few rows may have, for code that compiles in a second."""
+    decoder = Decoder(spec.coding, micro, spec.n)
+    most = max(1, UNROLLED // (decoder.steps * decoder.instructions))
+    return [wide for wide in (1, 2, 3, 4, 6, 8) if wide <= min(-(-spec.n // micro.lanes), most)] or [1]
+
+
+def workspace_bytes(spec: PackedSpec, schedule: Schedule, micro: MicroKernel) -> int:
+    """Of the decoded weights of one task."""
+    count = min(schedule.block_tiles * schedule.vectors, -(-spec.n // micro.lanes))
+    return count * _decoded_bytes(spec, micro) if spec.m > DIRECT_ROWS else 0
 
 
 def _dense_tile(spec: PackedSpec, micro: MicroKernel) -> Schedule:

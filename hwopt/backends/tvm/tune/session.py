@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from hwopt.backends.tvm.kernels import Schedule
 from hwopt.backends.tvm.kernels.loops import LoopsSpec
+from hwopt.backends.tvm.kernels.packed import PackedSpec
 from hwopt.backends.tvm.kernels.spec import MatmulSpec, PoolSpec, Quantize
 from hwopt.backends.tvm.tune.builder import Build, Builder, Built, build_candidate
 from hwopt.backends.tvm.tune.database import CONFIRM, ROUNDS, Database, Trial
@@ -344,8 +345,13 @@ def _best(database: Database, task: Task) -> float:
 
 
 def signature(task: Task, parameters: Sequence[tuple[str, str, int]]) -> tuple[tuple[str, str, int, float, float], ...]:
-    """The kernel's parameters with ranges of random values that keep results in range, so that wrong ones show."""
-    return tuple((name, dtype, size, *_range(task, name, dtype)) for name, dtype, size in parameters)
+    """The kernel's parameters with ranges of random values that keep results in range, so that wrong ones show.
+
+    Codes are weights, too: the measuring process keeps them cold.
+    """
+    return tuple(
+        ("weights" if name == "codes" else name, dtype, size, *_range(task, name, dtype)) for name, dtype, size in parameters
+    )
 
 
 def _range(task: Task, name: str, dtype: str) -> tuple[float, float]:
@@ -363,7 +369,7 @@ def _range(task: Task, name: str, dtype: str) -> tuple[float, float]:
 def _depth(task: Task) -> int:
     """Products in one accumulator."""
     spec = task.spec
-    if isinstance(spec, MatmulSpec | LoopsSpec):
-        return spec.k if isinstance(spec, MatmulSpec) else 1
+    if isinstance(spec, MatmulSpec | PackedSpec | LoopsSpec):
+        return 1 if isinstance(spec, LoopsSpec) else spec.k
     taps = spec.kernel[0] * spec.kernel[1]
     return taps if isinstance(spec, PoolSpec) else taps * spec.in_channels // spec.groups

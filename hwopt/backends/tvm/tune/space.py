@@ -15,9 +15,10 @@ import numpy as np
 from hwopt.backends.tvm.kernels import Schedule, amx_layout, amx_schedule, depthwise, schedule
 from hwopt.backends.tvm.kernels.geometry import Geometry, geometry
 from hwopt.backends.tvm.kernels.loops import LANE_COUNTS, VECTOR_COUNTS, LoopsSpec
+from hwopt.backends.tvm.kernels.packed import DIRECT_ROWS, WORKSPACE, PackedSpec, widths, workspace_bytes
 from hwopt.backends.tvm.kernels.spec import PoolSpec
 from hwopt.backends.tvm.tune.database import Trial
-from hwopt.backends.tvm.tune.task import Task
+from hwopt.backends.tvm.tune.task import Spec, Task
 
 BODY = 128  # accumulators x unrolled words in one tile: more takes long to compile and overflows the decoded-instruction cache
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # blocks along one axis
@@ -36,7 +37,16 @@ class Space:
 
     def legal(self, point: Point) -> bool:
         inside = all(value in values for value, values in zip(point, self.knobs.values(), strict=True))
-        return inside and (not self.tiles or (point[:3] in self.tiles and (math.prod(point[:4]) <= BODY or point[3] == 1)))
+        small = not self.tiles or (point[:3] in self.tiles and (math.prod(point[:4]) <= BODY or point[3] == 1))
+        return inside and small and self._fits(point)
+
+    def _fits(self, point: Point) -> bool:
+        """False where decoded weights take more workspace than they may by default."""
+        spec, micro = self.task.spec, self.task.micro
+        if not isinstance(spec, PackedSpec):
+            return True
+        most = max(WORKSPACE, workspace_bytes(spec, self.task.default, micro))
+        return workspace_bytes(spec, self.schedule(point), micro) <= most
 
     def schedule(self, point: Point) -> Schedule:
         """The schedule of a point: numbers of blocks become sizes that are multiples of the tile's."""
@@ -45,7 +55,7 @@ class Space:
         parallel = bool(values.pop("parallel", default.parallel))
         if not self.tiles:
             return dataclasses.replace(default, parallel=parallel, **values)
-        shape = geometry(self.task.spec)  # type: ignore[arg-type]
+        shape = shape_of(self.task.spec)
         rows, columns, vectors = point[:3]
         tiles = -(-shape.vectors(self.task.micro.lanes) // vectors)
         found = dataclasses.replace(
@@ -62,7 +72,7 @@ class Space:
         if not self.tiles:
             values = [getattr(schedule, name) for name in names]
         else:
-            shape = geometry(self.task.spec)  # type: ignore[arg-type]
+            shape = shape_of(self.task.spec)
             tiles = -(-shape.vectors(self.task.micro.lanes) // schedule.vectors)
             values = [
                 schedule.tile_rows, schedule.tile_columns, schedule.vectors, schedule.unroll,
@@ -100,6 +110,11 @@ class Space:
         return len(self.tiles) * math.prod(counts[3:]) if self.tiles else math.prod(counts)
 
 
+def shape_of(spec: Spec) -> Geometry:
+    """The products behind a kernel of gemm's form."""
+    return spec.dense if isinstance(spec, PackedSpec) else geometry(spec)  # type: ignore[arg-type]
+
+
 def space_of(task: Task) -> Space | None:
     """None where the templates leave nothing to choose."""
     if not isinstance(task.default, Schedule):
@@ -121,7 +136,13 @@ def _knobs(task: Task) -> dict[str, tuple[int, ...]]:
         return {"vectors": _upto(min(8, tiles)), "block_tiles": _upto(tiles)}
     if depthwise.is_depthwise(spec):
         return {"tile_columns": _upto(min(16, spec.out_width)), "block_rows": _upto(spec.out_height)}
-    shape = geometry(spec)
+    if isinstance(spec, PackedSpec) and spec.m <= DIRECT_ROWS:
+        return {
+            "tile_columns": _upto(spec.m),
+            "vectors": tuple(widths(spec, task.micro)),
+            "block_tiles": _upto(-(-spec.n // lanes)),
+        }
+    shape = shape_of(spec)
     legal = sorted(_tiles(task))
     if amx_schedule.is_tile(task.micro):
         return _tile_knobs(task, shape, legal)
@@ -149,7 +170,7 @@ def _tile_knobs(task: Task, shape: Geometry, legal: Sequence[tuple[int, int, int
 
 
 def _tiles(task: Task) -> Iterator[tuple[int, int, int]]:
-    shape: Geometry = geometry(task.spec)  # type: ignore[arg-type]
+    shape = shape_of(task.spec)
     default = task.default
     yield default.tile_rows, default.tile_columns, default.vectors
     yield from (amx_schedule if amx_schedule.is_tile(task.micro) else schedule).tiles_of(shape, task.micro)
@@ -220,7 +241,7 @@ class Proposer:
             return 0.0
         tile = point[:3]
         if tile not in self._prior:
-            shape: Any = geometry(self.space.task.spec)  # type: ignore[arg-type]
+            shape = shape_of(self.space.task.spec)
             default = self.space.point(self.space.task.default)[:3]
             micro = self.space.task.micro
             cycles = (amx_schedule if amx_schedule.is_tile(micro) else schedule).cycles

@@ -17,11 +17,12 @@ from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.kernels import Schedule
 from hwopt.backends.tvm.kernels.amx_schedule import is_tile
 from hwopt.backends.tvm.kernels.loops import LoopsSpec, Traced
+from hwopt.backends.tvm.kernels.packed import PackedSpec
 from hwopt.backends.tvm.kernels.spec import ConvSpec, ConvTransposeSpec, MatmulSpec, PoolSpec
 from hwopt.ir import Graph
 from hwopt.target import MicroKernel, Target
 
-Spec = ConvSpec | ConvTransposeSpec | MatmulSpec | PoolSpec | LoopsSpec
+Spec = ConvSpec | ConvTransposeSpec | MatmulSpec | PoolSpec | LoopsSpec | PackedSpec
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Task:
         spec = self.spec
         if isinstance(spec, LoopsSpec):
             return f"{spec.name} of {spec.bytes} bytes"
+        if isinstance(spec, PackedSpec):
+            return f"matmul {spec.m}x{spec.k}x{spec.n} {spec.data_dtype}, codes of {spec.coding.bits} bits"
         if isinstance(spec, MatmulSpec):
             return f"matmul {spec.batch}x{spec.m}x{spec.k}x{spec.n} {spec.data_dtype}"
         kernel = "x".join(map(str, spec.kernel)) + (f"/{spec.strides[0]}" if spec.strides != (1, 1) else "")
@@ -101,6 +104,9 @@ def _bytes(spec: Spec) -> int:
     if isinstance(spec, LoopsSpec):
         return spec.bytes
     item, out_item = (BYTES.get(dtype, 1) for dtype in (spec.data_dtype, spec.out_dtype))
+    if isinstance(spec, PackedSpec):
+        scales = 4 * spec.n * spec.blocks * (2 if spec.zeros else 1)
+        return spec.m * (spec.k * item + spec.n * out_item) + spec.n * spec.k * spec.coding.bits // 8 + scales
     if isinstance(spec, MatmulSpec):
         weights = spec.k * spec.n * (1 if spec.constant or spec.shared else spec.batch)
         return spec.batch * spec.m * (spec.k * item + spec.n * out_item) + weights * item
@@ -171,13 +177,16 @@ def _canonical(value: Any) -> Any:
     return dataclasses.replace(value, scale=scale, zero_point=ZERO_POINT if value.zero_point else 0)
 
 
-def tasks_of(graph: Graph, target: Target, threads: int) -> dict[Task, int]:
-    """The kernels of a graph that have schedules and how often each is called, those of templates first."""
+def tasks_of(graph: Graph, target: Target, threads: int, compact: bool = False) -> dict[Task, int]:
+    """The kernels of a graph that have schedules and how often each is called, those of templates first.
+
+    With `compact`, weights that are stored as codes are decoded by their kernels wherever that can be.
+    """
     from hwopt.backends.tvm.build import fused
     from hwopt.backends.tvm.fold import folded
     from hwopt.backends.tvm.lower import Lowering
 
-    lowering = Lowering(folded(graph), target, threads)
+    lowering = Lowering(folded(graph), target, threads, compact=compact)
     module = lowering.module()
     calls: Counter[Task] = Counter()
     for (spec, micro), count in lowering.templates.calls.items():
