@@ -26,6 +26,7 @@ SUITES = {
     "planner": "planner",
     "transfer": "transfer",
     "sensitivity": "sensitivity",
+    "recover": "recover",
     "overhead": "overhead",
 }
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hwopt.backends.ort import run
+from hwopt.backends.ort import observing, run
 from hwopt.ir import Graph
 from hwopt.pipeline import Context, run_pass
 from hwopt.samples import Samples
@@ -30,6 +30,29 @@ def net(seed: int = 0, width: int = 8, pool: int = 6) -> Graph:
     head = [x, build.weight(CLASSES, size * size * depth, fan_in=1 if pool == 6 else depth), build.vector(CLASSES)]
     build.outputs.append(build.op("Gemm", head, (1, CLASSES), transB=1))
     return build.graph()
+
+
+def blobs(count: int, seed: int) -> Samples:
+    """Noise around one picture per class, with the classes as labels."""
+    random = np.random.default_rng(seed)
+    middles = np.random.default_rng(42).standard_normal((CLASSES, 3, 6, 6))
+    labels = random.integers(0, CLASSES, count)
+    return Samples({"x0": (middles[labels] + 1.6 * random.standard_normal((count, 3, 6, 6))).astype(np.float32)}, labels)
+
+
+def trained_net(width: int = 24) -> Graph:
+    """The net with the best linear head for the blobs (least squares)."""
+    graph, data = net(width=width, pool=3), blobs(600, 0)
+    head = graph.nodes[-1]
+    probe = observing(graph, [head.inputs[0]])
+    features = np.concatenate([run(probe, feeds)[head.inputs[0]] for feeds in data.feeds(graph)])
+    wide = np.concatenate([features, np.ones((len(features), 1), np.float32)], 1)
+    targets = 6 * np.eye(CLASSES)[data.labels]
+    solved = np.linalg.solve(wide.T @ wide + 10 * np.eye(wide.shape[1]), wide.T @ targets).astype(np.float32)
+    edit = graph.edit()
+    edit.set_param(head.inputs[1], np.ascontiguousarray(solved[:-1].T))
+    edit.set_param(head.inputs[2], solved[-1])
+    return edit.finish("")
 
 
 def samples(graph: Graph, count: int = 96, seed: int = 0, labels: bool = False) -> Samples:

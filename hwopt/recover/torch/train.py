@@ -37,6 +37,12 @@ def train(case: Case, recipe: Recipe) -> Outcome:
         return _Training(case, recipe, threads).run()
 
 
+def look(case: Case, recipe: Recipe) -> Check:
+    """The graph as it is on the samples that a training with this recipe would not see."""
+    with settled(recipe) as threads:
+        return _Training(dataclasses.replace(case, checkpoints=None), recipe, threads).judge.look(0)
+
+
 class _Training:
     """One run: the student with its optimizer, the data, and the best state so far."""
 
@@ -71,7 +77,7 @@ class _Training:
     # --- before the first step ---
 
     def _student(self) -> Student:
-        student = Student(self.case.graph, scales=self.recipe.scales, keep_zeros=self.recipe.keep_zeros)
+        student = self.recipe.student(self.case.graph)
         if self.recipe.statistics == "estimated":
             batches = self.source.epoch(0, batch_of(self.case.graph), self.recipe.seed)
             estimate(student, (batch.feeds for batch in batches))
@@ -177,6 +183,7 @@ class _Training:
         late = bool(self.recipe.minutes) and seconds > 60 * self.recipe.minutes
         self.finished = late or 0 < self.recipe.patience <= waited
         self._save()
+        self.case.watch(check)
 
     # --- afterwards ---
 
@@ -187,7 +194,10 @@ class _Training:
             chosen = min(self.checks, key=lambda one: one.value)
             self._set(self.best)
             holdout = recipe.holdout if self.case.held_out is None else 0.0  # given samples hold nothing out of the others
-            recipe = dataclasses.replace(recipe, steps=self.total, until=chosen.step, holdout=holdout)
+            usual = type(recipe)()
+            recipe = dataclasses.replace(
+                recipe, epochs=usual.epochs, minutes=usual.minutes, steps=self.total, until=chosen.step, holdout=holdout
+            )
         recipe = dataclasses.replace(recipe, threads=self.threads)
         untrained = chosen.step == 0 if chosen else self.step < recipe.until
         arrays = {} if untrained else self.student.arrays() | self._statistics()
