@@ -15,6 +15,7 @@ from hwopt.artifact import Artifact, write_artifact
 from hwopt.emit.array import FUNCTIONS, array_sources, simulated
 from hwopt.emit.build import Library, Tensor, build_library
 from hwopt.emit.cpu import host_machine
+from hwopt.emit.cuda import build_cuda_library
 from hwopt.emit.products import Form
 from hwopt.emit.program import Program
 from hwopt.errors import UnsupportedError
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 
 FORM = Form()
+CUDA = "cuda"  # the kind of TVM target that kernels for GPUs are generated for
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +86,8 @@ def build(
     Schedules come from the tuning database where it knows better ones than the default. `compact` keeps coded weights small
     even where decoding them in the kernels costs time.
     """
+    if target.tvm["kind"] == CUDA:
+        return _gpu_built(graph, target, folder, form)
     from hwopt.backends.tvm.build import compile_program
     from hwopt.backends.tvm.coded import expanded_layers
     from hwopt.backends.tvm.kernels import default_schedule
@@ -118,6 +122,16 @@ def build(
     )
     coded = {} if reason else expanded_layers(graph, target, threads, compact)
     return Built(library, graph, target, kind, reason, artifact, tuned.note() if tuned else "", coded)
+
+
+def _gpu_built(graph: Graph, target: Target, folder: Path, form: Form) -> Built:
+    """Kernels in a cubin and a host in C. What is built for comparison only (the default form) is not linked."""
+    from hwopt.backends.tvm.cuda import compile_cuda
+
+    made = compile_cuda(graph, target, identifier(graph.name))
+    library = build_cuda_library(made, folder / "library", Form(("source",)) if form == FORM else form)
+    artifact = write_artifact(folder / "artifact", library, target=target.name, model=b"", plan={}, report={}, graph="")
+    return Built(library, graph, target, "c", "", artifact)
 
 
 def _code_for(target: Target) -> Target:

@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from hwopt.artifact import Artifact, check_destination
 from hwopt.backends.tvm.support import refuse_unsupported
-from hwopt.build import Built, build
+from hwopt.build import CUDA, Built, build
 from hwopt.decide import decided, decided_and_built
 from hwopt.emit.products import Form
 from hwopt.errors import UnsupportedError, UsageError, did_you_mean
@@ -23,7 +23,7 @@ from hwopt.io.preprocess import KEY, Preprocess
 from hwopt.ir import Graph
 from hwopt.job import FORM, Data, Job, prepare, quiet, read_plan, with_training
 from hwopt.original import original_of
-from hwopt.pipeline import PassManager, Refusal, parse_list
+from hwopt.pipeline import PassManager, Phase, Refusal, parse_list
 from hwopt.plan.budget import Budget
 from hwopt.plan.options import Progress
 from hwopt.plan.plan import Plan, apply_plan
@@ -93,7 +93,7 @@ def compile_model(
     check_destination(out)
     replay = None if plan is None else read_plan(plan)
     job = prepare(model, target, shapes, binds, calibrate, evaluate, budget, passes, threads, seed, progress, preprocess)
-    _refuse_foreign(job.target)
+    job = _generated(job, form)
     refuse_unsupported(job.graph)
     job = dataclasses.replace(job, graph=dataclasses.replace(job.graph, name=name or _name(model, job.graph)))
     database = _database(tuning_db, tune is not None, measure, job.target)
@@ -179,9 +179,14 @@ def _job(model: Any, options: Mapping[str, Any]) -> Job:
     return prepare(model, **{name: options.get(name, defaults.get(name)) for name in names})
 
 
-def _refuse_foreign(target: Target) -> None:
-    if target.kind != "cpu" and target.array is None:
-        hint = "hwopt plan and hwopt apply work for it"
-        raise UnsupportedError(
-            f"there is no code generator for {target.kind} targets yet", place=f"target {target.name}", hint=hint
-        )
+def _generated(job: Job, form: Form) -> Job:
+    """The job with the families that code can be generated for; raises UnsupportedError where none can for the target."""
+    target = job.target
+    if target.kind == "cpu" or target.array is not None:
+        return job
+    if target.tvm["kind"] != CUDA:
+        hint, place = "hwopt plan and hwopt apply work for it", f"target {target.name}"
+        raise UnsupportedError(f"there is no code generator for {target.kind} targets of its kind", place=place, hint=hint)
+    if "shared" in form.emit:
+        raise UsageError("a library for CUDA is linked with libcuda where it runs", place="emit", hint="--emit static,source")
+    return dataclasses.replace(job, families=tuple(kind for kind in job.families if kind.phase < Phase.SHARE))  # of floats

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from hwopt.artifact import Artifact, check_destination
+from hwopt.build import CUDA
 from hwopt.cache import Cache, key_of
 from hwopt.depends import dependencies, write_depfile
 from hwopt.device.build import machine_of_target
+from hwopt.emit.cuda import find_nvcc
 from hwopt.emit.toolchain import find_compiler
 from hwopt.errors import HwoptError, UsageError
 from hwopt.files import replacing
@@ -86,6 +88,12 @@ def _plain(value: Any) -> Any:
 def compiler_of(target: Any) -> str:
     """What $CC, or the compiler found for the target's machine, says of itself."""
     hardware = find_target(target) if isinstance(target, str) else target
-    command = find_compiler(machine_of_target(hardware) if hardware.array is None else "")
-    said = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
-    return f"{shlex.join(command)} {said.partition(chr(10))[0]}"
+    if hardware.tvm["kind"] == CUDA:
+        machine = str(hardware.tvm["host"]["mtriple"]).partition("-")[0]
+        return f"{_said(find_compiler(machine))} {_said(find_nvcc())}"
+    return _said(find_compiler(machine_of_target(hardware) if hardware.array is None else "")).partition("\n")[0]
+
+
+def _said(command: tuple[str, ...]) -> str:
+    shown = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
+    return f"{shlex.join(command)} {shown}"

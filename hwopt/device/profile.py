@@ -41,6 +41,7 @@ from hwopt.target_file import load_target
 
 SECONDS = 0.4  # that one network is run
 LEAST, MOST = 12, 400  # passes of it
+TOO_LONG, TURN = 20.0, 2.0  # seconds of all passes of a network, and of one call
 SESSION_SECONDS, HANG_SECONDS = 600, 60.0
 
 
@@ -133,9 +134,9 @@ def _measure_kernels(
         form = form_of(number, target)
         try:
             found = _measured(sample_graph(number, form, target), target, threads, address, drift)
-        except DeviceError:
-            raise
         except HwoptError as error:
+            if isinstance(error, DeviceError):
+                link.facts(address)  # where it is gone nothing more can be measured
             state.failures.append(f"network {number} {form}: {error}")
         else:
             records = records_of(found, threads, number, form)
@@ -146,7 +147,7 @@ def _measure_kernels(
 
 
 class UnsteadyError(HwoptError):
-    """The clock moved while something was measured."""
+    """The clock moved while something was measured, or it takes too long to tell."""
 
 
 def _measured(graph: Graph, target: Target, threads: int, address: Address, drift: float) -> Profile:
@@ -180,11 +181,14 @@ def timed_calls(address: Address, made: Stamped, threads: int, seconds: float = 
             dog.feed()
             if call(count, threads, *tensors, table):
                 raise DeviceError("a kernel failed", place=str(address))
-            dog.feed()
             return table.numpy()
 
-        once = float(passes(2)[-1].sum())
-        return passes(int(np.clip(seconds / max(once, 1e-9), LEAST, MOST)))
+        once = max(float(passes(1).sum()), 1e-9)
+        if once * LEAST > TOO_LONG:
+            raise UnsteadyError(f"takes {once:.2g} s a run on this device: too long to repeat it")
+        count = int(np.clip(seconds / once, LEAST, MOST))
+        each = max(1, int(TURN / once))  # what one call there may take, far from what makes the watchdog bark
+        return np.concatenate([passes(min(each, count - done)) for done in range(0, count, each)])
 
 
 def _pictures(made: Stamped) -> list[np.ndarray]:

@@ -115,7 +115,7 @@ def header(variants: Sequence[Variant]) -> str:
     program, upper = layout.program, layout.program.name.upper()
     return f"""/* {program.name}: a model compiled by hwopt. This file is generated.
  *
-{_document(layout)}{_choice(variants)}
+{document(program)}{_choice(variants)}
  * {program.name}_run is re-entrant: threads may call it at the same time if each brings its own workspace, or NULL.
  * Tensors are dense, in C order. On 64-byte boundaries they are used in place, elsewhere through an aligned copy on the heap.
  */
@@ -169,7 +169,7 @@ def source(variants: Sequence[Variant], threads: int) -> str:
         f'__attribute__((visibility("hidden"))) extern const unsigned char {name}_weights[];\n',
         *(f"int {symbol}(void *, const TVMFFIAny *, int32_t, TVMFFIAny *);\n" for symbol in symbols),
         *("\n" + one.check + "\n" + _tables(one.layout, one.suffix) for one in variants),
-        _description(variants[0].layout),
+        _description(variants[0].layout.program, _dimensions(variants[0].layout)[1]),
         _entry(variants, threads),
     ]
     return "".join(parts)
@@ -179,8 +179,8 @@ def _c_type(program: Program, buffer: str) -> str:
     return C_TYPES[program.buffers[buffer].dtype][0]
 
 
-def _document(layout: Layout) -> str:
-    program = layout.program
+def document(program: Program) -> str:
+    """The tensors, for the header's comment."""
     names = parameter_names(program)
     lines = []
     for index, (name, key) in enumerate((*program.inputs, *program.outputs)):
@@ -196,7 +196,7 @@ def _comment(text: str) -> str:
     return text.replace("*/", "* /").replace("\n", " ")
 
 
-def _quote(text: str) -> str:
+def quoted(text: str) -> str:
     """A C string literal of UTF-8 bytes."""
     plain = (chr(byte) if 32 <= byte < 127 and chr(byte) not in '"\\?' else f"\\{byte:03o}" for byte in text.encode())
     return f'"{"".join(plain)}"'
@@ -239,10 +239,13 @@ def _dimensions(layout: Layout) -> tuple[Sequence[int], Mapping[tuple[int, ...],
     """Every shape once, one after the other, and where each begins."""
     program = layout.program
     ends = (buffer for _, buffer in (*program.inputs, *program.outputs))
+    return _shapes(program.buffers[name].shape for name in (*layout.slots, *ends))
+
+
+def _shapes(shapes: Iterable[tuple[int, ...]]) -> tuple[Sequence[int], Mapping[tuple[int, ...], int]]:
     dims: list[int] = []
     where: dict[tuple[int, ...], int] = {}
-    for name in (*layout.slots, *ends):
-        shape = program.buffers[name].shape
+    for shape in shapes:
         if shape not in where:
             where[shape] = len(dims)
             dims += shape
@@ -260,16 +263,20 @@ def _copies(layout: Layout) -> list[str]:
     return rows
 
 
-def _description(layout: Layout) -> str:
-    program = layout.program
-    _, where = _dimensions(layout)
+def tensor_tables(program: Program) -> str:
+    """Tables that describe the inputs and outputs, with their shapes."""
+    dims, where = _shapes(program.buffers[key].shape for _, key in (*program.inputs, *program.outputs))
+    return _rows("int64_t", "dims", [", ".join(map(str, dims)) or "0"]) + _description(program, where)
+
+
+def _description(program: Program, where: Mapping[tuple[int, ...], int]) -> str:
     texts = []
     for table, values in (("inputs", program.inputs), ("outputs", program.outputs)):
         rows = []
         for name, key in values:
             buffer = program.buffers[key]
             size = bytes_of(buffer)
-            rows.append(f'{{{_quote(name)}, "{buffer.dtype}", dims + {where[buffer.shape]}, {len(buffer.shape)}, {size}u}}')
+            rows.append(f'{{{quoted(name)}, "{buffer.dtype}", dims + {where[buffer.shape]}, {len(buffer.shape)}, {size}u}}')
         texts.append(_rows("hwopt_tensor_info", table, rows))
     return "".join(texts)
 
@@ -283,10 +290,10 @@ def _entry(variants: Sequence[Variant], threads: int) -> str:
     program, name = variants[0].layout.program, variants[0].layout.program.name
     parameters = parameter_names(program)
     count = len(program.inputs)
-    sets = ", ".join(_quote(" ".join(one.features)) for one in variants)
+    sets = ", ".join(quoted(" ".join(one.features)) for one in variants)
     return f"""static const char *const sets[] = {{{sets}}};
 static const hwopt_info info = {{
-    {_quote(name)}, {_quote(" ".join(shared_features(variants)))}, {count}u, {len(program.outputs)}u, inputs, outputs,
+    {quoted(name)}, {quoted(" ".join(shared_features(variants)))}, {count}u, {len(program.outputs)}u, inputs, outputs,
     {arena_bytes(variants)}u, {name.upper()}_WORKSPACE_BYTES, {variants[0].layout.weights.bytes}u, {len(variants)}u, sets}};
 static atomic_int thread_count = {threads};
 static atomic_int cpu[{len(variants)}];

@@ -58,6 +58,17 @@ def machine_of(data: bytes) -> str:
     return MACHINES.get(struct.unpack_from(_order(data) + "H", data, 18)[0], "unknown")
 
 
+def functions_of(data: bytes) -> tuple[int, frozenset[str]]:
+    """ELF's number of the machine, and the global functions that are defined; raises ValueError for what is no ELF file."""
+    machine_of(data)
+    try:
+        found = _symbols(data, _sections(data))
+    except (struct.error, IndexError) as error:
+        raise ValueError("damaged ELF file") from error
+    names = frozenset(one.name for one in found if one.section and one.binding and one.type == _FUNCTION)
+    return struct.unpack_from(_order(data) + "H", data, 18)[0], names
+
+
 def read_object(data: bytes) -> Object:
     """Parse a relocatable object file; raises ValueError if it is none."""
     machine = machine_of(data)

@@ -12,6 +12,7 @@
 #define HWOPT_ERROR_KERNEL (-5)    /* a kernel failed (its scratch memory could not be had) */
 #define HWOPT_ERROR_OVERLAP (-6)   /* an output overlaps an input, another output or the workspace */
 #define HWOPT_ERROR_ARGUMENT (-7)  /* a number out of its range */
+#define HWOPT_ERROR_DEVICE (-8)    /* no GPU, or none that the kernels are for, or it failed */
 
 typedef struct {
   const char *name;     /* as in the model */

@@ -58,13 +58,13 @@ def library_of(name: str, emit: Collection[str]) -> str:
 
 def make_products(
     folder: Path, name: str, compiler: tuple[str, ...], flags: Sequence[str], kernels: Sequence[str], emit: Collection[str],
-    more: Sequence[str] = (), exports: Sequence[str] = (),
+    more: Sequence[str] = (), exports: Sequence[str] = (), runtime: str = "hwopt_runtime.c", links: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Build what `emit` asks for inside `folder`, where the sources lie; relative names, so that no path gets into the bytes.
 
-    `more` are further sources, `exports` functions in them that others may call.
+    `more` are further sources, `exports` functions in them that others may call, `links` what a program links with besides.
     """
-    parts = _compiled(folder, name, compiler, flags, more) if {"shared", "static", "object"} & set(emit) else []
+    parts = _compiled(folder, name, compiler, flags, (runtime, *more)) if {"shared", "static", "object"} & set(emit) else []
     objects = [*parts, *kernels]
     if "shared" in emit:
         script = f"{name}.map.tmp"
@@ -78,7 +78,7 @@ def make_products(
         keep = [f"--keep-global-symbol={symbol}" for symbol in (*exported(name), *exports)]
         run_compiler([binutil(compiler, "objcopy"), "--strip-debug", *keep, f"{name}.o"], folder)
     if "pc" in emit:
-        (folder / f"{name}.pc").write_text(_pkg_config(name, flags))
+        (folder / f"{name}.pc").write_text(_pkg_config(name, [*flags, *links]))
     for path in folder.glob("*.tmp*"):
         path.unlink()
 
@@ -86,14 +86,14 @@ def make_products(
 def _compiled(folder: Path, name: str, compiler: tuple[str, ...], flags: Sequence[str], more: Sequence[str]) -> list[str]:
     """The generated C and the weights as objects."""
     made = []
-    for file in (f"{name}.c", "hwopt_runtime.c", f"{name}_weights.S", *(file for file in more if file.endswith(".c"))):
+    for file in (f"{name}.c", f"{name}_weights.S", *(file for file in more if file.endswith(".c"))):
         made.append(f"{Path(file).stem}.tmp.o")
         run_compiler([*compiler, "-std=c11", "-O2", "-fPIC", *WARNINGS, *flags, "-c", file, "-o", made[-1]], folder)
     return made
 
 
 def _pkg_config(name: str, flags: Sequence[str]) -> str:
-    threads = [flag for flag in flags if flag in ("-pthread", "-fopenmp")]
+    threads = [flag for flag in flags if flag in ("-pthread", "-fopenmp") or flag.startswith("-l")]
     return f"""Name: {name}
 Description: a model compiled by hwopt
 Version: 0

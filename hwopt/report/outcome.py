@@ -9,7 +9,7 @@ from typing import Any
 from hwopt.analysis.liveness import peak_activation_bytes
 from hwopt.analysis.size import weight_bytes
 from hwopt.backends.ort import Session
-from hwopt.build import Built
+from hwopt.build import CUDA, Built
 from hwopt.decide import make_job_scorer, sample_feeds
 from hwopt.evaluate import Comparison, compare
 from hwopt.ir import Graph
@@ -124,6 +124,8 @@ def _simulated(job: Job, baseline: Built, result: Built) -> dict[str, Any]:
 
 def _notes(job: Job, found: Found, result: Built, compared: Comparison | None) -> list[str]:
     notes = [f"runs in TVM's virtual machine: {result.reason}"] if result.kind == "vm" else []
+    if job.target.tvm["kind"] == CUDA:
+        notes.append("the kernels for the GPU were compiled and inspected, not run")
     if not job.measure:
         notes.append("nothing was measured: scored in ONNX Runtime, timed by the cost model")
     elif job.target.array is not None:
