@@ -6,6 +6,7 @@
 compile     a trained model in, an Artifact out, within a Budget
 Artifact    what ships: the library with its model, plan and report; run and bench it
 Budget      how much the score may fall, and limits of seconds, bytes, joules
+Form        what is delivered: which libraries, objects or sources, threads or none, a heap or none
 Plan        which change was chosen for which layer, and what was refused why; JSON both ways
 load        an ONNX file or a torch module as a Graph
 Graph       the immutable model; `graph.edit()` makes a changed one
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hwopt.artifact import Artifact as Artifact
     from hwopt.compiler import compile_model as compile  # noqa: F401
+    from hwopt.emit.products import Form as Form
     from hwopt.errors import HwoptError as HwoptError
     from hwopt.io.onnx import load as load
     from hwopt.ir import Graph as Graph
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Artifact": "hwopt.artifact:Artifact",
     "Budget": "hwopt.plan.budget:Budget",
+    "Form": "hwopt.emit.products:Form",
     "Graph": "hwopt.ir:Graph",
     "HwoptError": "hwopt.errors:HwoptError",
     "Pass": "hwopt.pipeline:Pass",
