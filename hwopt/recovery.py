@@ -20,6 +20,7 @@ from hwopt.plan.attempt import Found
 from hwopt.plan.budget import Budget
 from hwopt.plan.plan import Plan, Recovery
 from hwopt.plan.search import aim
+from hwopt.plugins import find_passes
 from hwopt.recover import Case, Outcome, Recipe, parse_recipe, recovered
 from hwopt.samples import Samples
 
@@ -95,7 +96,7 @@ class Trainer:
         if recipe.minutes:
             left = max(recipe.minutes - self.spent / 60, 1 / 60)
             recipe = dataclasses.replace(recipe, minutes=left / 2 if others else left)
-        outcome = recovered(case_of(self.job, found.graph), recipe)
+        outcome = recovered(case_of(self.job, found.graph, found.plan), recipe)
         seconds = time.perf_counter() - started
         self.spent += seconds
         self.interrupted = outcome.interrupted
@@ -109,15 +110,21 @@ class Trainer:
             scores = [self.scorer(Session(graph).run) for graph in (found.graph, outcome.graph)]
             compared = [compare(self.scorer.metric, self.baseline, one) for one in scores]
             metric, before, after, comparison = compared[0].metric, compared[0].score, compared[1].score, compared[1]
-            if after < before:
+            if after < before and not (self._faster(found, outcome) < 1 and _kept(self.job, comparison)):
                 return None
         digest = data.digest if isinstance(data := data_of(self.job), Samples) else ""
         notes = (found.plan.note, "training was interrupted: its best state so far" if outcome.interrupted else "")
         plan = dataclasses.replace(
             found.plan, budget=self.job.budget, note="; ".join(filter(None, notes)),
+            seconds_after=found.plan.seconds_after * self._faster(found, outcome),
             recovery=Recovery(str(outcome.recipe), metric, before, after, digest),
         )  # fmt: skip
         return Found(plan, outcome.graph, comparison, uniform=found.uniform, training_seconds=seconds)
+
+    def _faster(self, found: Found, outcome: Outcome) -> float:
+        """Predicted seconds of what came out over those of what went in: a schedule may cut further."""
+        before = self.job.predicted(found.graph).seconds
+        return self.job.predicted(outcome.graph).seconds / before if before else 1.0
 
 
 def trained_as_stated(job: Job, found: Found, scorer: Scorer | None, baseline: np.ndarray | None) -> Found:
@@ -135,7 +142,7 @@ def retrained(job: Job, plan: Plan, graph: Graph) -> tuple[Graph, str]:
     if data is None:
         raise UsageError("the plan trains, and there are no data", place="plan", hint="give --train or --calibrate as it was")
     other = isinstance(data, Samples) and plan.recovery.data_digest not in ("", data.digest)
-    after = recovered(case_of(job, graph), parse_recipe(plan.recovery.recipe)).graph
+    after = recovered(case_of(job, graph, plan), parse_recipe(plan.recovery.recipe)).graph
     return after, "trained on other data than the plan was made with: weights differ" if other else ""
 
 
@@ -149,12 +156,13 @@ def data_of(job: Job) -> Any:
     return job.ctx.calibration if job.training.data is None else job.training.data
 
 
-def case_of(job: Job, graph: Graph) -> Case:
-    """What is trained in a job: the model before the changes is the teacher."""
+def case_of(job: Job, graph: Graph, plan: Plan) -> Case:
+    """What is trained in a job: the model before the plan's changes is the teacher."""
     training = job.training
     return Case(
-        graph, job.graph, data_of(job), loss=training.loss, progress=job.progress, checkpoints=training.checkpoints, ctx=job.ctx
-    )
+        graph, job.graph, data_of(job), loss=training.loss, progress=job.progress, checkpoints=training.checkpoints, ctx=job.ctx,
+        passes=plan.passes(find_passes()),
+    )  # fmt: skip
 
 
 __all__: Sequence[str] = ["Trainer", "deepened", "relaxed", "retrained", "trained_as_stated"]

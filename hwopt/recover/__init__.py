@@ -14,11 +14,15 @@ from typing import Any
 from hwopt.errors import ToolchainError
 from hwopt.ir import Graph
 from hwopt.recover.case import Case, Check, Outcome, Training
-from hwopt.recover.recipe import RECIPES, Distill, Qat, Recipe, parse_recipe
+from hwopt.recover.dkm import Dkm
+from hwopt.recover.netadapt import NetAdapt
+from hwopt.recover.recipe import Distill, Qat, Recipe
+from hwopt.recover.registry import RECIPES, parse_recipe
+from hwopt.recover.schedules import Gradual, Lottery
 
 __all__ = [
-    "RECIPES", "Case", "Check", "Distill", "Outcome", "Qat", "Recipe", "Training", "parse_recipe", "recover", "recovered",
-    "require",
+    "RECIPES", "Case", "Check", "Distill", "Dkm", "Gradual", "Lottery", "NetAdapt", "Outcome", "Qat", "Recipe", "Training",
+    "parse_recipe", "recover", "recovered", "require",
 ]  # fmt: skip
 
 

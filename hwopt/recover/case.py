@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hwopt.ir import Graph
-from hwopt.pipeline import Context
+from hwopt.pipeline import Context, Pass
 
 if TYPE_CHECKING:
     from hwopt.recover.recipe import Recipe
@@ -24,13 +24,19 @@ def quiet(stage: str, done: int, total: int) -> None:
     """The progress of nobody who looks."""
 
 
+def unwatched(check: Check) -> None:
+    """What nobody does with a check."""
+
+
 @dataclass(frozen=True, eq=False)
 class Case:
     """`graph` is trained to be like `teacher` on `data` (Samples, arrays by name, or a loader).
 
     `held_out` (Samples or arrays) chooses the best state instead of a part of the data, `score` (higher is better, given
     run({input: array})) instead of the loss. `loss` is the user's: loss(outputs, teacher's outputs, labels) -> torch number.
-    `checkpoints` is a folder where unfinished training is kept and found again. `ctx` is what passes need that a schedule runs.
+    `checkpoints` is a folder where unfinished training is kept and found again. `ctx` is what passes need that a schedule runs,
+    `passes` are those that made the graph of the teacher, for schedules that do them step by step. `watch` sees every check of
+    the held-out samples; what it raises ends the training.
     """
 
     graph: Graph
@@ -42,6 +48,8 @@ class Case:
     progress: Progress = quiet
     checkpoints: Path | None = None
     ctx: Context = dataclasses.field(default_factory=Context)
+    passes: tuple[Pass, ...] = ()
+    watch: Callable[[Check], None] = unwatched
 
     def on(self, graph: Graph) -> Case:
         """The same for another graph."""

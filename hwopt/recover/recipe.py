@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
 from hwopt.errors import UsageError
-from hwopt.pipeline import parse_as, printed
+from hwopt.pipeline import printed
 
 if TYPE_CHECKING:
     from hwopt.recover.case import Case, Outcome
+    from hwopt.recover.torch.student import Student
 
 OPTIMIZERS = ("adam", "sgd")
 STATISTICS = ("frozen", "estimated")
@@ -56,6 +55,16 @@ class Recipe:
 
         return train(case, self)
 
+    def student(self, case: Case) -> Student:
+        """The case's graph as it is trained."""
+        from hwopt.recover.torch.student import Student
+
+        return Student(case.graph, scales=self.scales, keep_zeros=self.keep_zeros)
+
+    def conditions(self) -> tuple[tuple[str, bool], ...]:
+        """Options of a subclass, and whether their values mean something."""
+        return ()
+
     def usual(self) -> Recipe:
         """This recipe without what one run filled in."""
         return dataclasses.replace(self, steps=0, until=0, threads=0)
@@ -88,18 +97,6 @@ class Qat(Recipe):
     hard: float = 1.0
 
 
-RECIPES: Mapping[str, type[Recipe]] = MappingProxyType({kind.name: kind for kind in (Distill, Qat)})
-
-
-def parse_recipe(text: str | Recipe) -> Recipe:
-    """`distill`, `distill{epochs=3}` or `distill:epochs=3,lr=0.01`. Raises UsageError that names what is wrong."""
-    if isinstance(text, Recipe):
-        return checked_recipe(text)
-    head, colon, rest = text.strip().partition(":")
-    spelled = f"{head}{{{rest}}}" if colon and "{" not in head else text
-    return checked_recipe(parse_as(spelled, RECIPES, "recovery"))
-
-
 def checked_recipe(recipe: Recipe) -> Recipe:
     """The same recipe; raises UsageError for values that mean nothing."""
     wrong = [
@@ -108,7 +105,7 @@ def checked_recipe(recipe: Recipe) -> Recipe:
         ("optimizer", recipe.optimizer in OPTIMIZERS), ("statistics", recipe.statistics in STATISTICS),
         *((name, getattr(recipe, name) >= 0) for name in ("minutes", "steps", "until", "patience", "threads", "seed")),
         *((name, getattr(recipe, name) >= 0) for name in ("logits", "features", "hard")),
-        ("logits", bool(recipe.logits + recipe.features + recipe.hard or recipe.loss)),
+        ("logits", bool(recipe.logits + recipe.features + recipe.hard or recipe.loss)), *recipe.conditions(),
     ]  # fmt: skip
     for name, fine in wrong:
         if not fine:

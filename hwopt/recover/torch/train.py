@@ -77,7 +77,7 @@ class _Training:
     # --- before the first step ---
 
     def _student(self) -> Student:
-        student = Student(self.case.graph, scales=self.recipe.scales, keep_zeros=self.recipe.keep_zeros)
+        student = self.recipe.student(self.case)
         if self.recipe.statistics == "estimated":
             batches = self.source.epoch(0, batch_of(self.case.graph), self.recipe.seed)
             estimate(student, (batch.feeds for batch in batches))
@@ -183,6 +183,7 @@ class _Training:
         late = bool(self.recipe.minutes) and seconds > 60 * self.recipe.minutes
         self.finished = late or 0 < self.recipe.patience <= waited
         self._save()
+        self.case.watch(check)
 
     # --- afterwards ---
 
