@@ -1,0 +1,145 @@
+"""Recovery in a compilation: deeper plans are trained, the plan has it on record and replays, nothing worse is shipped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import hwopt
+from hwopt.cli import cli
+from hwopt.compiler import apply_model, plan_model
+from hwopt.errors import BudgetError, UsageError
+from hwopt.io.onnx import read, save
+from hwopt.plan.budget import Budget
+from hwopt.plan.explain import explain
+from hwopt.plan.plan import Plan, plan_from_json
+from hwopt.recovery import relaxed
+from hwopt.samples import write_npz
+from tests._recover import blobs, trained_net
+
+pytest.importorskip("torch")
+RECIPE = "distill{epochs=6,batch=32,lr=0.003,threads=1,checks=4}"
+
+
+def data(count: int, seed: int, labels: bool = False) -> dict[str, np.ndarray]:
+    found = blobs(count, seed)
+    assert found.labels is not None
+    return {**found.arrays, **({"labels": found.labels} if labels else {})}
+
+
+OPTIONS: dict[str, Any] = {
+    "calibrate": data(320, 1), "evaluate": data(240, 2, True), "threads": 1, "passes": "prune-channels,quantize",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "tiny.onnx"
+    save(trained_net(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def compiled(model: Path, tmp_path_factory: pytest.TempPathFactory) -> hwopt.Artifact:
+    out = tmp_path_factory.mktemp("out") / "artifact"
+    return hwopt.compile(model, out=out, budget=Budget(0.02), measure=False, recover=RECIPE, **OPTIONS)
+
+
+def plan_of(artifact: hwopt.Artifact) -> Plan:
+    return plan_from_json((artifact.path / "plan.json").read_text())
+
+
+def test_a_plan_too_deep_without_training_is_shipped_with_it(compiled: hwopt.Artifact, model: Path) -> None:
+    plan = plan_of(compiled)
+    usual = plan_model(model, budget=Budget(0.02), **OPTIONS)
+    assert plan.recovery and plan.seconds_after < usual.plan.seconds_after
+    assert compiled.report["baseline"]["score"] - plan.recovery.score_before > 0.02 >= compiled.report["score_drop"]
+    assert compiled.report["result"]["score"] == pytest.approx(plan.recovery.score_after)
+    assert "prune-channels" in plan.families and plan.budget == Budget(0.02)
+
+
+def test_the_plan_and_the_report_name_the_training(compiled: hwopt.Artifact) -> None:
+    plan = plan_of(compiled)
+    assert plan.recovery and f"by {plan.recovery.recipe}" in explain(plan)
+    assert compiled.report["recovery"]["recipe"] == plan.recovery.recipe
+    assert any(note.startswith("recovered: top-1 accuracy") for note in compiled.report["notes"])
+    assert "until=" in plan.recovery.recipe and "distill{" in (compiled.path / "graph.txt").read_text()
+
+
+def test_a_plan_with_training_replays_to_the_same_bytes(compiled: hwopt.Artifact, model: Path, tmp_path: Path) -> None:
+    again = hwopt.compile(model, out=tmp_path / "again", measure=False, plan=compiled.path / "plan.json", **OPTIONS)
+    for name in ("model.onnx", "libtiny.so", "tiny.c", "graph.txt", "plan.json"):
+        assert (again.path / name).read_bytes() == (compiled.path / name).read_bytes(), name
+    graph, _ = apply_model(model, plan=compiled.path / "plan.json", **{**OPTIONS, "passes": None})
+    assert graph.digest == read(compiled.path / "model.onnx").digest
+
+
+def test_a_plan_with_training_needs_data_and_says_when_they_are_others(compiled: hwopt.Artifact, model: Path) -> None:
+    plan = compiled.path / "plan.json"
+    with pytest.raises(UsageError, match="no data to train on"):
+        apply_model(model, plan=plan)
+    short = json.loads(plan.read_text())
+    short["recovery"]["recipe"] = "distill{steps=2,until=2,batch=32,threads=1}"
+    other = plan_from_json(json.dumps(short))
+    from hwopt.decide import replayed
+    from hwopt.job import prepare, quiet, with_training
+
+    given = {**OPTIONS, "calibrate": data(320, 3)}
+    job = prepare(model, "host", None, None, given["calibrate"], given["evaluate"], None, None, 1, 0, quiet)
+    found = replayed(with_training(job, None, replay=other), dataclasses.replace(other, calibration_digest=""))
+    assert "trained on other data" in found.plan.note
+
+
+def test_stated_passes_are_trained_too_and_only_kept_if_they_gain(model: Path) -> None:
+    stated = {**OPTIONS, "passes": "quantize{weights=int4}"}
+    found, plain = (plan_model(model, recover=recipe, **stated) for recipe in (RECIPE, None))
+    assert found.plan.recovery is None or found.comparison.score >= plain.comparison.score
+    harmful = plan_model(model, recover="distill{epochs=1,lr=5,warmup=0,batch=32,threads=1}", **stated)
+    assert harmful.plan.recovery is None and harmful.graph.digest == plain.graph.digest
+
+
+def test_a_size_that_no_plan_reaches_untrained_is_reached_with_training(model: Path) -> None:
+    budget = Budget(0.03, weight_bytes=5500)
+    with pytest.raises(BudgetError):
+        plan_model(model, budget=budget, **OPTIONS)
+    found = plan_model(model, budget=budget, recover=RECIPE, **OPTIONS)
+    assert found.plan.recovery and found.comparison and found.comparison.drop <= 0.03
+
+
+def test_deeper_budgets_keep_the_other_limits() -> None:
+    found = relaxed(Budget(0.01, weight_bytes=100))
+    assert [round(one.max_drop, 3) for one in found] == [0.12, 0.04] and {one.weight_bytes for one in found} == {100}
+    assert [one.max_drop for one in relaxed(Budget(0.0))] == [0.06, 0.02]
+    assert relaxed(Budget(0.6)) == ()
+
+
+def test_recipes_are_checked_before_any_long_work(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="did you mean distill"):
+        hwopt.compile(model, out=tmp_path / "a", recover="distil", **OPTIONS)
+    with pytest.raises(UsageError, match="no data to train on"):
+        hwopt.compile(model, out=tmp_path / "a", recover="distill")
+    with pytest.raises(UsageError, match="without a recipe"):
+        hwopt.compile(model, out=tmp_path / "a", train=data(8, 1), **OPTIONS)
+
+
+def test_the_command_line_trains(model: Path, tmp_path: Path) -> None:
+    for name, arrays in (("calibrate", data(32, 1)), ("evaluate", data(48, 2, True)), ("train", data(320, 5))):
+        write_npz(tmp_path / f"{name}.npz", arrays)
+    out = tmp_path / "artifact"
+    words = [
+        "compile", str(model), "-o", str(out), "--calibrate", str(tmp_path / "calibrate.npz"), "--evaluate",
+        str(tmp_path / "evaluate.npz"), "--passes", "quantize{weights=int4}", "--recover", "distill:epochs=4,batch=32,threads=1",
+        "--train", str(tmp_path / "train.npz"), "--checkpoints", str(tmp_path / "kept"), "--no-measure", "--threads", "1",
+        "--max-drop", "20%", "--json",
+    ]  # fmt: skip
+    found = CliRunner().invoke(cli, words, catch_exceptions=False)
+    assert found.exit_code == 0, found.output
+    assert list((tmp_path / "kept").glob("*.pt"))
+    recovery = json.loads(found.stdout)["recovery"]
+    assert recovery and recovery["score_after"] >= recovery["score_before"]
