@@ -171,13 +171,14 @@ def _value(atoms: list[str], kind: Any, whole: str) -> Any:
         return tuple(_value([atom], arguments[0], whole) for atom in atoms)
     if len(atoms) != 1:
         raise UsageError(f"takes one value, not {'+'.join(atoms)}", place=whole)
-    base = next((a for a in arguments if a is not type(None)), kind) if arguments else kind
-    try:
-        if base is bool:
-            return {"true": True, "false": False}[atoms[0].lower()]
-        return base(atoms[0])
-    except (KeyError, ValueError) as error:
-        raise UsageError(f"{atoms[0]!r} is no {getattr(base, '__name__', base)}", place=whole) from error
+    bases = [one for one in arguments if one is not type(None)] or [kind]  # of several the first that can read it
+    for base in bases:
+        try:
+            return {"true": True, "false": False}[atoms[0].lower()] if base is bool else base(atoms[0])
+        except (KeyError, ValueError):
+            continue
+    names = " or ".join(getattr(base, "__name__", str(base)) for base in bases)
+    raise UsageError(f"{atoms[0]!r} is no {names}", place=whole)
 
 
 @dataclass(frozen=True)

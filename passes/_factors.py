@@ -39,13 +39,13 @@ def tucker_factors(
     Tucker-2 by higher-order orthogonal iteration (De Lathauwer 2000; Kim et al. 2016) of the weights whitened along the input
     channels: W' = W x_c L^T. Orthogonal bases A, B of W' give outer = A, core = A^T W' B, inner = B^T L^-1.
     """
-    whitened, lower = _whitened(weight, moment, damping)
+    changed, lower = whitened(weight, moment, damping)
     basis_out, basis_in = _hosvd(weight, moment, damping)
     a, b = basis_out[:, :rank_out], basis_in[:, :rank_in]
     for _ in range(SWEEPS):
-        a = _leading(np.einsum("oct,ci->oit", whitened, b, optimize=True), rank_out)
-        b = _leading(np.einsum("oct,op->cpt", whitened, a, optimize=True), rank_in)
-    core = np.einsum("oct,op,ci->pit", whitened, a, b, optimize=True)
+        a = leading(np.einsum("oct,ci->oit", changed, b, optimize=True), rank_out)
+        b = leading(np.einsum("oct,op->cpt", changed, a, optimize=True), rank_in)
+    core = np.einsum("oct,op,ci->pit", changed, a, b, optimize=True)
     inner = b.T if lower is None else scipy.linalg.solve_triangular(lower, b, lower=True, trans="T").T
     sizes = np.linalg.norm(inner, axis=1, keepdims=True)  # equal rows are easier to quantize
     inner, core = inner / sizes, core * sizes[None]
@@ -53,7 +53,8 @@ def tucker_factors(
 
 
 @remembered
-def _whitened(weight: np.ndarray, moment: np.ndarray | None, damping: float) -> tuple[np.ndarray, np.ndarray | None]:
+def whitened(weight: np.ndarray, moment: np.ndarray | None, damping: float) -> tuple[np.ndarray, np.ndarray | None]:
+    """W x_c L^T of weights [o, c, taps], and L, the Cholesky factor of the damped moment."""
     if moment is None:
         return weight.astype(np.float64), None
     lower = np.linalg.cholesky(damped(moment, damping))
@@ -63,11 +64,11 @@ def _whitened(weight: np.ndarray, moment: np.ndarray | None, damping: float) -> 
 @remembered
 def _hosvd(weight: np.ndarray, moment: np.ndarray | None, damping: float) -> Factors:
     """All left singular vectors of both unfoldings, strongest first."""
-    whitened, _ = _whitened(weight, moment, damping)
-    return _leading(whitened, whitened.shape[0]), _leading(whitened.transpose(1, 0, 2), whitened.shape[1])
+    changed, _ = whitened(weight, moment, damping)
+    return leading(changed, changed.shape[0]), leading(changed.transpose(1, 0, 2), changed.shape[1])
 
 
-def _leading(tensor: np.ndarray, rank: int) -> np.ndarray:
+def leading(tensor: np.ndarray, rank: int) -> np.ndarray:
     """The `rank` strongest left singular vectors of the first unfolding, by the eigenvectors of its Gram matrix."""
     unfolded = tensor.reshape(len(tensor), -1)
     size = len(unfolded)

@@ -16,10 +16,14 @@ from hwopt.errors import PassError
 from hwopt.ir import Edit, Graph, Node, frozen, of_op, part
 from hwopt.pipeline import Context, Pass, Phase, Refusal
 from hwopt.target import Target
+from passes._cp import cp_factors
 from passes._factors import svd_factors, tucker_factors
+from passes._vbmf import vbmf_rank
 
 OPS = ("Conv", "Gemm", "MatMul")
 METHODS = ("whitened", "plain")
+KINDS = ("tucker", "cp")
+VBMF = "vbmf"
 SVD_SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)  # of the break-even rank
 TUCKER_SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8)  # of both channel counts
 
@@ -32,24 +36,29 @@ class LowRank(Pass):
     the layer's output on the calibration data, `plain` that of the weights. The last factor keeps the node's name, output
     and bias, the others are parts of it (`fc1:down`). Applies where the weights are constant, unshared and ungrouped, and
     where the factors need fewer multiply-adds than the layer. rank 0 means half of the break-even rank; rank_in is the
-    input rank of k x k convolutions, 0 for the same share of the channels as rank; a full rank leaves its 1x1 out.
+    input rank of k x k convolutions, 0 for the same share of the channels as rank; a full rank leaves its 1x1 out. rank=vbmf
+    takes as many directions as the weights have above their noise, by variational Bayes (Nakajima et al. 2013): a start.
+
+    kind=cp:  a k x k convolution -> 1x1 `:down`, depthwise k x k `:core`, 1x1, by CP decomposition whose degenerate terms are
+    corrected (Phan et al. 2020), so that quantizing or training the factors does not ruin them.
     """
 
     name: ClassVar[str] = "low-rank"
-    summary: ClassVar[str] = "factor Gemm, MatMul and Conv by (whitened) SVD and Tucker-2"
+    summary: ClassVar[str] = "factor Gemm, MatMul and Conv by (whitened) SVD, Tucker-2 and CP"
     phase: ClassVar[Phase] = Phase.FACTOR
-    knobs: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"damping": (0.01, 0.001, 0.1)})
+    knobs: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"damping": (0.01, 0.001, 0.1), "kind": KINDS})
 
-    rank: int = 0
+    rank: int | str = 0  # or vbmf
     rank_in: int = 0
     method: str = "whitened"
     damping: float = 0.01  # share of the mean variance added to the covariance
+    kind: str = "tucker"  # of k x k convolutions; or cp
 
     def run(self, graph: Graph, ctx: Context) -> Graph:
         self._check(graph)
         edit, layers = graph.edit(), []
         for node in graph.nodes if self.site else of_op(graph, *OPS):
-            layer = layer_of(graph, node) if self.covers(node) else None
+            layer = layer_of(graph, node, self.kind) if self.covers(node) else None
             if isinstance(layer, str) and (node.op in OPS or node.name in self.site):
                 ctx.refuse(self, node, layer)
             if not isinstance(layer, Layer):
@@ -77,11 +86,21 @@ class LowRank(Pass):
             if not ranks:
                 yield Refusal(cls.name, node.name, layer.hopeless(granule))
 
+    def turned(self, **knobs: Any) -> Pass:
+        """CP has one rank, the output's, and matrices have no other kind."""
+        if knobs.get("kind", self.kind) == self.kind or not self.rank_in:
+            return super().turned(**{name: value for name, value in knobs.items() if name != "kind"})
+        return super().turned(**{**knobs, "rank_in": 0})
+
     def _check(self, graph: Graph) -> None:
         self.check_site(graph)
-        if self.method not in METHODS:
-            raise PassError(f"unknown method {self.method}", place=str(self), hint="known: " + ", ".join(METHODS))
-        if self.rank < 0 or self.rank_in < 0 or self.damping < 0:
+        for option, value, known in (("method", self.method, METHODS), ("kind", self.kind, KINDS)):
+            if value not in known:
+                raise PassError(f"unknown {option} {value}", place=str(self), hint="known: " + ", ".join(known))
+        if isinstance(self.rank, str):
+            if self.rank != VBMF or self.rank_in:
+                raise PassError(f"rank={self.rank} is no rank", place=str(self), hint="write rank=16, or rank=vbmf alone")
+        elif self.rank < 0 or self.rank_in < 0 or self.damping < 0:
             raise PassError("ranks and damping must not be negative", place=str(self))
 
     def _lacks(self, ctx: Context) -> str:
@@ -91,8 +110,11 @@ class LowRank(Pass):
     def _ranks(self, layer: Layer, target: Target | None) -> tuple[int, int]:
         """Output and input rank for this layer, the options' zeros filled in."""
         granule = target.granule_of("float32") if target else 1
+        if isinstance(self.rank, str):
+            outer, inner = (_snapped(one, granule) for one in layer.estimated_ranks())
+            return (min(outer, layer.outputs), min(inner, layer.inputs)) if layer.tucker else (max(outer, inner), layer.inputs)
         rank = self.rank or _snapped(layer.default_rank, granule)
-        if not layer.spatial:
+        if not layer.tucker:
             return rank, layer.inputs
         share = min(1.0, rank / layer.outputs)
         return min(rank, layer.outputs), min(self.rank_in or _snapped(share * layer.inputs, granule), layer.inputs)
@@ -105,6 +127,8 @@ class LowRank(Pass):
         return (found[layer.node.name] for layer in layers)
 
     def _factors(self, layer: Layer, moment: np.ndarray | None, rank: int, rank_in: int) -> list[Factor]:
+        if layer.cp:
+            return _cp(layer, moment, self.damping, rank)
         if layer.spatial:
             return _tucker(layer, moment, self.damping, rank, rank_in)
         u, v = svd_factors(as_matrix(layer.weight, layer.transposed), moment, self.damping)
@@ -115,7 +139,8 @@ class LowRank(Pass):
 class Layer:
     """A factorable node: `inputs` channels to `outputs` channels through `taps` weights each.
 
-    `grid` is input positions per output position: what the first factor of a strided convolution costs more.
+    `grid` is input positions per output position: what the first factor of a strided convolution costs more. `cp`: a k x k
+    convolution to be factored by CP.
     """
 
     node: Node
@@ -124,10 +149,16 @@ class Layer:
     outputs: int
     taps: int = 1
     grid: float = 1.0
+    cp: bool = False
 
     @property
     def spatial(self) -> bool:
         return self.taps > 1
+
+    @property
+    def tucker(self) -> bool:
+        """True for two ranks, one of the outputs and one of the inputs."""
+        return self.spatial and not self.cp
 
     @property
     def transposed(self) -> bool:
@@ -135,12 +166,19 @@ class Layer:
 
     @property
     def break_even(self) -> float:
-        """The rank from which on the two factors of a matrix cost no less than the matrix."""
-        return self.inputs * self.outputs / (self.inputs + self.outputs)
+        """The rank from which on the factors of a matrix, or of CP, cost no less than the layer."""
+        return self.macs / self.factored_macs(1, 0)
 
     @property
     def default_rank(self) -> float:
-        return self.outputs / 2 if self.spatial else self.break_even / 2
+        return self.outputs / 2 if self.tucker else self.break_even / 2
+
+    def estimated_ranks(self) -> tuple[int, int]:
+        """Of the outputs and of the inputs: the directions above the noise."""
+        taps = _as_taps(self.weight) if self.spatial else as_matrix(self.weight, self.transposed).T[:, :, None]
+        outer = vbmf_rank(frozen(taps.reshape(self.outputs, -1)))
+        inner = vbmf_rank(frozen(taps.transpose(1, 0, 2).reshape(self.inputs, -1))) if self.spatial else outer
+        return outer, inner
 
     @property
     def macs(self) -> float:
@@ -149,6 +187,8 @@ class Layer:
 
     def factored_macs(self, rank: int, rank_in: int) -> float:
         """Multiply-adds of the factors for each output position of the layer."""
+        if self.cp:
+            return rank * (self.inputs * self.grid + self.taps + self.outputs)
         if not self.spatial:
             return rank * (self.inputs + self.outputs)
         down = self.inputs * rank_in * self.grid if rank_in < self.inputs else 0.0
@@ -157,8 +197,10 @@ class Layer:
 
     def unprofitable(self, rank: int, rank_in: int) -> str:
         """Why these ranks do not pay; empty if they do."""
-        if not self.spatial and rank >= self.break_even:
+        if not self.tucker and rank >= self.break_even:
             return f"rank {rank} does not pay: break-even is {self.break_even:.4g} for {self.inputs} x {self.outputs}"
+        if self.cp:
+            return ""
         if rank >= self.outputs and rank_in >= self.inputs:
             return f"ranks {rank} and {rank_in} are full: nothing is saved"
         after = self.factored_macs(rank, rank_in)
@@ -181,7 +223,7 @@ class Layer:
         return f"rank below break-even would be {largest}, under the granule {granule}"
 
 
-def layer_of(graph: Graph, node: Node) -> Layer | str:
+def layer_of(graph: Graph, node: Node, kind: str = "tucker") -> Layer | str:
     """What low-rank can factor, or the reason why it cannot."""
     if node.op not in OPS or node.domain:
         return f"is a {node.op}; low-rank factors {', '.join(OPS)}"
@@ -196,14 +238,14 @@ def layer_of(graph: Graph, node: Node) -> Layer | str:
     if weight.dtype.kind != "f":
         return f"weights are {weight.dtype}"
     if node.op == "Conv":
-        return _conv_layer(graph, node, weight)
+        return _conv_layer(graph, node, weight, kind)
     if weight.ndim != 2:
         return f"weights have {weight.ndim} dimensions"
     inputs, outputs = weight.shape[::-1] if node.attr("transB", 0) else weight.shape
     return Layer(node, weight, inputs, outputs) if weight.size else "weights are empty"
 
 
-def _conv_layer(graph: Graph, node: Node, weight: np.ndarray) -> Layer | str:
+def _conv_layer(graph: Graph, node: Node, weight: np.ndarray, kind: str) -> Layer | str:
     if node.attr("group", 1) != 1:
         return f"is a grouped convolution (group={node.attr('group')})"
     if not weight.size:
@@ -214,7 +256,8 @@ def _conv_layer(graph: Graph, node: Node, weight: np.ndarray) -> Layer | str:
         grid = (data.elements / inputs) / (result.elements / outputs)
     else:
         grid = float(math.prod(node.attr("strides", (1,))))
-    return Layer(node, weight, inputs, outputs, weight[0, 0].size, grid)
+    taps = weight[0, 0].size
+    return Layer(node, weight, inputs, outputs, taps, grid, kind == "cp" and taps > 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,6 +307,19 @@ def _tucker(layer: Layer, moment: np.ndarray | None, damping: float, rank: int, 
     if rank < layer.outputs:
         factors.append(Factor("", outer.reshape(*outer.shape, *ones), _pointwise(ones)))
     return factors
+
+
+def _cp(layer: Layer, moment: np.ndarray | None, damping: float, rank: int) -> list[Factor]:
+    """1x1 -> depthwise k x k -> 1x1; strides, pads and dilations stay with the core, which sees zero padding as the layer did."""
+    inner, core, outer = cp_factors(_as_taps(layer.weight), moment, damping, rank)
+    kernel = layer.weight.shape[2:]
+    ones = (1,) * len(kernel)
+    deep = {**layer.node.attrs, "group": rank}
+    return [
+        Factor("down", inner.reshape(*inner.shape, *ones), _pointwise(ones)),
+        Factor("core", core.reshape(rank, 1, *kernel), deep),
+        Factor("", outer.reshape(*outer.shape, *ones), _pointwise(ones)),
+    ]
 
 
 def _pointwise(ones: tuple[int, ...]) -> Mapping[str, Any]:
