@@ -127,7 +127,7 @@ class Quantize(Pass):
         if self.rounding == "adaround":
             return adapted(graph, after, names, samples, str(self))
         try:
-            from passes._reconstruct import reconstructed
+            from passes._reconstruct_torch import reconstructed
         except ImportError as error:
             hint = "pip install 'hwopt[torch]', or take rounding=adaround"
             raise ToolchainError("block reconstruction needs torch", place=str(self), hint=hint) from error

@@ -17,7 +17,7 @@ from hwopt.samples import Samples
 from passes._blocks import Block, blocks
 
 torch_backend = pytest.importorskip("hwopt.backends.torch")
-from passes._reconstruct import _importance  # noqa: E402
+from passes._reconstruct_torch import _importance  # noqa: E402
 
 HOST = find_target("host")
 
@@ -100,6 +100,6 @@ def test_blocks_without_gradients_are_rounded_layer_by_layer_and_say_so(monkeypa
 
 
 def test_without_torch_the_next_step_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "passes._reconstruct", None)
+    monkeypatch.setitem(sys.modules, "passes._reconstruct_torch", None)
     with pytest.raises(ToolchainError, match="rounding=adaround"):
         quantized("block", network(), context())
