@@ -4,7 +4,7 @@ The whole run and its kernels alone take turns in one process: on the same buffe
 turn some milliseconds between two readings of the clock. The kernels are called from a bare loop, with their arguments made
 beforehand; so the ratio of neighbouring turns is the driver's part, free of what a clock's reading costs. As a check every kernel
 is also timed by itself, which counts the readings to the kernels: the best run over the sum of the best times is an upper bound.
-Buffers and weights are warm in all of them.
+Buffers and weights are warm in all of them. The virtual machine runs the kernels that TVM makes for it, as the fallback does.
 """
 
 from __future__ import annotations
