@@ -26,7 +26,8 @@ Encode = Callable[[list[str]], Mapping[str, np.ndarray]]
 class Samples:
     """`arrays[input]` is [samples, ...] where the model's input is [batch, ...]; `labels` is [samples] or absent.
 
-    What a report may show beside them: names of the classes by label, and the texts that `encode` made the arrays of.
+    What a report may show beside them: names of the classes by label, the file of each sample, and the texts that `encode` made
+    the arrays of.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -35,6 +36,7 @@ class Samples:
     classes: tuple[str, ...] = ()
     texts: np.ndarray | None = None  # [samples] of str
     encode: Encode | None = None
+    files: np.ndarray | None = None  # [samples] of str
 
     @cached_property
     def digest(self) -> str:
@@ -52,9 +54,9 @@ class Samples:
         return self.rows(slice(count))
 
     def rows(self, rows: slice | np.ndarray) -> Samples:
-        labels, texts = (None if array is None else array[rows] for array in (self.labels, self.texts))
+        labels, texts, files = (None if one is None else one[rows] for one in (self.labels, self.texts, self.files))
         arrays = MappingProxyType({name: array[rows] for name, array in self.arrays.items()})
-        return replace(self, arrays=arrays, labels=labels, texts=texts)
+        return replace(self, arrays=arrays, labels=labels, texts=texts, files=files)
 
     def feeds(self, graph: Graph) -> Iterator[Mapping[str, np.ndarray]]:
         """Inputs for one run after the other, as many samples each as the graph's batch holds; an incomplete rest is left out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -22,13 +23,16 @@ from hwopt.evaluation.changed import write_png
 from hwopt.evaluation.classes import class_data
 from hwopt.evaluation.corruptions import corrupted, parse_corruptions, parse_severities
 from hwopt.evaluation.letters import misspelled
-from hwopt.evaluation.outputs import interval_of
+from hwopt.evaluation.outputs import interval_of, pair_of
 from hwopt.evaluation.page import page
 from hwopt.evaluation.pixels import pixels_of
+from hwopt.evaluation.robust import Trials, check_trials, corruption_rows
+from hwopt.evaluation.subject import Subject
 from hwopt.io.onnx import save
 from hwopt.io.preprocess import folded, parse_preprocess
 from hwopt.ir import Graph
-from hwopt.samples import Samples
+from hwopt.job import quiet
+from hwopt.samples import Samples, checked, samples_of
 from tests.test_cli import hwopt as command
 from tests.test_compiler import pictures, small_net
 
@@ -357,3 +361,42 @@ def test_the_box_of_bytes_is_never_less_than_one_step() -> None:
     graph = folded(small_net(), parse_preprocess("mean=1"))
     found = box_of(graph, Samples({"x": np.zeros((2, 3, 16, 16), np.uint8)}), 0.001)
     assert found == Box("x", 1.0, 0.0, 255.0, True)
+
+
+LENGTH, LETTERS = 12, " abcdefghijklmnopqrstuvwxyz"
+
+
+def encode(texts: list[str]) -> dict[str, np.ndarray]:
+    """One number for each letter, cut or filled up to LENGTH."""
+    return {"ids": np.array([[max(LETTERS.find(letter), 0) for letter in text[:LENGTH].ljust(LENGTH)] for text in texts])}
+
+
+def reader() -> Graph:
+    """A model that tells texts with many vowels from others."""
+    from tests.random_graphs import Builder
+
+    build = Builder()
+    table = build.param(np.array([[letter in "aeiou", letter not in "aeiou "] for letter in LETTERS], np.float32))
+    letters = build.op("Gather", [table, build.input((1, LENGTH), name="ids", dtype="int64")], (1, LENGTH, 2))
+    axes = build.param(np.array([1]))
+    build.outputs = [build.op("ReduceSum", [letters, axes], (1, 2), keepdims=0)]
+    return build.graph()
+
+
+def test_character_noise_goes_through_the_tokenizer() -> None:
+    graph, texts = reader(), np.array(["aeiou aeiou", "queueing aie", "rhythms", "bcdfg hjklm"] * 4)
+    samples = samples_of({"texts": texts, "labels": np.array([0, 0, 1, 1] * 4)}, graph, encode=encode)
+    runs = (Session(graph).run, Session(graph).run)
+    subject = Subject(None, graph, graph, *runs)  # type: ignore[arg-type]  # no library is needed for this
+    refused: list[dict[str, str]] = []
+    trials = Trials(("characters", "blur"), (1, 5))
+    rows = corruption_rows(subject, pair_of(subject, checked(samples, graph)), trials, quiet, refused)
+    assert [(row["corruption"], row["severity"]) for row in rows] == [("characters", 1), ("characters", 5)]
+    wrong = misspelled([str(text) for text in texts], 5, 0)
+    answers = [int(Session(graph).run(encode([text]))[graph.outputs[0]].argmax()) for text in wrong]
+    assert rows[1]["float"]["score"] == np.mean(np.array(answers) == samples.labels)
+    assert refused == [
+        {"what": "blur", "reason": f"{graph.name}: 0 inputs take pictures, [batch, 1 or 3, height, width] or the like"}
+    ]
+    with pytest.raises(UsageError, match="noise on characters needs the texts"):
+        check_trials(trials, dataclasses.replace(samples, encode=None))

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ import pytest
 from hwopt.depends import dependencies
 from hwopt.errors import DataError, HwoptError, UsageError
 from hwopt.io.preprocess import folded, parse_preprocess
+from hwopt.io.proto import to_model
 from hwopt.ir import Graph
+from hwopt.job import prepare, quiet
 from hwopt.sources import files_of, is_scoring, parse_request, samples_from
 from tests.random_graphs import Builder
 
@@ -54,6 +57,7 @@ def test_folders_are_classes_in_their_order(folder: Path) -> None:
     found = samples_from(str(folder), graph())
     assert found.classes == ("ant", "bee", "cat")
     assert found.labels is not None and found.labels.tolist() == [0, 1, 2, 2]
+    assert found.rows(slice(1, 3)).files.tolist() == ["bee/a.png", "cat/a.png"]  # type: ignore[union-attr]
     np.testing.assert_array_equal(found.arrays["x"], PICTURES[[1, 2, 3, 0]])
     turned = samples_from(str(folder), graph("nchw")).arrays["x"]
     np.testing.assert_array_equal(turned, found.arrays["x"].transpose(0, 3, 1, 2))
@@ -102,13 +106,14 @@ def test_bytes_mean_nothing_to_a_model_that_takes_floats(folder: Path) -> None:
         samples_from(str(folder), build.graph())
 
 
-@pytest.mark.parametrize("how", ["batches", "single", "mappings", "named"])
+@pytest.mark.parametrize("how", ["batches", "single", "mappings", "rows", "named"])
 def test_iterables_give_what_they_hold(how: str) -> None:
     labels = np.array([2, 0, 1, 2])
     given = {
         "batches": batches(),
         "single": list(zip(PICTURES, labels, strict=True)),
         "mappings": [{"x": PICTURES, "labels": labels}],
+        "rows": [{"x": picture, "label": label} for picture, label in zip(PICTURES, labels, strict=True)],
         "named": f"{HERE}:batches",
     }[how]
     found = samples_from(given, graph())
@@ -214,3 +219,31 @@ def test_a_build_depends_on_every_picture(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"")
     found = dependencies(tmp_path / "model.onnx", {"calibrate": Path(f"{folder},rows=:2"), "target": "host"})
     assert {path.name for path in found} >= {"a.png", "b.png", "c.png"}
+
+
+def test_a_job_takes_every_kind_of_data_for_both_uses(folder: Path) -> None:
+    source = graph()
+    options: dict[str, Any] = {
+        "target": "host",
+        "shapes": None,
+        "binds": None,
+        "budget": None,
+        "passes": None,
+        "threads": 1,
+        "seed": 0,
+    }
+    build = Builder()
+    build.outputs = [build.op("Relu", [build.input((1, 3, 8, 8), name="x")], (1, 3, 8, 8))]
+    model = to_model(build.graph())
+    job = prepare(
+        model,
+        calibrate=Path(f"{folder},rows=:3"),
+        evaluate=f"{HERE}:batches",
+        progress=quiet,
+        preprocess="mean=127,layout=nhwc",
+        **options,
+    )
+    assert job.ctx.calibration is not None and len(job.ctx.calibration) == 3 and job.user_score is None
+    assert job.evaluation is not None and job.evaluation.digest == samples_from(batches(), source).digest
+    scored = prepare(model, calibrate=None, evaluate=f"{HERE}:score", **options)
+    assert scored.user_score == f"{HERE}:score" and scored.evaluation is None

@@ -23,12 +23,12 @@ from hwopt.plan.budget import parse_budget
 def run(artifact: Path, inputs: Path, outputs: Path) -> None:
     """Run ARTIFACT on the arrays in INPUTS (.npz) and write OUTPUTS (.npz)."""
     from hwopt.artifact import Artifact
-    from hwopt.samples import LABELS, read_npz, write_npz
+    from hwopt.samples import CLASSES, LABELS, TEXTS, read_npz, write_npz
 
     check_parent(outputs)
     model, arrays = Artifact(artifact), read_npz(inputs)
-    if LABELS not in {tensor.name for tensor in model.inputs}:
-        arrays.pop(LABELS, None)  # the file that was compiled with may also be run
+    for beside in {LABELS, TEXTS, CLASSES} - {tensor.name for tensor in model.inputs}:
+        arrays.pop(beside, None)  # the file that was compiled with may also be run
     write_npz(outputs, model.run(arrays))
 
 

@@ -23,7 +23,7 @@ from hwopt.samples import Samples, batch_of
 ATTACKS = ("fgsm", "pgd")
 STEPS = 10
 STEP_SHARE = 2.5  # of epsilon over the number of steps: every point of the box can be reached (Madry et al.)
-BATCH = 16
+MOST, ELEMENTS = 64, 1 << 20  # samples at once, and numbers of their inputs: what a backward pass keeps is a multiple
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,10 @@ class Attacker:
         """As many samples at once as the graph takes."""
         size = batch_of(self.graph)
         some = {name: array[: 2 * size] for name, array in self.samples.arrays.items()}
-        return size * max(BATCH // size, 1) if len(self.samples) >= 2 * size and self.module.stacks(some) else size
+        if len(self.samples) < 2 * size or not self.module.stacks(some):
+            return size
+        numbers = self.samples.arrays[self.box.name][0].size
+        return size * max(min(MOST, ELEMENTS // numbers) // size, 1)
 
     def attacked(self, attack: str, steps: int, seed: int, watch: Callable[[int, int], None]) -> np.ndarray:
         """The input after the attack, for all samples that fill whole batches of the graph."""

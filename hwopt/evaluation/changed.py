@@ -35,6 +35,8 @@ def _row(place: int, divergence: float, pair: Pair, names: Sequence[str]) -> dic
         row |= {
             key: _name(int(side[place].argmax()), names) for key, side in zip(("float", "compressed"), pair.logits, strict=True)
         }
+    if pair.samples.files is not None:
+        row["file"] = str(pair.samples.files[place])
     if pair.samples.texts is not None:
         row["text"] = str(pair.samples.texts[place])
     return row

@@ -146,7 +146,8 @@ def _changed(report: Data) -> Iterator[str]:
         told = ", ".join(f"{key} {row[key]}" for key in ("label", "float", "compressed") if key in row)
         shown = _picture(Path(found["folder"]) / row["picture"]) if "picture" in row else ""
         text = f"<br>{_text(row['text'])}" if "text" in row else ""
-        yield f"<figure>{shown}sample {row['sample']}<br>{_text(told)}{text}</figure>"
+        which = row.get("file") or f"sample {row['sample']}"
+        yield f"<figure>{shown}{_text(which)}<br>{_text(told)}{text}</figure>"
     yield "</div>"
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hwopt.errors import DataError
-from hwopt.io.preprocess import channel_axis, preprocess_of
+from hwopt.io.preprocess import channel_axis
 from hwopt.ir import Graph
 from hwopt.samples import Samples
 
@@ -48,5 +48,4 @@ def pixels_of(graph: Graph, samples: Samples) -> Pixels:
     if low < 0 or high > 255:
         hint = "give --preprocess mean=..,std=.. and the pixels as data"
         raise DataError(f"input {name!r} ranges from {low:.3g} to {high:.3g}: no brightnesses", place=samples.source, hint=hint)
-    raw = preprocess_of(graph) is not None and graph.tensor(name).dtype == "float32" and high > 1
-    return Pixels(name, axis, 255.0 if raw or high > 1 else 1.0, False)
+    return Pixels(name, axis, 255.0 if high > 1 else 1.0, False)

@@ -75,7 +75,7 @@ def _classes(found: Data) -> Iterator[str]:
 
 def _changed(found: Data) -> Iterator[str]:
     if found.get("rows"):
-        some = ", ".join(str(row["sample"]) for row in found["rows"][:6])
+        some = ", ".join(row.get("file") or str(row["sample"]) for row in found["rows"][:6])
         where = f"; {len(found['rows'])} of them in {found['folder']}" if found.get("folder") else ""
         yield f"most changed samples: {some}{where}"
     if found.get("note"):

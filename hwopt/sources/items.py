@@ -39,7 +39,10 @@ def as_array(value: Any) -> np.ndarray:
 
 def _named(item: Any, graph: Graph, place: str) -> dict[str, np.ndarray]:
     if isinstance(item, Mapping):
-        return {str(name): as_array(value) for name, value in item.items()}
+        found = {str(name): as_array(value) for name, value in item.items()}
+        if "label" in found and "label" not in graph.inputs:  # as rows of a dataset have it
+            found[LABELS] = found.pop("label")
+        return found
     if not isinstance(item, Sequence) or isinstance(item, str):
         item = (item,)
     if len(item) == 2 and isinstance(item[0], Mapping):

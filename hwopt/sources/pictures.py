@@ -44,7 +44,8 @@ def read_pictures(request: Request, graph: Graph) -> Samples:
     pixels = np.empty((len(files), *shape), numpy_dtype(graph.tensor(name).dtype))
     for place, file in enumerate(files):
         pixels[place] = picture(file, graph, name, request.resize, request.filter)
-    return Samples(MappingProxyType({name: pixels}), labels, str(folder), names)
+    listed = np.array([file.relative_to(folder).as_posix() for file in files])
+    return Samples(MappingProxyType({name: pixels}), labels, str(folder), names, files=listed)
 
 
 def picture_input(graph: Graph, place: str) -> str:
