@@ -223,26 +223,12 @@ def test_a_build_depends_on_every_picture(folder: Path, tmp_path: Path) -> None:
 
 def test_a_job_takes_every_kind_of_data_for_both_uses(folder: Path) -> None:
     source = graph()
-    options: dict[str, Any] = {
-        "target": "host",
-        "shapes": None,
-        "binds": None,
-        "budget": None,
-        "passes": None,
-        "threads": 1,
-        "seed": 0,
-    }
+    options: dict[str, Any] = dict.fromkeys(("shapes", "binds", "budget", "passes"))
+    options |= {"target": "host", "threads": 1, "seed": 0, "progress": quiet}
     build = Builder()
     build.outputs = [build.op("Relu", [build.input((1, 3, 8, 8), name="x")], (1, 3, 8, 8))]
-    model = to_model(build.graph())
-    job = prepare(
-        model,
-        calibrate=Path(f"{folder},rows=:3"),
-        evaluate=f"{HERE}:batches",
-        progress=quiet,
-        preprocess="mean=127,layout=nhwc",
-        **options,
-    )
+    model, pixels = to_model(build.graph()), {**options, "preprocess": "mean=127,layout=nhwc"}
+    job = prepare(model, calibrate=Path(f"{folder},rows=:3"), evaluate=f"{HERE}:batches", **pixels)
     assert job.ctx.calibration is not None and len(job.ctx.calibration) == 3 and job.user_score is None
     assert job.evaluation is not None and job.evaluation.digest == samples_from(batches(), source).digest
     scored = prepare(model, calibrate=None, evaluate=f"{HERE}:score", **options)
