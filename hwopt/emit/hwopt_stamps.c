@@ -103,6 +103,7 @@ STAMP_FUNCTION(run) {
   for (int i = 0; i < STAMP_TENSORS; ++i) data[i] = stamp_data(given, i);
   hwopt_set_threads(models, (int)given[1].value.v_int64);
   workspace = aligned_alloc(ALIGNMENT, rounded(info.workspace_bytes + 1));
+  code = HWOPT_STAMPED_RUN(data, workspace); /* the system gives memory when it is first written */
   double began = stamp_now();
   for (int64_t i = 0; i < given[0].value.v_int64 && !code; ++i) code = HWOPT_STAMPED_RUN(data, workspace);
   double seconds = (stamp_now() - began) / (double)given[0].value.v_int64;
@@ -117,6 +118,7 @@ STAMP_FUNCTION(kernels) {
   if (count != STAMP_FIXED + STAMP_TENSORS) return -1;
   int failed = stamp_open(&s, given);
   current = &s.mine;
+  failed = failed || stamp_pass(&s, NULL);
   double began = stamp_now();
   for (int64_t i = 0; i < given[0].value.v_int64 && !failed; ++i) failed = stamp_pass(&s, NULL);
   double seconds = (stamp_now() - began) / (double)given[0].value.v_int64;
