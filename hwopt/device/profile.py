@@ -41,7 +41,7 @@ from hwopt.target_file import load_target
 
 SECONDS = 0.4  # that one network is run
 LEAST, MOST = 12, 400  # passes of it
-TOO_LONG, TURN = 20.0, 2.0  # seconds of all passes of a network, and of one call
+TOO_LONG, TURN = 60.0, 2.0  # seconds of all passes of a network, and of one call
 SESSION_SECONDS, HANG_SECONDS = 600, 60.0
 
 
