@@ -2,7 +2,7 @@
 
 Latencies are measured on the libraries that ship, side by side; scores too. Nothing is trained.
 
-At equal latency: for each of several latencies the plan with the least error that is predicted to keep it, of all families
+At equal latency: for each of several latencies the plan with the best score that is predicted to keep it, of all families
 together and of each alone. A family counts if its library is measured within WITHIN of that latency; one without such a plan
 loses by definition, which a note says, and gains in score are over those that count. The latencies are the joint plan's, steps
 above it, and that of int8 alone.
@@ -26,18 +26,17 @@ from hwopt.build import Built, build
 from hwopt.compiler import one_blas_thread
 from hwopt.decide import fastest, make_job_scorer, make_task
 from hwopt.demo import demo_data
-from hwopt.errors import UsageError, did_you_mean
+from hwopt.errors import BudgetError, UsageError, did_you_mean
 from hwopt.evaluate import Comparison, compare
 from hwopt.ir import Graph
 from hwopt.job import Job, prepare, quiet
 from hwopt.measure import interleaved
-from hwopt.pipeline import PassManager, merged
 from hwopt.plan.attempt import Found, Priced, Search, price
 from hwopt.plan.budget import Budget
 from hwopt.plan.options import Pricer
 from hwopt.plan.problem import Problem
 from hwopt.plan.search import search
-from hwopt.plan.solve import Limits, solve, solve_problem
+from hwopt.plan.solve import solve_problem
 from hwopt.plugins import find_target
 from hwopt.prove import proved
 from hwopt.target import Workload
@@ -47,6 +46,7 @@ CANDIDATES = 16
 WIDTH, SEED = 256, 0
 LATENCIES = (1.0, 1.25, 1.5, 2.0)  # times the joint plan's: where families are compared
 WITHIN = 1.1
+ROOM = 0.001  # of a latency that was itself predicted
 MAX_DROP = 0.01
 
 
@@ -238,19 +238,11 @@ def at_equal_latency(
 
 
 def _gentlest(lab: Lab, menu: Priced, seconds: float) -> Graph | None:
-    """What the plan with the least error within a predicted latency makes; None if the family cannot reach it."""
-    limit = seconds
-    for _ in range(4):
-        found = solve(menu.base, menu.options, menu.pairs, Limits(seconds=limit / lab.task.scale))
-        if found is None:
-            return None
-        passes = merged(one for option in found.options for one in option.passes)
-        graph = PassManager(passes).run(lab.job.graph, lab.job.ctx).graph
-        reached = lab.task.amounts(graph).seconds
-        if reached <= seconds * 1.01:
-            return graph
-        limit *= seconds / reached
-    return None
+    """What the plan with the best score within a predicted latency makes, as `--budget latency` finds it; None if none does."""
+    try:
+        return search(dataclasses.replace(lab.task, budget=Budget(1.0, latency_seconds=seconds * (1 + ROOM))), menu).graph
+    except BudgetError:
+        return None
 
 
 def left_out(

@@ -136,6 +136,20 @@ def test_no_search_ends_slower_than_one_precision_for_all_that_keeps_the_drop(ne
     assert found.comparison is not None and found.comparison.drop == 0.0
 
 
+def test_within_a_latency_the_best_score_wins_and_one_precision_for_all_competes(network: Path) -> None:
+    job = job_for(network)
+    task = make_task(job)
+    assert task is not None
+    priced = price(task)
+    int8 = next(iter(uniform_solutions(priced)))
+    changed = PassManager(merged(one for option in int8.options for one in option.passes)).run(job.graph, job.ctx).graph
+    limit = task.amounts(changed).seconds
+    limited = dataclasses.replace(task, scorer=Coarse(job, plain=1, other=32), budget=Budget(0.9, latency_seconds=limit))
+    found = search(limited, priced)
+    assert found.uniform and found.comparison is not None and found.comparison.drop == pytest.approx(1 / 64)
+    assert found.plan.seconds_after <= limit
+
+
 def test_one_precision_for_all_needs_no_margin_below_the_allowed_drop(network: Path) -> None:
     job = job_for(network, passes="quantize")
     task = make_task(job)

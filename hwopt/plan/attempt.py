@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,9 +20,10 @@ from hwopt.evaluate import Comparison, Scorer, compare
 from hwopt.ir import Graph
 from hwopt.pipeline import Context, Pass, PassManager, Refusal, merged
 from hwopt.plan.budget import Amounts, Budget, exceeded
+from hwopt.plan.doubts import Measuring, settled
 from hwopt.plan.errors import Known, measure_errors
 from hwopt.plan.fisher import error_pairs
-from hwopt.plan.options import Base, Option, Pair, Pricer, Progress, collect
+from hwopt.plan.options import Base, Option, Pair, Pricer, Progress, collect, useful
 from hwopt.plan.pairs import pairs_of
 from hwopt.plan.plan import Plan, Round
 from hwopt.plan.solve import Limits, Solution
@@ -37,7 +38,7 @@ class Search:
 
     `knobs` sets options of whole families (`quantize.calibrator`), `known` keeps errors from search to search, `tie` lets
     isomorphic layers be decided together where that is proven to lose nothing. `sensitivity` is how errors are found (see
-    measure_errors), `pairwise` adds what neighbours cost together.
+    measure_errors), `pairwise` adds what neighbours cost together. `measuring` times kernels whose prices are in doubt.
     """
 
     graph: Graph
@@ -56,6 +57,7 @@ class Search:
     tie: bool = True
     sensitivity: str = "auto"
     pairwise: bool = False
+    measuring: Measuring | None = None
 
     @cached_property
     def pricer(self) -> Pricer:
@@ -90,7 +92,19 @@ class Priced:
 
     def only(self, *families: str) -> Priced:
         """The same with the options that use no other family."""
-        options = tuple(o for o in self.options if all(one.name in families for one in o.passes))
+        return self._with(o for o in self.options if all(one.name in families for one in o.passes))
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The dtypes that layers may be computed in instead of theirs."""
+        return tuple(dict.fromkeys(option.form for option in self.options if option.form))
+
+    def in_form(self, form: str) -> Priced:
+        """The same with the options that change no dtype, or to this one."""
+        return self._with(option for option in self.options if option.form in ("", form))
+
+    def _with(self, kept: Iterable[Option]) -> Priced:
+        options = tuple(kept)
         inside = {id(option) for option in options}
         pairs = tuple(pair for pair in self.pairs if id(pair.one) in inside and id(pair.other) in inside)
         return dataclasses.replace(self, options=options, pairs=pairs)
@@ -128,7 +142,7 @@ def price(task: Search) -> Priced:
     samples = task.ctx.calibration
     if samples is None:
         raise DataError("planning needs calibration data", place="plan", hint="give --calibrate data.npz")
-    base, options, refused = collect(task.graph, task.ctx, task.passes, task.pricer, task.budget, task.progress, task.knobs)
+    base, options, refused = _offered(task)
     head = samples.head(SENSITIVITY_SAMPLES)
     options = measure_errors(task.graph, task.ctx, options, head, task.workers, task.progress, task.known, task.sensitivity)
     finite = tuple(option for option in options if math.isfinite(option.error))
@@ -136,6 +150,17 @@ def price(task: Search) -> Priced:
     if task.pairwise:
         pairs = (*pairs, *error_pairs(task.graph, task.ctx, finite, head))
     return Priced(base, finite, pairs, tuple(refused), task.scorer(Session(task.graph).run))
+
+
+def _offered(task: Search) -> tuple[Base, list[Option], list[Refusal]]:
+    """The options at prices that are sure enough to decide by, as far as the time for measuring goes."""
+    arguments = (task.graph, task.ctx, task.passes, task.pricer, task.budget, task.progress, task.knobs)
+    if task.measuring is None:
+        return collect(*arguments)
+    base, options, refused = collect(*arguments, hopeful=True)
+    task.progress("measuring kernels", 0, 1)
+    base, options = settled(task.graph, task.ctx, base, options, task.pricer, task.measuring)
+    return base, useful(options, base, task.pricer, task.budget, refused), refused
 
 
 def measured(task: Search, priced: Priced, solution: Solution, allowed: float) -> Attempt:

@@ -41,6 +41,7 @@ class Option:
     joules: float = 0.0
     form: str = ""
     work: Work = field(default_factory=dict)
+    conversions: tuple[Workload, ...] = ()  # kernels of its own that neighbours may make needless
 
     @property
     def text(self) -> str:
@@ -98,7 +99,11 @@ class Pricer:
 
     def __init__(self, target: Target, threads: int) -> None:
         self.target, self.threads = target, threads
-        self._known: dict[Workload, Cost] = {}
+        self._known: dict[tuple[Workload, int], Cost] = {}
+
+    def forget(self) -> None:
+        """Ask again: something was measured."""
+        self._known.clear()
 
     def cost(self, work: Iterable[Workload]) -> Cost:
         """The sum over kernels."""
@@ -109,9 +114,10 @@ class Pricer:
         return self.cost(work for _, work in kernels(graph))
 
     def _one(self, work: Workload) -> Cost:
-        if work not in self._known:
-            self._known[work] = self.target.cost.estimate(work, self.threads)
-        return self._known[work]
+        key = (work, work.footprint)  # which workloads are equal without
+        if key not in self._known:
+            self._known[key] = self.target.cost.estimate(work, self.threads)
+        return self._known[key]
 
 
 def base_of(graph: Graph, pricer: Pricer) -> Base:
@@ -124,9 +130,12 @@ def base_of(graph: Graph, pricer: Pricer) -> Base:
 
 def collect(
     graph: Graph, ctx: Context, passes: Iterable[type[Pass]], pricer: Pricer, budget: Budget, progress: Progress,
-    knobs: Mapping[str, Any] | None = None,
+    knobs: Mapping[str, Any] | None = None, hopeful: bool = False,
 ) -> tuple[Base, list[Option], list[Refusal]]:  # fmt: skip
-    """Every option that gains something on this target, priced but without its error; and every refusal."""
+    """Every option that gains something on this target, priced but without its error; and every refusal.
+
+    `hopeful` also takes those that gain something only within the interval of their price (see doubts.py, and `useful`).
+    """
     if ctx.target is None:
         raise PassError("planning needs a target", place="plan")
     base = base_of(graph, pricer)
@@ -139,7 +148,7 @@ def collect(
     def consider(chains: Sequence[tuple[Pass, ...]]) -> None:
         for done, chain in enumerate(chains):
             progress("pricing", done, len(chains))
-            found = _priced(chain, graph, base, cheap, pricer, budget)
+            found = _priced(chain, graph, base, cheap, pricer, budget, hopeful)
             (refused if isinstance(found, Refusal) else options).append(found)  # type: ignore[arg-type]
 
     consider([(one,) for one in instances])
@@ -187,7 +196,7 @@ def _group(combination: tuple[Pass, ...]) -> str:
 
 
 def _priced(
-    combination: tuple[Pass, ...], graph: Graph, base: Base, ctx: Context, pricer: Pricer, budget: Budget
+    combination: tuple[Pass, ...], graph: Graph, base: Base, ctx: Context, pricer: Pricer, budget: Budget, hopeful: bool = False
 ) -> Option | Refusal:
     """The option, or why it is none."""
     changed = graph
@@ -200,15 +209,37 @@ def _priced(
         changed = after
     site = _site(combination[0])
     work, conversions = _changed_work(changed, base, site)
-    before = pricer.cost(one for name in work for one in base.work.get(name, ()))
-    after_cost, extra = pricer.cost(one for parts in work.values() for one in parts), pricer.cost(conversions)
-    option = Option(
-        group=_group(combination), passes=combination, gain=before.seconds - after_cost.seconds - extra.seconds,
-        bytes=weight_bytes(changed) - base.bytes, peak_bytes=peak_activation_bytes(changed) - base.peak_bytes,
-        joules=after_cost.joules + extra.joules - before.joules, form=_form(base, work, site), work=work,
+    option = repriced(
+        Option(
+            group=_group(combination), passes=combination, gain=0.0, bytes=weight_bytes(changed) - base.bytes,
+            peak_bytes=peak_activation_bytes(changed) - base.peak_bytes, form=_form(base, work, site), work=work,
+            conversions=tuple(conversions),
+        ), base, pricer,
     )  # fmt: skip
-    reason = _useless(option, extra, before, budget)
-    return Refusal(combination[-1].name, option.group, f"{option.text}: {reason}") if reason else option
+    reason = _useless(option, base, pricer, budget, hopeful)
+    return _refusal(option, reason) if reason else option
+
+
+def repriced(option: Option, base: Base, pricer: Pricer) -> Option:
+    """The same at the prices of now."""
+    before, after, extra = _costs(option, base, pricer)
+    gain = before.seconds - after.seconds - extra.seconds
+    return dataclasses.replace(option, gain=gain, joules=after.joules + extra.joules - before.joules)
+
+
+def useful(options: Iterable[Option], base: Base, pricer: Pricer, budget: Budget, refused: list[Refusal]) -> list[Option]:
+    """Those that gain something at the prices of now; refusals of the others are appended."""
+    kept = []
+    for option in options:
+        reason = _useless(option, base, pricer, budget)
+        refused.append(_refusal(option, reason)) if reason else kept.append(option)
+    return _right_edges(kept, refused)
+
+
+def _costs(option: Option, base: Base, pricer: Pricer) -> tuple[Cost, Cost, Cost]:
+    """Of the kernels that change, before and after, and of the conversions."""
+    before = pricer.cost(one for name in option.work for one in base.work.get(name, ()))
+    return before, pricer.cost(one for parts in option.work.values() for one in parts), pricer.cost(option.conversions)
 
 
 def _changed_work(changed: Graph, base: Base, site: str) -> tuple[Work, list[Workload]]:
@@ -231,19 +262,29 @@ def _form(base: Base, work: Work, site: str) -> str:
     return after[-1].dtype if before and after and after[-1].dtype != before[-1].dtype else ""
 
 
-def _useless(option: Option, conversions: Cost, before: Cost, budget: Budget) -> str:
+def _useless(option: Option, base: Base, pricer: Pricer, budget: Budget, hopeful: bool = False) -> str:
     """Why an option gains nothing that anybody asked for; empty if it does. Neighbours may make its conversions needless."""
-    inside = option.gain + (conversions.seconds if option.form else 0.0)
-    if inside > 0:
+    before, after, extra = _costs(option, base, pricer)
+    inside = option.gain + (extra.seconds if option.form else 0.0)
+    hope = _high(before) - _low(after) - (0.0 if option.form else _low(extra)) if hopeful else inside
+    if max(inside, hope) > 0:
         return ""
     wanted = (
         (budget.weight_bytes, option.bytes),
         (budget.activation_bytes, option.peak_bytes),
-        (budget.joules, option.joules - (conversions.joules if option.form else 0.0)),
+        (budget.joules, option.joules - (extra.joules if option.form else 0.0)),
     )
     if any(limit is not None and change < 0 for limit, change in wanted):
         return ""
     return f"not faster on this target ({before.seconds * 1e6:.2f} us -> {(before.seconds - inside) * 1e6:.2f} us)"
+
+
+def _low(cost: Cost) -> float:
+    return cost.seconds if cost.low is None else cost.low
+
+
+def _high(cost: Cost) -> float:
+    return cost.seconds if cost.high is None else cost.high
 
 
 def _right_edges(options: Sequence[Option], refused: list[Refusal]) -> list[Option]:

@@ -76,10 +76,8 @@ class _Prices:
 
 def one_dtype(priced: Priced, allowed: float) -> Iterator[Solution]:
     """The solver's choice for each dtype, if all layers that change theirs take that one."""
-    forms = list(dict.fromkeys(option.form for option in priced.options if option.form))
-    for form in forms if len(forms) > 1 else ():
-        options = tuple(option for option in priced.options if option.form in ("", form))
-        if found := solve(priced.base, options, priced.pairs, Limits(allowed)):
+    for form in priced.forms if len(priced.forms) > 1 else ():
+        if found := solve(priced.base, priced.in_form(form).options, priced.pairs, Limits(allowed)):
             yield found
 
 

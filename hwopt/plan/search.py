@@ -36,6 +36,7 @@ def search(task: Search, priced: Priced) -> Found:
     try:
         _uniform(task, priced, attempts)
         _rounds(task, priced, attempts)
+        _one_dtype(task, priced, attempts)
         _polish(task, priced, attempts)
         _single_family(task, priced, attempts)
     except KeyboardInterrupt:
@@ -48,13 +49,20 @@ def search(task: Search, priced: Priced) -> Found:
 
 
 def _uniform(task: Search, priced: Priced, attempts: list[Attempt]) -> None:
-    """Every layer in one precision: no search ends slower than the fastest of these plans that keeps the budget.
+    """Every layer in one precision: no search ends slower (or, where time is limited, worse) than the best of these plans that
+    keeps the budget.
 
     Where scores move in coarse steps (one wrong answer of 100 is a point), an early round may fail by bad luck, and all later
     ones look at less and less.
     """
-    if task.budget.latency_seconds is None:  # else the aim is the score
-        attempts.extend(measured(task, priced, one, one.error) for one in uniform_solutions(priced))
+    attempts.extend(measured(task, priced, one, one.error) for one in uniform_solutions(priced))
+
+
+def _one_dtype(task: Search, priced: Priced, attempts: list[Attempt]) -> None:
+    """Rounds with one dtype at a time where time is limited: sums are right to a percent there, which fills the limit better."""
+    forms = priced.forms if task.budget.latency_seconds is not None else ()
+    for form in forms if len(forms) > 1 else ():
+        _rounds(task, priced.in_form(form), attempts)
 
 
 def _polish(task: Search, priced: Priced, attempts: list[Attempt]) -> None:
@@ -159,7 +167,8 @@ def _best(task: Search, priced: Priced, attempts: Sequence[Attempt]) -> Found:
 
 
 def ranking(task: Search, attempts: Sequence[Attempt], start: Amounts) -> list[Attempt]:
-    """The feasible attempts, fastest first; only careful ones if there are any at all inside of the budget's edge.
+    """The feasible attempts, best first: the fastest, or with the best score where time is limited. Only careful ones if there
+    are any at all inside of the budget's edge.
 
     What was searched for is the luckiest of several; plans in one precision are not, and need no margin.
     """
@@ -170,6 +179,8 @@ def ranking(task: Search, attempts: Sequence[Attempt], start: Amounts) -> list[A
         attempt for attempt in feasible
         if attempt.solution.by == UNIFORM or attempt.comparison.drop <= aim(task.budget, attempt.comparison)
     ]  # fmt: skip
+    if task.budget.latency_seconds is not None:
+        return sorted(careful or feasible, key=lambda attempt: (attempt.comparison.drop, attempt.amounts.seconds))
     return sorted(careful or feasible, key=lambda attempt: attempt.amounts.seconds)
 
 
