@@ -230,7 +230,8 @@ def bias_and_scale(
     """Adds the bias, and for integers the zero-point correction and the scale; returns the data's zero point.
 
     sum((q - z) * w) = sum(q * w) - z * sum(w), so z * sum(w) is taken off the bias once (Jacob et al. 2018, section 2.3).
-    `sums` are the sums of the weights where they are not the same for all outputs, [..., channels].
+    `sums` are the sums of the weights where they are not the same for all outputs, [..., channels]. The bias itself is rounded to
+    steps of the accumulator where results are rounded to much larger ones anyway; float results get it in float.
     """
     channels = weight.shape[axis]
     node = region.anchor
@@ -242,16 +243,18 @@ def bias_and_scale(
     zero_point = int(operands.data_quantization.zero_point)
     scale = np.broadcast_to(operands.data_quantization.scale.astype(np.float64) * operands.weight_scale, (channels,))
     sums = weight.astype(np.int64).sum(tuple(i for i in range(weight.ndim) if i != axis)) if sums is None else sums
-    bias = -zero_point * sums
-    if named:
-        bias = bias + np.rint(_row(values.arrays[node.inputs[2]], channels) / scale).astype(np.int64)
     first = region.epilogue[0] if region.epilogue else None
     row = _constant_row(values, first, node.output, channels) if first is not None else None
-    if row is not None:
-        bias = bias + np.rint(row / scale).astype(np.int64)
-    if np.any(bias):
-        fused.add(step.Bias(), constant(np.clip(bias, -(2**31), 2**31 - 1).astype(np.int32)))
+    given = [one for one in (_row(values.arrays[node.inputs[2]], channels) if named else None, row) if one is not None]
+    bias = sum((one.astype(np.float64) for one in given), np.zeros(channels))
+    rounded = region.epilogue and region.epilogue[-1].op == "QuantizeLinear"
+    late = sums.ndim == 1 and not rounded and np.any(bias)
+    whole = -zero_point * sums + (0 if late else np.rint(bias / scale).astype(np.int64))
+    if np.any(whole):
+        fused.add(step.Bias(), constant(np.clip(whole, -(2**31), 2**31 - 1).astype(np.int32)))
     fused.add(step.Scale(), constant(scale.astype(np.float32)))
+    if late:
+        fused.add(step.Bias(), constant(bias.astype(np.float32)))
     return zero_point
 
 

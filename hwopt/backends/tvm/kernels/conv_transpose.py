@@ -59,10 +59,10 @@ class PhaseEpilogue(Epilogue):
         self.phases = phases
         super().__init__(*details)
 
-    def _tensor(self, step: Step) -> Value:
+    def _tensor(self, step: Step, index: int) -> Value:
         if isinstance(step, Bias):
             return tirx.decl_buffer((self.phases * self.channels,), self.accumulator, "bias")
-        return super()._tensor(step)
+        return super()._tensor(step, index)
 
     def of(self, phase: int) -> PhaseEpilogue:
         """The same, with the tensors shared, for one phase."""

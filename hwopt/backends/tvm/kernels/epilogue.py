@@ -53,7 +53,7 @@ class Epilogue:
         self.steps, self.accumulator, self.out_dtype = _quick(steps), accumulator, out_dtype
         self.channels, self.images, self.size, self.fused = channels, images, size, fused
         self.micro = micro  # whose instructions round to bfloat16; none: in integer arithmetic
-        self.tensors = [self._tensor(step) for step in self.steps]
+        self.tensors = [self._tensor(step, index) for index, step in enumerate(self.steps)]
         self.gains = _gains(self.steps)
 
     @property
@@ -65,9 +65,9 @@ class Epilogue:
     def parameters(self) -> list[Value]:
         return [tensor for tensor in self.tensors if tensor is not None]
 
-    def _tensor(self, step: Step) -> Value:
+    def _tensor(self, step: Step, index: int) -> Value:
         if isinstance(step, Bias):
-            return tirx.decl_buffer((self.channels,), self.accumulator, "bias")
+            return tirx.decl_buffer((self.channels,), "float32" if _scaled(self.steps, index) else self.accumulator, "bias")
         if isinstance(step, Scale):
             return tirx.decl_buffer((self.channels,), "float32", "scale")
         if isinstance(step, Add):
@@ -104,7 +104,10 @@ class Epilogue:
         maths = Maths(code, lanes, self.fused)
         for index, (step, gain) in enumerate(zip(self.steps, self.gains, strict=True)):
             if isinstance(step, Bias):
-                value = value if biased and index == 0 else value + shared[index]
+                taken = (biased and index == 0) or _follows(self.steps, index)
+                value = value if taken else value + shared[index]
+            elif isinstance(step, Scale) and _follows(self.steps, index + 1):
+                value = maths.fma(cast(value, "float32", lanes), shared[index], shared[index + 1])
             elif isinstance(step, Scale):
                 value = cast(value, "float32", lanes) * shared[index]
             elif isinstance(step, Add):
@@ -124,6 +127,16 @@ class Epilogue:
         at = place.flat if step.over == "full" else place.image * self.channels + place.channel
         factor = load(self.tensors[index], at, lanes)
         return factor if self.gains[index] == 1.0 else factor * splat(self.gains[index], lanes)
+
+
+def _scaled(steps: Sequence[Step], index: int) -> bool:
+    """Whether a Scale has made float32 of the accumulators before a step."""
+    return any(isinstance(step, Scale) for step in steps[:index])
+
+
+def _follows(steps: Sequence[Step], index: int) -> bool:
+    """Whether a step is a Bias right behind a Scale, which adds it in the same instruction."""
+    return 0 < index < len(steps) and isinstance(steps[index], Bias) and isinstance(steps[index - 1], Scale)
 
 
 def _add(maths: Maths, value: Value, step: Add, gain: float, other: Value) -> Value:
@@ -169,7 +182,7 @@ def _gains(steps: Sequence[Step]) -> list[float]:
     gain = 1.0 / steps[-1].scale
     for index in range(len(steps) - 2, -1, -1):
         step = steps[index]
-        if isinstance(step, Bias):
+        if isinstance(step, Bias) and not _scaled(steps, index):
             break
         gains[index] = gain
         if isinstance(step, Scale | Multiply) or (isinstance(step, Activation) and step.function not in HOMOGENEOUS):

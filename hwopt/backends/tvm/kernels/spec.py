@@ -14,7 +14,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Bias:
-    """Adds a [channels] tensor of the accumulator's dtype; for integers the zero-point correction is folded into it."""
+    """Adds a [channels] tensor of the accumulator's dtype; for integers the zero-point correction is folded into it.
+
+    Behind a Scale it adds float32: integers would round the bias to steps of the accumulator.
+    """
 
 
 @dataclass(frozen=True)
