@@ -251,8 +251,8 @@ def test_the_same_run_twice_gives_the_same_bytes() -> None:
 def test_candidates_run_shrink_and_print_as_they_parse() -> None:
     graph = layer("MatMul", normal(64, 96))
     found = list(ShareWeights.candidates(graph, TARGET))
-    assert [(one.bits, one.group) for one in found if isinstance(one, ShareWeights)] == [
-        (2, 0), (3, 0), (4, 0), (6, 0), (8, 0), (2, 32), (3, 32), (4, 32),
+    assert [(one.bits, one.group, one.dim) for one in found if isinstance(one, ShareWeights)] == [
+        (2, 0, 1), (3, 0, 1), (4, 0, 1), (6, 0, 1), (8, 0, 1), (2, 32, 1), (3, 32, 1), (4, 32, 1), (8, 0, 4),
     ]  # fmt: skip
     for one in found:
         assert isinstance(one, ShareWeights)

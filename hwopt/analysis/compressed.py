@@ -4,6 +4,7 @@ Two forms are recognized behind a Conv, Gemm or MatMul, in any mixture of Reshap
 
     DequantizeLinear(q, scale, zero point)    2, 4 and 8 bits; per tensor, per output channel, or in blocks along k
     Gather(codebook, indices)                 one codebook; GatherElements: one for each group of output channels
+    Mul(Gather(codebook, indices), scale)     one codebook, and a scale for each output channel
 """
 
 from __future__ import annotations
@@ -66,11 +67,27 @@ def compressed(graph: Graph, node: Node) -> Compressed | str:
     rows = rows != bool(swap)
     if source is not None and source.op == "DequantizeLinear":
         return _dequantized(graph, source, rows, nodes)
-    found = None if source is None else _looked_up(graph, source.output, rows)
+    scales, value = (None, source.output) if source is not None else (None, "")
+    if source is not None and source.op == "Mul" and not nodes:
+        scales, value = _channel_scales(graph, source, rows)
+        nodes = (source.name,)
+    found = _looked_up(graph, value, rows) if value else None
     if found is None:
         return "its weights are computed in another way"
     codes, books, names = found
-    return Compressed(codes, _bits(books), books.astype(np.float32), None, None, 0, (*nodes, *names))
+    block = 0 if scales is None else codes.shape[1]
+    return Compressed(codes, _bits(books), books.astype(np.float32), scales, None, block, (*nodes, *names))
+
+
+def _channel_scales(graph: Graph, node: Node, rows: bool) -> tuple[np.ndarray | None, str]:
+    """Scales [n, 1] that a product has for its output channels, and what it multiplies; nothing for other products."""
+    dims = graph.tensor(node.output).dims
+    channel = 0 if rows else len(dims) - 1
+    for index, value in enumerate(node.inputs):
+        array = graph.constant(value)
+        if array is not None and array.shape == tuple(dim if axis == channel else 1 for axis, dim in enumerate(dims)):
+            return array.reshape(-1, 1).astype(np.float32), node.inputs[1 - index]
+    return None, ""
 
 
 def _swapped(graph: Graph, source: Node) -> Node | None:
