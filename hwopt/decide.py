@@ -18,6 +18,7 @@ from hwopt.job import Job
 from hwopt.measure import interleaved
 from hwopt.pipeline import Refusal
 from hwopt.plan.budget import Amounts, exceeded
+from hwopt.plan.doubts import measuring_on
 from hwopt.plan.plan import Decision, Plan, apply_plan
 from hwopt.plan.search import Found, Priced, Search, price, search, versions
 from hwopt.plugins import find_passes
@@ -51,7 +52,14 @@ def decided_and_built(job: Job, replay: Plan | None, baseline: Built, build: Bui
     task = None if replay else make_task(job)
     if task is None:
         return _kept(job, baseline, _given(job, replay), build)
-    task = dataclasses.replace(task, scale=_time_scale(job, baseline), memory_scale=_memory_scale(baseline))
+    target, measuring = measuring_on(job.target, job.threads)
+    if measuring:
+        job.progress("measuring kernels", 0, 1)
+        measuring.learn(job.graph)  # first of all: every other price is compared with the unchanged model's
+    job = dataclasses.replace(job, target=target)
+    task = dataclasses.replace(
+        task, target=target, measuring=measuring, scale=_time_scale(job, baseline), memory_scale=_memory_scale(baseline)
+    )
     priced = price(task)
     if job.training.recipe is None:
         return _searched(job, task, priced, baseline, build)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,45 +25,67 @@ from hwopt.plugins import find_target
 from hwopt.target import HOST, Target
 
 if TYPE_CHECKING:  # TVM is imported when something is measured
+    from hwopt.backends.tvm.learn.counted import Counted
+    from hwopt.backends.tvm.learn.predictor import Predictor
     from hwopt.backends.tvm.learn.records import Quality, Record
-    from hwopt.backends.tvm.learn.trees import Ensemble
+    from hwopt.backends.tvm.learn.stock import Network
     from hwopt.backends.tvm.tune.runner import Runner
 
 FORMS = {"float32": "", "int8": "int8", "bfloat16": "bf16"}  # dtype -> quantize's name of it
 START = 48  # networks of every family and dtype before the predictor chooses
-POOL = 6  # networks of which the one is measured that the ensemble disagrees about most
+POOL = 6  # networks of which the one is compiled that the predictor doubts most
 GROWTH = 1.25  # records by which a predictor is trained anew
-SECONDS = 0.4  # that one network is run
+TURNS, SECONDS = 2, 0.25  # visits to each network, and how long one takes
+GROUP = 6  # networks between two visits to the same one: what disturbs the machine for a while shows
+ALONE = 0.45  # share of the networks around which nothing else passes through the caches
 HANG = 60.0
-Measure = Callable[[Graph, "Runner"], "list[Record]"]
+UNKNOWN = 0.003  # doubt about families that were not measured: as of 10 us that may be twice as many
 
 
 @dataclass
 class State:
-    """What is known so far."""
+    """What is known so far: records of the templates as they are now; `older` counts those of others, which are left out."""
 
     records: list[Record]
     began: float
     budget: float
     quality: Quality | None = None
     failures: list[str] = field(default_factory=list)
+    older: int = 0
+    waiting: int = 0  # networks that are compiled and not timed yet
 
     @property
     def share(self) -> float:
-        return min(1.0, (time.monotonic() - self.began) / self.budget)
+        return min(1.0, (time.monotonic() - self.began) / self.budget) if self.budget else 1.0
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What one call of `profile_target` works with; networks that are compiled ahead wait in `stock`."""
+
+    target: Target
+    threads: int
+    log: Path
+    stock: Path
+    cores: tuple[int, ...]
+    code: str
+    state: State
 
 
 def profile_target(
-    target: str | Target, seconds: float, *, threads: int = 1, out: Path | None = None, cores: Sequence[int] = (),
-    watch: Callable[[State], None] = lambda _: None,
+    target: str | Target, seconds: float, *, prepare: float = 0.0, threads: int = 1, out: Path | None = None,
+    cores: Sequence[int] = (), watch: Callable[[State], None] = lambda _: None,
 ) -> tuple[Path, State]:  # fmt: skip
     """Measure kernels of random networks for a time and write a table that cost models find.
 
-    Measurements are appended to `out` with the suffix .jsonl, from which the next call goes on; an interrupt keeps them.
-    Raises UnsupportedError for a target that does not run here, UsageError for one that would not read the table.
+    Networks are compiled for `prepare` seconds first; those are timed before others (0 seconds: by a later call, when the
+    machine is quiet). Measurements are appended to `out` with the suffix .jsonl, from which the next call goes on; an
+    interrupt keeps them. Raises UnsupportedError for a target that does not run here, UsageError for one that would not read
+    the table.
     """
-    from hwopt.backends.tvm.learn.records import clocked, quality, read, table_of
+    from hwopt.backends.tvm.learn.records import read
     from hwopt.backends.tvm.learn.table import path_for
+    from hwopt.backends.tvm.tune.task import templates_digest
 
     hardware = find_target(target) if isinstance(target, str) else target
     if not hardware.runs_here or hardware.kind != "cpu":
@@ -69,82 +94,151 @@ def profile_target(
         hint = f"profile the target {HOST}, or name a file: -o FILE"
         raise UsageError("prices of a named target are alike on all machines", place=f"target {hardware.name}", hint=hint)
     path = out or path_for(hardware)
-    state = State(read(path.with_suffix(".jsonl")), time.monotonic(), seconds)
+    every, code = read(path.with_suffix(".jsonl")), templates_digest()
+    records = [one for one in every if one.code == code]
+    state = State(records, time.monotonic(), prepare + seconds, older=len(every) - len(records))
+    bench = Bench(hardware, threads, path.with_suffix(".jsonl"), path.with_suffix(".networks"), tuple(cores), code, state)
     try:
-        for _ in _measuring(hardware, threads, path.with_suffix(".jsonl"), tuple(cores), state):
+        for _ in itertools.chain(_preparing(bench, prepare), _measuring(bench) if seconds else ()):
             watch(state)
     finally:
-        if state.records:
-            state.quality = quality(clocked(state.records), hardware)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, table_of(state.records, hardware, state.quality).to_json())
+        if seconds and state.records:
+            _finish(bench, path)
     return path, state
 
 
-def _measuring(target: Target, threads: int, log: Path, cores: tuple[int, ...], state: State) -> Iterator[None]:
-    """One network after the other until the time is over."""
-    from hwopt.backends.tvm.learn.measure import profile
-    from hwopt.backends.tvm.learn.records import append, clocked, quality, records_of
+def _finish(bench: Bench, path: Path) -> None:
+    """The table of everything that was measured."""
+    from hwopt.backends.tvm.learn.records import clocked, quality, table_of
+
+    bench.state.quality = quality(clocked(bench.state.records), bench.target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, table_of(bench.state.records, bench.target, bench.state.quality).to_json())
+
+
+def _preparing(bench: Bench, seconds: float) -> Iterator[None]:
+    """Compile networks for a time."""
+    model = _predictor(bench) if seconds else None
+    while time.monotonic() - bench.state.began < seconds:
+        _compile_one(bench, model)
+        yield
+
+
+def _measuring(bench: Bench) -> Iterator[None]:
+    """Groups of networks until the time is over: those that wait, then others."""
+    from hwopt.backends.tvm.learn.stock import kept
     from hwopt.backends.tvm.tune.runner import Runner
 
-    known = {(one.seed, one.form) for one in state.records if one.threads == threads}
-    model: Ensemble | None = None
-    trained = 0
-    with Runner(threads, cores, HANG) as runner:
-        next_seed = max((seed for seed, _ in known), default=-1) + 1
-        while state.share < 1:
-            if len(known) >= START and len(state.records) >= GROWTH * max(trained, 1):
-                state.quality = quality(clocked(state.records), target)
-                model, trained = _model(state, target), len(state.records)
-            pool = range(next_seed, next_seed + (POOL if model else 1))
-            number, form, graph = _choice(pool, target, threads, model, state)
-            next_seed = pool.stop
-            if graph is None:
+    model, trained = _predictor(bench), len(bench.state.records)
+    with Runner(bench.threads, bench.cores, HANG) as runner:
+        while bench.state.share < 1:
+            group = list(itertools.islice(kept(bench.stock, bench.threads, bench.code), GROUP))
+            if not group:
+                if len(bench.state.records) >= GROWTH * trained:
+                    model, trained = _predictor(bench), len(bench.state.records)
+                for _ in range(GROUP):
+                    _compile_one(bench, model)
                 continue
-            known.add((number, form))
-            try:
-                found = records_of(profile(graph, target, threads, runner, SECONDS), threads, number, form)
-            except HwoptError as error:
-                state.failures.append(f"network {number} {form}: {error}")
-                continue
-            append(log, found)
-            state.records.extend(found)
+            _time_group(bench, runner, group)
             yield
 
 
-def _model(state: State, target: Target) -> Ensemble | None:
-    from hwopt.backends.tvm.learn.records import clocked, fitted
+def _time_group(bench: Bench, runner: Runner, group: Sequence[tuple[Path, Network]]) -> None:
+    """Visits in turns; what was timed waits no longer."""
+    from hwopt.backends.tvm.learn.measure import timed
+    from hwopt.backends.tvm.learn.records import append, records_of, together
 
-    kept = clocked(state.records)
-    return fitted(kept, target, members=3) if len(kept) > START else None
+    visits: dict[int, list[list[Record]]] = {place: [] for place in range(len(group))}
+    for _ in range(TURNS):
+        for place, (_, one) in enumerate(group):
+            evict = evicted(one.seed)
+            try:
+                found = timed(one.program, runner, SECONDS, evict)
+            except HwoptError as error:
+                bench.state.failures.append(f"network {one.seed} {one.form}: {error}")
+                continue
+            visits[place].append(records_of(found, bench.threads, one.seed, one.form, evict, bench.code))
+    for place, (folder, _) in enumerate(group):
+        if len(visits[place]) == TURNS:
+            records = together(visits[place])
+            append(bench.log, records)
+            bench.state.records.extend(records)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _choice(
-    pool: Sequence[int], target: Target, threads: int, model: Ensemble | None, state: State
-) -> tuple[int, str, Graph | None]:
-    """Of some networks the one whose kernels the predictor is least sure of."""
-    from hwopt.backends.tvm.learn.features import described
+def evicted(seed: int) -> int:
+    """Bytes that pass through the caches between two runs of the network: none, or as much as a model of 4 to 96 MB."""
+    random = np.random.default_rng([seed, 1])
+    return 0 if random.random() < ALONE else int(2 ** random.uniform(22, 26.6)) // 64 * 64
+
+
+def _compile_one(bench: Bench, model: Predictor | None) -> None:
+    """Of some networks the one that the predictor doubts most goes to the stock."""
+    from hwopt.backends.tvm.learn.measure import compiled
+    from hwopt.backends.tvm.learn.stock import Network, keep, seeds
+
+    known = {one.seed for one in bench.state.records} | seeds(bench.stock)
+    first = max(known, default=-1) + 1
+    pool = range(first, first + (POOL if model else 1))
+    number, form, graph = _choice(pool, bench, model)
+    if graph is None:
+        return
+    folder = bench.stock / f"{number:06d}_{form}_{bench.threads}"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        program = compiled(graph, bench.target, bench.threads, folder)
+    except HwoptError as error:
+        bench.state.failures.append(f"network {number} {form}: {error}")
+        shutil.rmtree(folder)
+        return
+    keep(Network(number, form, bench.threads, bench.code, program), folder)
+    bench.state.waiting = len(seeds(bench.stock))
+
+
+def _predictor(bench: Bench) -> Predictor | None:
+    """Of what was measured, else what the target has; None where neither says much."""
+    from hwopt.backends.tvm.learn.model import Learned
+    from hwopt.backends.tvm.learn.records import clocked, learned
+
+    kept = clocked(bench.state.records)
+    if len({one.seed for one in kept}) >= START:
+        return learned(kept, bench.target, members=2)
+    cost = bench.target.cost
+    return cost.table.model if isinstance(cost, Learned) else None
+
+
+def _choice(pool: Sequence[int], bench: Bench, model: Predictor | None) -> tuple[int, str, Graph | None]:
+    """Of some networks the one whose time the predictor is least sure of, kernel by kernel: long ones count for more."""
+    from hwopt.backends.tvm.learn.features import counted
 
     best: tuple[float, int, str, Graph | None] = (-1.0, pool[0], "", None)
     for number in pool:
-        form = form_of(number, target)
+        form = form_of(number, bench.target)
         try:
-            graph = sample_graph(number, form, target)
+            graph = sample_graph(number, form, bench.target)
         except HwoptError as error:
-            state.failures.append(f"network {number} {form}: {error}")
+            bench.state.failures.append(f"network {number} {form}: {error}")
             continue
-        doubt = 0.0
-        if model:
-            rows = [described(work, target.microkernels, threads)[1] for work in workloads(graph)]
-            doubt = float(np.mean(model.spread(np.array(rows))))
+        found = [counted(work, bench.target.microkernels, bench.threads) for work in workloads(graph)] if model else []
+        doubt = float(np.mean([doubt_of(model, one, bench.threads) for one in found])) if model and found else 0.0
         best = max(best, (doubt, number, form, graph), key=lambda one: one[0])
     return best[1:]
 
 
+def doubt_of(model: Predictor, kernel: Counted, threads: int) -> float:
+    """The half width of the interval, counted by the root of the time: ten short kernels are as much as a long one."""
+    if not model.knows(kernel, threads):
+        return UNKNOWN
+    mean, half = model.predict(kernel, threads)
+    return half * math.exp(mean / 2)
+
+
 def form_of(seed: int, target: Target) -> str:
     """Every family (they alternate) comes in every dtype that the target multiplies."""
+    from hwopt.backends.tvm.learn.networks import FAMILIES
+
     able = [form for form in FORMS if form == "float32" or form in target.microkernels]
-    return able[seed // 8 % len(able)]
+    return able[seed // len(FAMILIES) % len(able)]
 
 
 def sample_graph(seed: int, form: str, target: Target) -> Graph:
@@ -158,17 +252,17 @@ def sample_graph(seed: int, form: str, target: Target) -> Graph:
     return PassManager(choose_families(f"quantize{{dtype={FORMS[form]}}}")[1]).run(job.graph, job.ctx).graph
 
 
-def seconds_of(text: str) -> float:
+def seconds_of(text: str, least: float = 1e-9) -> float:
     """`90s`, `10m` or `1h` in seconds."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
-    if found is None or float(found[1]) <= 0:
+    if found is None or float(found[1]) < least:
         raise UsageError(f"cannot read {text!r}", place="--time", hint="write 90s, 10m or 1h")
     return float(found[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0}[found[2]]
 
 
 def progress_line(state: State) -> str:
     """One line for people: what was measured, how well kernels that training did not see are predicted, what went wrong."""
-    text = f"{len(state.records)} kernels measured"
+    text = f"{len(state.records)} kernels measured" + (f", {state.waiting} networks wait" if state.waiting else "")
     if state.quality:
         text += f", {state.quality.within_10:.0%} of {state.quality.kernels} held-out kernels within 10 %"
     return text + (f", {len(state.failures)} networks failed" if state.failures else "")

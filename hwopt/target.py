@@ -74,6 +74,8 @@ class Workload:
     window: tuple[int, ...] = ()  # of images: batch, then (height, width) of data, kernel, strides, dilations, pads
     dims: tuple[int, ...] = ()  # of the result
     steps: tuple[str, ...] = ()  # operators of the anchor and its epilogue, in order; a Transpose with its permutation
+    relaid: bool = False  # reads an image of the model's caller, whose channels lie first
+    footprint: int = field(default=0, compare=False)  # weights of the whole model, about: they pass through the caches in a run
 
     @property
     def macs(self) -> int:

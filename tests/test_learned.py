@@ -16,17 +16,18 @@ from hwopt.backends.tvm.kernels import default_schedule
 from hwopt.backends.tvm.kernels.geometry import geometry
 from hwopt.backends.tvm.kernels.schedule import cycles
 from hwopt.backends.tvm.kernels.spec import ConvSpec
-from hwopt.backends.tvm.learn import records as recorded
-from hwopt.backends.tvm.learn import trees
-from hwopt.backends.tvm.learn.features import NAMES, described
+from hwopt.backends.tvm.learn import measure, stock, trees
+from hwopt.backends.tvm.learn.features import counted
 from hwopt.backends.tvm.learn.measure import attribute, profile
 from hwopt.backends.tvm.learn.model import Learned
 from hwopt.backends.tvm.learn.networks import FAMILIES, random_network
-from hwopt.backends.tvm.learn.records import Record, append, clocked, judged, read, table_of
+from hwopt.backends.tvm.learn.records import Record, append, clocked, judged, read, table_of, together
+from hwopt.backends.tvm.learn.records import learned as learned_from
 from hwopt.backends.tvm.learn.table import Table, find_table, from_json, load_table, path_for, table_name, work_key
 from hwopt.backends.tvm.learn.tiles import tile_of
-from hwopt.backends.tvm.learn.trees import Ensemble, Trees, from_sklearn, train
+from hwopt.backends.tvm.learn.trees import Trees, from_sklearn
 from hwopt.backends.tvm.tune.runner import Runner
+from hwopt.backends.tvm.tune.task import templates_digest
 from hwopt.emit.program import Call
 from hwopt.errors import UnsupportedError, UsageError
 from hwopt.plugins import find_target
@@ -92,25 +93,26 @@ def test_unseen_kernels_are_predicted_and_covered_by_their_intervals(table: Tabl
 
 
 def test_intervals_grow_away_from_what_was_measured(table: Table, target) -> None:
-    known, far = (np.array([described(work, target.microkernels, 1)[1]]) for work in (layer(), layer(4000, 4000, 100)))
-    assert table.model.predict(far)[1][0] > 0.1 + table.model.predict(known)[1][0]
+    known, far = (counted(work, target.microkernels, 1) for work in (layer(), layer(4000, 4000, 100)))
+    assert table.model.predict(far, 1)[1] > 0.1 + table.model.predict(known, 1)[1]
 
 
 def test_a_table_is_the_same_after_json(table: Table, target) -> None:
     again = from_json(table.to_json(), "here")
-    rows = np.array([described(record.work, target.microkernels, 1)[1] for record in synthetic(20, seed=3)])
     assert again.to_json() == table.to_json()
-    assert np.array_equal(again.model.predict(rows)[0], table.model.predict(rows)[0])
+    for record in synthetic(20, seed=3):
+        found = counted(record.work, target.microkernels, 1)
+        assert again.model.predict(found, 1) == table.model.predict(found, 1)
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("format", 99),
-        ("features", ["m"]),
         ("threads", []),
         ("measured", {"a": ["fast"]}),
-        ("model", {"members": []}),
+        ("model", {"product float32 x1": {"times": [["issue", -1.0]], "shape": [], "trees": []}}),
+        ("model", {"product float32 x1": {"times": [["issue", 1.0]], "shape": []}}),
         ("facts", None),
     ],
 )
@@ -171,6 +173,23 @@ def test_sums_of_learned_and_measured_prices_say_that_they_are_mixed(learned: Le
     assert total.source == "mixed"
 
 
+def test_kernels_with_cold_weights_cost_more_also_where_they_were_measured(target, tmp_path: Path) -> None:
+    """The same layers in a small model and in one whose weights pass through all caches."""
+    far = 64 << 20
+    cold = [
+        dataclasses.replace(r, work=dataclasses.replace(r.work, footprint=far), seconds=r.seconds + r.work.weight_bytes / 2e8)
+        for r in synthetic(seed=5)
+    ]
+    path = tmp_path / "table.json"
+    path.write_text(table_of([*synthetic(), *cold], target, None).to_json())
+    model, record = Learned(path, ANALYTICAL, {"float32": MICRO}), synthetic()[0]
+    there = dataclasses.replace(record.work, footprint=far)
+    assert (record.work, model.estimate(record.work, 1).source) == (there, "measured")
+    wanted = record.seconds + record.work.weight_bytes / 2e8
+    assert model.estimate(there, 1).seconds == pytest.approx(wanted, rel=0.25)
+    assert wanted > 1.5 * record.seconds
+
+
 def test_prices_say_where_they_are_from(learned: Learned) -> None:
     assert "2026-01-01" in origin(learned)
     assert origin(ANALYTICAL) == "analytical"
@@ -201,10 +220,12 @@ def test_tiles_are_the_ones_that_the_templates_choose() -> None:
             assert found == (pytest.approx(cycles(shape, micro, *tile)), tile)
 
 
-def test_features_have_names_and_are_finite() -> None:
-    base, values = described(layer(), {"float32": MICRO}, 1)
-    assert len(values) == len(NAMES)
-    assert base > 0 and np.isfinite(values).all()
+def test_counts_are_never_below_zero_and_facts_finite() -> None:
+    for seed in range(10):
+        for work in workloads(sample_graph(seed, "float32", find_target("x86-64-v2"))):
+            found = counted(work, {"float32": MICRO}, 1)
+            assert all(value >= 0 for value in found.times.values())
+            assert np.isfinite(list(found.shape.values())).all()
 
 
 def test_calls_between_labels_belong_to_the_regions_between() -> None:
@@ -257,34 +278,86 @@ def test_random_networks_are_the_same_for_the_same_seed_and_differ_else() -> Non
 
 def test_every_family_comes_in_every_dtype() -> None:
     target = find_target("x86-64-v3")
-    found = {(FAMILIES[seed % len(FAMILIES)], form_of(seed, target)) for seed in range(48)}
+    found = {(FAMILIES[seed % len(FAMILIES)], form_of(seed, target)) for seed in range(3 * len(FAMILIES))}
     assert len(found) == len(FAMILIES) * len({form for _, form in found})
 
 
-def test_an_interrupted_profile_goes_on_where_it_stopped(tmp_path: Path, target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The measurement is replaced: everything else is real."""
-    from hwopt.backends.tvm.learn import measure
-
+@pytest.fixture
+def instant(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Compiling and timing are replaced, everything else is real; the list grows with every visit, the 20th is interrupted."""
     seen: list[int] = []
 
-    def measured(graph, target, threads, runner, seconds) -> measure.Profile:
+    def compiled(graph, target, threads, folder) -> measure.Compiled:
+        works = tuple(workloads(graph))
+        return measure.Compiled(works, tuple(work.name for work in works), (b"code", b""), {"calls": []})
+
+    def timed(one, runner, seconds, evict) -> measure.Profile:
         seen.append(len(seen))
-        if len(seen) == 12:
+        if len(seen) == 20:
             raise KeyboardInterrupt
-        samples = tuple(measure.Sample(work, 1e-6 + work.macs / 4e10 + work.bytes / 1e10, 0.01) for work in workloads(graph))
+        samples = tuple(measure.Sample(work, 1e-6 + work.macs / 4e10 + work.bytes / 1e10, 0.01) for work in one.work)
         return measure.Profile(samples, 1.0, 0.0, 1e-5)
 
-    monkeypatch.setattr(measure, "profile", measured)
+    monkeypatch.setattr(measure, "compiled", compiled)
+    monkeypatch.setattr(measure, "timed", timed)
     monkeypatch.setattr(trees, "TREES", 6)
+    return seen
+
+
+def test_an_interrupted_profile_goes_on_where_it_stopped(tmp_path: Path, target, instant: list[int]) -> None:
     out = tmp_path / "table.json"
     with pytest.raises(KeyboardInterrupt):
         profile_target(target, 100, out=out)
     kept = read(out.with_suffix(".jsonl"))
-    assert kept and load_table(out).measured
+    assert len(instant) == 20 and kept and load_table(out).measured
     _, state = profile_target(target, 0.5, out=out)
     seeds = [record.seed for record in state.records[len(kept) :]]
     assert state.records[: len(kept)] == kept
     assert seeds and min(seeds) > max(record.seed for record in kept)
+
+
+def test_networks_that_were_compiled_ahead_are_timed_later(
+    tmp_path: Path, target, instant: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "table.json"
+    _, state = profile_target(target, 0.0, prepare=0.5, out=out)
+    assert state.waiting and not instant and not out.exists()
+    waiting = [one.seed for _, one in stock.kept(out.with_suffix(".networks"), 1, templates_digest())]
+    monkeypatch.setattr("hwopt.profiling._compile_one", lambda *_: pytest.fail("compiled again"))
+    with pytest.raises(pytest.fail.Exception):
+        profile_target(target, 100, out=out)
+    assert {record.seed for record in read(out.with_suffix(".jsonl"))} == set(waiting)
+
+
+def test_a_network_that_waits_is_the_same_when_it_is_read(tmp_path: Path) -> None:
+    program = measure.Compiled((layer(), layer(5)), ("a", ""), (b"one", b"", b"three"), {"calls": [["s", [0]]], "blob": "x"})
+    (tmp_path / "000003_int8_1").mkdir()
+    stock.keep(stock.Network(3, "int8", 1, "code", program), tmp_path / "000003_int8_1")
+    ((folder, found),) = stock.kept(tmp_path, 1, "code")
+    expected = {**program.command, "blob": str(folder / "constants.bin")}
+    assert dataclasses.replace(found.program, command=program.command) == program and found.program.command == expected
+    assert list(stock.kept(tmp_path, 2, "code")) == []
+    assert list(stock.kept(tmp_path, 1, "other")) == [] and not folder.exists()
+
+
+def test_what_other_templates_took_is_left_out(tmp_path: Path, target, instant: list[int]) -> None:
+    out = tmp_path / "table.json"
+    append(out.with_suffix(".jsonl"), synthetic(5))
+    with pytest.raises(KeyboardInterrupt):
+        profile_target(target, 100, out=out)
+    kept = len(read(out.with_suffix(".jsonl")))
+    _, state = profile_target(target, 0.0, prepare=1e-9, out=out)
+    assert (state.older, len(state.records)) == (5, kept - 5) and kept > 5
+    assert all(record.code == templates_digest() for record in state.records)
+    assert len(load_table(out).measured) <= len(state.records)
+
+
+def test_two_visits_count_as_the_faster_one_and_say_how_they_differ() -> None:
+    one, other = synthetic(1)[0], dataclasses.replace(synthetic(1)[0], seconds=1.2 * synthetic(1)[0].seconds)
+    (found,) = together([[one], [other]])
+    assert (found.seconds, found.noise) == (one.seconds, pytest.approx(0.1))
+    slow_clock = dataclasses.replace(other, clock=1.2 * other.clock)
+    assert together([[one], [slow_clock]])[0].noise == one.noise
 
 
 def test_profiling_another_machine_is_refused() -> None:
@@ -303,6 +376,9 @@ def test_a_graph_is_timed_kernel_by_kernel_in_its_own_process() -> None:
     graph = sample_graph(1, "float32", host)
     with Runner(1, hang=60) as runner:
         found = profile(graph, host, 1, runner, 0.05)
+        program = measure.compiled(graph, host, 1, runner.folder)
+        again = [measure.timed(program, runner, 0.05, evict) for evict in (0, 1 << 20)]
+    assert all([one.work for one in more.samples] == list(workloads(graph)) for more in again)
     assert [one.work for one in found.samples] == list(workloads(graph))
     assert all(one.seconds > 0 for one in found.samples)
     assert found.clock > 0
@@ -310,15 +386,13 @@ def test_a_graph_is_timed_kernel_by_kernel_in_its_own_process() -> None:
 
 def test_an_empty_tree_is_refused() -> None:
     with pytest.raises(UsageError, match="tree"):
-        Trees.from_data({"base": 0.0, "trees": [[]]})
+        Trees.from_data({"base": 0.0, "trees": [[[], []]]})
     with pytest.raises(UsageError, match="node"):
-        Trees.from_data({"base": 0.0, "trees": [[[0, 1.0, 0, 0]]]})
+        Trees.from_data({"base": 0.0, "trees": [[[0], [1.0]]]})
 
 
 def test_training_is_the_same_for_the_same_seed(target) -> None:
-    rows, wanted = recorded.matrix(synthetic(60), target)
-    one, two = (train(rows, wanted, np.ones(60), 3, 2) for _ in range(2))
-    assert isinstance(one, Ensemble)
+    one, two = (learned_from(synthetic(60), target, members=2, seed=3) for _ in range(2))
     assert one.to_data() == two.to_data()
 
 

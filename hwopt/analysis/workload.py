@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 
@@ -14,7 +15,15 @@ from hwopt.target import Coded, Workload
 
 def kernels(graph: Graph) -> tuple[tuple[Region, Workload], ...]:
     """Each region that becomes a kernel with its work, in running order; views of memory (Reshape ...) cost nothing."""
-    return tuple((region, workload(graph, region)) for region in regions(graph) if not is_view(graph, region))
+    found = [(region, workload(graph, region)) for region in regions(graph) if not is_view(graph, region)]
+    footprint = rounded(sum(work.weight_bytes for _, work in found if work.kind != "move"))  # a table's rows are not all read
+    return tuple((region, dataclasses.replace(work, footprint=footprint)) for region, work in found)
+
+
+def rounded(size: int) -> int:
+    """To four values for each power of two: small changes of a model leave it as it is."""
+    step = 1 << max(0, size.bit_length() - 3)
+    return (size + step // 2) // step * step
 
 
 def workloads(graph: Graph) -> tuple[Workload, ...]:
@@ -34,8 +43,15 @@ def workload(graph: Graph, region: Region) -> Workload:
         elements=_extra_elements(graph, region), read_bytes=read, write_bytes=written, weight_bytes=weights,
         coded=None if weight is None else Coded(weight.bytes, weight.bits, weight.books is not None),
         window=_window(graph, region.anchor), dims=_dims(graph.tensor(region.output)),
-        steps=tuple(map(_step, (region.anchor, *region.epilogue))),
+        steps=tuple(map(_step, (region.anchor, *region.epilogue))), relaid=_relaid(graph, region),
     )  # fmt: skip
+
+
+def _relaid(graph: Graph, region: Region) -> bool:
+    """True if a kernel that is no product reads an image as the caller has it, with channels first, and moves them last."""
+    images = [graph.tensor(value) for value in region.inputs if value in graph.inputs and value not in graph.params]
+    moved = any(len(kind.shape or ()) == 4 and _dims(kind)[1] > 1 and math.prod(_dims(kind)[2:]) > 1 for kind in images)
+    return moved and region.kind not in ("conv", "depthwise", "matmul")
 
 
 def is_view(graph: Graph, region: Region) -> bool:

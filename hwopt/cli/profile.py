@@ -17,6 +17,7 @@ from hwopt.errors import UsageError
 @click.command()
 @TARGET
 @click.option("--time", "duration", metavar="90s|10m|1h", required=True, help="How long to measure.")
+@click.option("--prepare", metavar="90s|10m|1h", help="Compile so long first; --time 0s: to time it later, when all is quiet.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option(
     "-o",
@@ -28,8 +29,9 @@ from hwopt.errors import UsageError
 @naming_device
 @JSON
 def profile(
-    target: str, duration: str, threads: int, out: Path | None, cores: tuple[int, ...], as_json: bool, **device: Any
-) -> None:
+    target: str, duration: str, prepare: str | None, threads: int, out: Path | None, cores: tuple[int, ...], as_json: bool,
+    **device: Any,
+) -> None:  # fmt: skip
     """Measure kernels on this machine, where they tell most, and learn what others cost: plans get better prices.
 
     With --device, or --tracker and --key: measure a device and write a target file for it, with its table beside it, that
@@ -37,12 +39,15 @@ def profile(
     """
     from hwopt.profiling import profile_target, report_data, seconds_of
 
-    seconds, address = seconds_of(duration), take_device(device)
+    ahead, address = seconds_of(prepare) if prepare else 0.0, take_device(device)
+    seconds = seconds_of(duration, least=0.0 if ahead else 1e-9)
     if address is not None and (out is None or out.suffix != ".toml"):
         raise UsageError("a device's profile is a target file", place="--out", hint="write -o my_board.toml")
     with ProfilingBar() as watch:
         if address is None:
-            path, state = profile_target(target, seconds, threads=threads, out=out, cores=cores, watch=watch)
+            path, state = profile_target(
+                target, seconds, prepare=ahead, threads=threads, out=out, cores=cores, watch=watch
+            )  # fmt: skip
         else:
             from hwopt.device.profile import profile_device
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from hwopt.analysis.workload import kernels
+from hwopt.analysis.workload import workloads
 from hwopt.backends.tvm.tune.runner import Runner
 from hwopt.emit.memory import plan_memory, root_of
 from hwopt.emit.program import Call, Program
 from hwopt.ir import Graph
 from hwopt.target import Target, Workload
 
-LOW = 15  # percentile of the passes that must lie near the fastest one, or the machine was too busy
+LOW = 25  # percentile of the passes that counts: others only disturb, but the fastest of hundreds is luck
 NOISE = 0.08
 
 
@@ -40,7 +41,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Profile:
-    """One graph: its kernels, the sum over all calls, and that of calls that belong to no region (layouts of inputs)."""
+    """One graph: its kernels, one whole pass, and what belongs to no region in it (layouts of inputs)."""
 
     samples: tuple[Sample, ...]
     seconds: float
@@ -48,19 +49,47 @@ class Profile:
     clock: float  # seconds of the reference in the same process
 
 
-def profile(graph: Graph, target: Target, threads: int, runner: Runner, seconds: float = 0.5) -> Profile:
-    """Compile the graph as it would ship and time its calls; raises HwoptError where it cannot be compiled or run."""
+@dataclass(frozen=True)
+class Compiled:
+    """A program that waits to be timed: `command` is for the measuring process, `labels` name the region of each call.
+
+    Its constants lie in the file `command["blob"]`.
+    """
+
+    work: tuple[Workload, ...]
+    labels: tuple[str, ...]
+    objects: tuple[bytes, ...]
+    command: dict[str, Any]
+
+
+def compiled(graph: Graph, target: Target, threads: int, folder: Path) -> Compiled:
+    """The graph as it would ship, its constants in a file in `folder`; raises HwoptError where it cannot be compiled."""
     from hwopt.backends.tvm.build import compile_program
 
     program = compile_program(graph, target, threads, "profile")
-    passes, clock = runner.time_calls(program.objects, command(program, runner.folder, seconds))
+    labels = tuple(call.label for call in program.calls)
+    return Compiled(workloads(graph), labels, tuple(program.objects), command(program, folder))
+
+
+def timed(one: Compiled, runner: Runner, seconds: float, evict: int = 0) -> Profile:
+    """Run it for so long and time its calls; between passes `evict` bytes go through the caches, as of a larger model.
+
+    Raises ToolchainError where a kernel fails.
+    """
+    passes, clock = runner.time_calls(one.objects, {**one.command, "seconds": seconds, "evict": evict})
     times = np.array(passes)
     best, low = times.min(0), np.percentile(times, LOW, axis=0)
-    found, other = attribute(graph, program.calls, best, low / np.maximum(best, 1e-9) - 1)
-    return Profile(tuple(found), float(best.sum()), other, clock)
+    found, other = assigned(one.work, one.labels, low, low / np.maximum(best, 1e-9) - 1)
+    return Profile(tuple(found), float(np.percentile(times.sum(1), LOW)), other, clock)
 
 
-def command(program: Program, folder: Path, seconds: float) -> dict[str, Any]:
+def profile(graph: Graph, target: Target, threads: int, runner: Runner, seconds: float = 0.5) -> Profile:
+    """Compile the graph and time its calls; raises HwoptError where it cannot be compiled or run."""
+    with tempfile.TemporaryDirectory(dir=runner.folder) as folder:
+        return timed(compiled(graph, target, threads, Path(folder)), runner, seconds)
+
+
+def command(program: Program, folder: Path) -> dict[str, Any]:
     """The program as the measuring process reads it (see tune/whole.py); constants go into a file."""
     plan, names = plan_memory(program), {name: index for index, name in enumerate(program.buffers)}
     blob, offsets = bytearray(), {}
@@ -77,27 +106,33 @@ def command(program: Program, folder: Path, seconds: float) -> dict[str, Any]:
         buffers.append([buffer.dtype, list(buffer.shape), place, offset])
     return {
         "buffers": buffers, "calls": [[call.symbol, [names[one] for one in call.args]] for call in program.calls],
-        "blob": str(folder / "constants.bin"), "arena": plan.arena_bytes, "seconds": seconds,
+        "blob": str(folder / "constants.bin"), "arena": plan.arena_bytes,
     }  # fmt: skip
 
 
-def attribute(graph: Graph, calls: Sequence[Call], best: np.ndarray, noise: np.ndarray) -> tuple[list[Sample], float]:
+def attribute(graph: Graph, calls: Sequence[Call], seconds: np.ndarray, noise: np.ndarray) -> tuple[list[Sample], float]:
+    """What each region of a graph took, and what belongs to none, from the seconds of the calls."""
+    return assigned(workloads(graph), [call.label for call in calls], seconds, noise)
+
+
+def assigned(
+    work: Sequence[Workload], labels: Sequence[str], seconds: np.ndarray, noise: np.ndarray
+) -> tuple[list[Sample], float]:
     """Calls to regions: by the label where a template wrote it; what lies between two of them belongs to the regions between.
 
     TVM fuses what lies between as it likes: where the counts differ, the regions share the time by the bytes they move.
     """
-    work = [one for _, one in kernels(graph)]
     names = {one.name: index for index, one in enumerate(work)}
-    labelled = [(place, names[call.label]) for place, call in enumerate(calls) if call.label in names]
-    marks = [(-1, -1), *_rising(labelled), (len(calls), len(work))]
+    labelled = [(place, names[label]) for place, label in enumerate(labels) if label in names]
+    marks = [(-1, -1), *_rising(labelled), (len(labels), len(work))]
     samples, other = [], 0.0
     for (before, above), (place, region) in itertools.pairwise(marks):
         between, regions = list(range(before + 1, place)), work[above + 1 : region]
-        found, left = _between(between, regions, best, noise)
+        found, left = _between(between, regions, seconds, noise)
         samples += found
         other += left
-        if place < len(calls):
-            samples.append(Sample(work[region], float(best[place]), float(noise[place])))
+        if place < len(labels):
+            samples.append(Sample(work[region], float(seconds[place]), float(noise[place])))
     return samples, other
 
 
@@ -110,12 +145,12 @@ def _rising(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return found
 
 
-def _between(calls: list[int], regions: list[Workload], best: np.ndarray, noise: np.ndarray) -> tuple[list[Sample], float]:
-    seconds = float(sum(best[call] for call in calls))
+def _between(calls: list[int], regions: Sequence[Workload], times: np.ndarray, noise: np.ndarray) -> tuple[list[Sample], float]:
+    seconds = float(sum(times[call] for call in calls))
     if not regions:
         return [], seconds
     if len(calls) == len(regions):
-        return [Sample(one, float(best[call]), float(noise[call])) for call, one in zip(calls, regions, strict=True)], 0.0
+        return [Sample(one, float(times[call]), float(noise[call])) for call, one in zip(calls, regions, strict=True)], 0.0
     worst = max((float(noise[call]) for call in calls), default=0.0)
     share = np.array([one.bytes + 64.0 for one in regions])
     parts = seconds * share / share.sum()

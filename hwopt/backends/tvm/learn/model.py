@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from hwopt.backends.tvm.learn.features import KINDS, described
+from hwopt.backends.tvm.learn.features import KINDS, counted
 from hwopt.backends.tvm.learn.table import Table, load_table, work_key
 from hwopt.target import Cost, CostModel, MicroKernel, Workload
+
+if TYPE_CHECKING:  # measuring imports more than listing targets may
+    from hwopt.backends.tvm.learn.measure import Profile
 
 DTYPES = ("float32", "int8", "bfloat16")
 
@@ -32,7 +34,7 @@ class Learned:
     path: Path
     analytical: CostModel
     micros: Mapping[str, MicroKernel]
-    more: dict[str, tuple[float, float]] = field(default_factory=dict, compare=False)
+    more: dict[str, tuple[float, float, int]] = field(default_factory=dict, compare=False)
 
     @cached_property
     def table(self) -> Table:
@@ -43,6 +45,17 @@ class Learned:
         """For people: where the prices are from."""
         table = self.table
         return f"measured and learned on {table.cpu}, {table.facts.get('date', '')} ({len(table.measured)} kernels)"
+
+    def fresh(self) -> Learned:
+        """The same without what was measured since, and with a place of its own for more of it."""
+        return dataclasses.replace(self, more={})
+
+    def learn(self, found: Profile, threads: int) -> None:
+        """Takes what was measured of kernels, as if the clock had been the table's."""
+        clock = float(self.table.facts.get("clock_seconds", found.clock)) / found.clock
+        for one in found.samples:
+            if one.clean and one.shared == 1:
+                self.more[work_key(one.work, threads)] = (one.seconds * clock, one.noise, one.work.footprint)
 
     def estimate(self, workload: Workload, threads: int) -> Cost:
         plain = dataclasses.replace(workload, coded=None)
@@ -56,22 +69,35 @@ class Learned:
         if not work.steps or work.kind not in KINDS or work.dtype not in DTYPES or threads not in self.table.threads:
             return prior
         key = work_key(work, threads)
-        seconds, noise = self.more.get(key) or self.table.measured.get(key) or (0.0, 0.0)
+        seconds, noise, around = self.more.get(key) or self.table.measured.get(key) or (0.0, 0.0, 0)
         if seconds:
+            seconds *= self._moved(work, around, threads)
             return _cost(prior, seconds, seconds, seconds * (1 + noise), "measured")
-        return self._predicted(work, threads, prior)
+        found = self._predicted(work, threads)
+        if found is None:
+            return prior
+        mean, half = found
+        return _cost(prior, math.exp(mean), math.exp(mean - half), math.exp(mean + half), "learned")
 
-    def _predicted(self, work: Workload, threads: int, prior: Cost) -> Cost:
-        base, features = described(work, self.micros, threads)
-        mean, half = _predicted(self.table, features)
-        seconds = base * math.exp(mean)
-        return _cost(prior, seconds, seconds * math.exp(-half), seconds * math.exp(half), "learned")
+    def _moved(self, work: Workload, footprint: int, threads: int) -> float:
+        """How much longer a kernel takes in a model with other weights around it than where it was measured."""
+        if footprint == work.footprint or not work.weight_bytes:
+            return 1.0
+        here, there = (self._predicted(one, threads) for one in (work, dataclasses.replace(work, footprint=footprint)))
+        return math.exp(here[0] - there[0]) if here and there else 1.0
+
+    def _predicted(self, work: Workload, threads: int) -> tuple[float, float] | None:
+        """(log seconds, half width of the interval); None for a family that was not measured."""
+        return _predicted(self.table, work, tuple(sorted(self.micros.items())), threads, work.footprint)
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _predicted(table: Table, features: tuple[float, ...]) -> tuple[float, float]:
-    mean, half = table.model.predict(np.array([features]))
-    return float(mean[0]), float(half[0])
+def _predicted(
+    table: Table, work: Workload, micros: tuple[tuple[str, MicroKernel], ...], threads: int, _footprint: int
+) -> tuple[float, float] | None:
+    """The footprint stands by itself, as workloads that differ in it alone are equal."""
+    found = counted(work, dict(micros), threads)
+    return table.model.predict(found, threads) if table.model.knows(found, threads) else None
 
 
 def _cost(prior: Cost, seconds: float, low: float, high: float, source: str) -> Cost:

@@ -12,7 +12,14 @@ OPSET = 21
 SIDES = (7, 8, 10, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 112)
 MACS = 200_000_000  # of one network, about: it must be quick to measure
 LAYER_MACS = 120_000_000  # and its layers quicker than the slices of time that a busy machine gives
-FAMILIES = ("residual", "bottleneck", "inverted", "plain", "transformer", "rows", "gated", "early")
+MOBILE = (
+    (112, (16, 24, 32)),
+    (56, (24, 32, 40, 48)),
+    (28, (32, 40, 64, 80)),
+    (14, (64, 80, 96, 112, 128)),
+    (7, (128, 160, 192, 320)),
+)
+FAMILIES = ("residual", "bottleneck", "inverted", "plain", "transformer", "rows", "gated", "early", "fire", "mobile")
 
 
 def random_network(seed: int, family: str = "") -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
@@ -33,13 +40,22 @@ class _Net:
 
     def _start(self) -> tuple[int, ...]:
         if self.family == "transformer":
-            hidden = int(self.random.choice((64, 96, 128, 192, 256, 312, 384, 512, 768)))
-            return (1, int(self.random.choice((16, 32, 49, 64, 96, 128, 196, 256))), hidden)
+            hidden = int(self.random.choice((64, 96, 120, 128, 192, 240, 256, 312, 384, 512, 768)))
+            return (1, int(self.random.choice((16, 32, 40, 49, 64, 80, 96, 128, 196, 256))), hidden)
         if self.family == "rows":
             return (int(self.random.choice((1, 1, 1, 2, 4, 8, 16, 32))), self.width(16, 2048))
         if self.family == "early":  # first layers: few channels, large images
             side = int(self.random.choice((28, 32, 64, 96, 128, 160, 192, 224)))
-            return (1, int(self.random.choice((1, 3, 3, 3))), side, side if self.random.random() < 0.8 else max(16, side // 4))
+            wide = int(self.random.choice((max(16, side // 4), 2 * side, 320)))
+            return (
+                1,
+                int(self.random.choice((1, 3, 3, 3))),
+                min(side, 96) if wide > side else side,
+                wide if wide != side and self.random.random() < 0.25 else side,
+            )
+        if self.family == "mobile":  # where most depthwise layers are
+            side, widths = MOBILE[int(self.random.integers(len(MOBILE)))]
+            return (1, int(self.random.choice(widths)), side, side)
         side = int(self.random.choice(SIDES))
         other = side if self.random.random() < 0.8 else int(self.random.choice(SIDES))
         return (1, self.width(8, max(16, min(1024, 60_000 // side))), side, other)
@@ -76,19 +92,25 @@ class _Net:
         return self.constant((self.random.standard_normal(shape) * scale).astype(np.float32))
 
     def conv(
-        self, x: str, shape: tuple[int, ...], out: int, kernel: int, stride: int = 1, deep: bool = False
-    ) -> tuple[str, tuple]:
+        self, x: str, shape: tuple[int, ...], out: int, kernel: int | tuple[int, int], stride: int | tuple[int, int] = 1,
+        deep: bool = False,
+    ) -> tuple[str, tuple]:  # fmt: skip
         inputs = 1 if deep else shape[1]
+        kernels, strides = ((one, one) if isinstance(one, int) else one for one in (kernel, stride))
+        taps = kernels[0] * kernels[1]
         if not deep and out != shape[1]:
-            out = max(8, min(out, LAYER_MACS * stride * stride // (inputs * kernel * kernel * shape[2] * shape[3])))
-        weight = self.normal(out, inputs, kernel, kernel, scale=(2 / (inputs * kernel * kernel)) ** 0.5)
-        pad = kernel // 2
+            out = max(8, min(out, LAYER_MACS * strides[0] * strides[1] // (inputs * taps * shape[2] * shape[3])))
+        weight = self.normal(out, inputs, *kernels, scale=(2 / (inputs * taps)) ** 0.5)
+        low = high = [size // 2 for size in kernels]
+        if max(strides) > 1 and max(kernels) > 1 and self.random.random() < 0.2:  # as TensorFlow pads to the same size
+            low = [max(0, size - step) // 2 for size, step in zip(kernels, strides, strict=True)]
+            high = [max(0, size - step) - one for size, step, one in zip(kernels, strides, low, strict=True)]
         value = self.add(
-            "Conv", x, weight, self.normal(out), kernel_shape=[kernel] * 2, strides=[stride] * 2, pads=[pad] * 4,
+            "Conv", x, weight, self.normal(out), kernel_shape=list(kernels), strides=list(strides), pads=[*low, *high],
             group=shape[1] if deep else 1,
         )  # fmt: skip
-        sides = tuple((side + 2 * pad - kernel) // stride + 1 for side in shape[2:])
-        self.macs += out * inputs * kernel * kernel * sides[0] * sides[1]
+        sides = tuple((shape[2 + i] + low[i] + high[i] - kernels[i]) // strides[i] + 1 for i in (0, 1))
+        self.macs += out * inputs * taps * sides[0] * sides[1]
         return value, (shape[0], out, *sides)
 
     def activation(self, x: str, kind: str = "") -> str:
@@ -99,10 +121,19 @@ class _Net:
             return self.add("Clip", x, self.constant(np.float32(0)), self.constant(np.float32(6)))
         if kind == "silu":
             return self.add("Mul", x, self.add("Sigmoid", x))
-        return self.add(kind, x)
+        value = self.add(kind, x)
+        if kind == "HardSwish" and self.random.random() < 0.3:  # with a learned scale and shift, as in PP-LCNetV3
+            value = self.add("Mul", value, self.constant(np.float32(1.2)))
+            return self.add("Add", value, self.constant(np.float32(0.1)))
+        return value
 
     def _stride(self, shape: tuple[int, ...]) -> int:
         return 2 if min(shape[2:]) >= 14 and self.random.random() < 0.35 else 1
+
+    def _uneven(self, stride: int) -> int | tuple[int, int]:
+        """Now and then a stride along one axis alone, as networks that read lines of text have."""
+        choices: tuple[Any, ...] = ((2, 1), (1, 2), stride, stride, stride, stride, stride, stride)
+        return choices[int(self.random.integers(len(choices)))] if stride > 1 else stride
 
     def _residual(self, x: str, shape: tuple[int, ...]) -> tuple[str, tuple]:
         stride, out = self._stride(shape), self._bounded(self.width(16, 512), shape)
@@ -129,14 +160,27 @@ class _Net:
         wide = self.width(16, min(1280, 6 * shape[1] + 16))
         wide = max(16, min(wide, LAYER_MACS // (shape[1] * shape[2] * shape[3])))
         inner, one = self.conv(x, shape, wide, 1)
-        inner, two = self.conv(self.activation(inner, function), one, wide, kernel, stride, deep=True)
+        inner, two = self.conv(self.activation(inner, function), one, wide, kernel, self._uneven(stride), deep=True)
         out = shape[1] if stride == 1 and self.random.random() < 0.5 else self.width(8, 384)
         inner, three = self.conv(self.activation(inner, function), two, out, 1)
         return (self.add("Add", inner, x) if three == shape else inner), three
 
+    def _mobile(self, x: str, shape: tuple[int, ...]) -> tuple[str, tuple]:
+        """Inverted bottlenecks as designers choose them: widened four or six times, one activation."""
+        kernel, stride = int(self.random.choice((3, 3, 5))), self._stride(shape)
+        wide = shape[1] * int(self.random.choice((3, 4, 6, 6)))
+        inner, one = self.conv(x, shape, wide, 1)
+        inner, two = self.conv(self.activation(inner, "Clip"), one, one[1], kernel, stride, deep=True)
+        out = (
+            shape[1] if stride == 1 and self.random.random() < 0.6 else round(shape[1] * float(self.random.uniform(1, 2)) / 8) * 8
+        )
+        inner, three = self.conv(self.activation(inner, "Clip"), two, max(8, out), 1)
+        return (self.add("Add", inner, x) if three == shape else inner), three
+
     def _plain(self, x: str, shape: tuple[int, ...]) -> tuple[str, tuple]:
-        kernel = int(self.random.choice((1, 1, 3, 3, 3, 5, 7)))
-        x, shape = self.conv(x, shape, self.width(8, 512), kernel, self._stride(shape))
+        kernels: tuple[Any, ...] = (1, 1, 3, 3, 3, 5, 7, (1, 3), (1, 5), (3, 1))
+        kernel = kernels[int(self.random.integers(len(kernels)))]
+        x, shape = self.conv(x, shape, self.width(8, 512), kernel, self._uneven(self._stride(shape)))
         x = self.activation(x)
         if min(shape[2:]) >= 8 and self.random.random() < 0.3:
             pool, size = str(self.random.choice(("MaxPool", "AveragePool"))), int(self.random.choice((2, 3)))
@@ -144,6 +188,17 @@ class _Net:
             x = self.add(pool, x, kernel_shape=[size] * 2, strides=[2, 2], pads=[pad] * 4)
             shape = (*shape[:2], *((side + 2 * pad - size) // 2 + 1 for side in shape[2:]))
         return x, shape
+
+    def _fire(self, x: str, shape: tuple[int, ...]) -> tuple[str, tuple]:
+        """Squeeze, then two kinds of filters beside each other (Iandola et al., 2016); factored layers are such pairs, too."""
+        x, shape = self.conv(x, shape, self.width(8, 128), 1)
+        x = self.activation(x, "Relu") if self.random.random() < 0.7 else x
+        one, there = self.conv(x, shape, self.width(16, 256), 1)
+        if self.random.random() < 0.5:
+            return self.activation(one, "Relu"), there
+        other, beside = self.conv(x, shape, there[1], 3)
+        joined = self.add("Concat", self.activation(one, "Relu"), self.activation(other, "Relu"), axis=1)
+        return joined, (there[0], there[1] + beside[1], *there[2:])
 
     def _early(self, x: str, shape: tuple[int, ...]) -> tuple[str, tuple]:
         if shape[1] > 3:
@@ -171,7 +226,7 @@ class _Net:
         return self.add("Add", self.add("MatMul", x, self.normal(inputs, out, scale=inputs**-0.5)), self.normal(out))
 
     def _rows(self, x: str, shape: tuple[int, ...]) -> tuple[str, tuple]:
-        out = self.width(10, 2048)
+        out = self.width(10, 8192 if self.random.random() < 0.2 else 2048)
         return self.activation(self.linear(x, shape[1], out, shape[0]), "Relu"), (shape[0], out)
 
     def _transformer(self, x: str, shape: tuple[int, ...]) -> tuple[str, tuple]:
@@ -183,6 +238,8 @@ class _Net:
         ]
         value = self._split(self.linear(x, hidden, hidden, rows), rows, heads, depth, (0, 2, 1, 3))
         scores = self.add("Div", self.add("MatMul", *parts), self.constant(np.float32(depth**0.5)))
+        if self.random.random() < 0.4:
+            scores = self.add("Add", scores, self.constant(np.zeros((1, 1, 1, rows), np.float32)))
         mixed = self.add("Transpose", self.add("MatMul", self.add("Softmax", scores, axis=-1), value), perm=[0, 2, 1, 3])
         joined = self.add("Reshape", mixed, self.constant(np.array((1, rows, hidden), np.int64)))
         x = self._norm(self.add("Add", self.linear(joined, hidden, hidden, rows), x), hidden)

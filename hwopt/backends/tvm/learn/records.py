@@ -6,21 +6,26 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hwopt.backends.tvm.learn.features import NAMES, described
+from hwopt.analysis.workload import rounded
+from hwopt.backends.tvm.learn.counted import Counted
+from hwopt.backends.tvm.learn.features import counted
 from hwopt.backends.tvm.learn.measure import Profile
+from hwopt.backends.tvm.learn.predictor import Predictor, fitted
+from hwopt.backends.tvm.learn.stock import work_from
 from hwopt.backends.tvm.learn.table import Table, instructions, processor, work_key
-from hwopt.backends.tvm.learn.trees import MEMBERS, Ensemble, train
+from hwopt.backends.tvm.learn.trees import MEMBERS
 from hwopt.errors import UsageError
-from hwopt.target import Coded, Target, Workload
+from hwopt.target import Target, Workload
 
-CLEAN = 0.12  # noise above which a sample is not believed
+CLEAN = 0.2  # noise above which a sample is not believed
 HELD = 5  # one kernel of so many is kept out of training to say how good it is
 SHORT = 1e-6  # shorter kernels are not judged: a clock reads to some 30 ns
 NEAR = 0.1
@@ -39,14 +44,31 @@ class Record:
     seed: int
     form: str
     shared: int = 1
+    code: str = ""  # of the templates that were measured
 
     @property
     def believed(self) -> bool:
         return self.shared == 1 and self.noise <= CLEAN and self.seconds > 0 and self.clock > 0
 
 
-def records_of(found: Profile, threads: int, seed: int, form: str) -> list[Record]:
-    return [Record(one.work, one.seconds, one.noise, found.clock, threads, seed, form, one.shared) for one in found.samples]
+def records_of(found: Profile, threads: int, seed: int, form: str, evict: int = 0, code: str = "") -> list[Record]:
+    """What passed through the caches between two passes counts as weights of the model."""
+    works = (dataclasses.replace(one.work, footprint=rounded(one.work.footprint + evict)) for one in found.samples)
+    return [
+        Record(work, one.seconds, one.noise, found.clock, threads, seed, form, one.shared, code)
+        for work, one in zip(works, found.samples, strict=True)
+    ]
+
+
+def together(turns: Sequence[Sequence[Record]]) -> list[Record]:
+    """Several visits to one network as one: the fastest, as if the clock had been the same; how they differ is noise, too."""
+    found = []
+    for same in zip(*turns, strict=True):
+        times = [one.seconds / one.clock for one in same]
+        best = same[times.index(min(times))]
+        differ = float(np.median(times)) / min(times) - 1 if min(times) > 0 else 0.0
+        found.append(dataclasses.replace(best, noise=max(best.noise, differ)))
+    return found
 
 
 def append(path: Path, records: Iterable[Record]) -> None:
@@ -74,10 +96,7 @@ def read(path: Path) -> list[Record]:
 
 
 def _record(data: dict[str, Any]) -> Record:
-    work: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data["work"].items()}
-    coded = work.get("coded")
-    work["coded"] = Coded(**coded) if coded else None
-    return Record(**{**data, "work": Workload(**work)})
+    return Record(**{**data, "work": work_from(data["work"])})
 
 
 def clocked(records: Sequence[Record]) -> list[Record]:
@@ -87,47 +106,54 @@ def clocked(records: Sequence[Record]) -> list[Record]:
     return [dataclasses.replace(one, seconds=one.seconds * usual / one.clock, clock=usual) for one in kept]
 
 
-def matrix(records: Sequence[Record], target: Target) -> tuple[np.ndarray, np.ndarray]:
-    """Features by row, and log(measured / prior)."""
-    made = [described(record.work, target.microkernels, record.threads) for record in records]
-    rows = np.array([features for _, features in made]).reshape(-1, len(NAMES))
-    return rows, np.log([record.seconds / prior for record, (prior, _) in zip(records, made, strict=True)])
+def counts(records: Sequence[Record], target: Target) -> list[Counted]:
+    return [counted(record.work, target.microkernels, record.threads) for record in records]
 
 
-def fitted(records: Sequence[Record], target: Target, members: int = MEMBERS, seed: int = 0) -> Ensemble:
-    """An ensemble for believed, clocked records."""
-    rows, wanted = matrix(records, target)
-    noise = np.array([record.noise for record in records])
-    return train(rows, wanted, 1 / (0.03 + noise), seed, members)
+def learned(records: Sequence[Record], target: Target, members: int = MEMBERS, seed: int = 0) -> Predictor:
+    """A predictor for believed, clocked records."""
+    threads = [record.threads for record in records]
+    seconds, noise = (np.array([getattr(record, name) for record in records]) for name in ("seconds", "noise"))
+    return fitted(counts(records, target), threads, seconds, noise, members, seed)
 
 
 @dataclass(frozen=True)
 class Quality:
-    """How predictions of kernels that training did not see compare with the measurement."""
+    """How predictions of kernels that training did not see compare with the measurement; also by family: (kernels, share)."""
 
     kernels: int
     within_10: float  # share
     median: float  # relative error
     covered: float  # share of the measurements inside of the stated interval
+    families: dict[str, tuple[int, float]] = field(default_factory=dict)
 
 
 def quality(records: Sequence[Record], target: Target) -> Quality | None:
     """Trained without one of HELD kernels, chosen by their keys, and judged on those that take 1 us; None for too few."""
     rest = [one for one in records if not held_out(one)]
     held = list({work_key(one.work, one.threads): one for one in records if held_out(one) and one.seconds >= SHORT}.values())
-    return judged(fitted(rest, target), held, target) if len(held) >= HELD and len(rest) >= 10 * HELD else None
+    return judged(learned(rest, target), held, target) if len(held) >= HELD and len(rest) >= 10 * HELD else None
 
 
 def held_out(record: Record) -> bool:
     return int(work_key(record.work, record.threads), 16) % HELD == HELD - 1
 
 
-def judged(model: Ensemble, records: Sequence[Record], target: Target) -> Quality:
-    rows, wanted = matrix(records, target)
-    mean, half = model.predict(rows)
-    error = np.abs(np.exp(mean - wanted) - 1)
-    inside = np.abs(mean - wanted) <= half
-    return Quality(len(records), float((error <= NEAR).mean()), float(np.median(error)), float(inside.mean()))
+def judged(model: Predictor, records: Sequence[Record], target: Target) -> Quality | None:
+    """Of the kernels whose family the predictor knows; None if there are none."""
+    errors, inside, families = [], [], []
+    for record, found in zip(records, counts(records, target), strict=True):
+        if model.knows(found, record.threads):
+            mean, half = model.predict(found, record.threads)
+            errors.append(abs(math.exp(mean) / record.seconds - 1))
+            inside.append(abs(mean - math.log(record.seconds)) <= half)
+            families.append(f"{record.work.kind} {record.work.dtype} x{record.threads}")
+    if not errors:
+        return None
+    near = np.array(errors) <= NEAR
+    shares = {name: near[[one == name for one in families]] for name in sorted(set(families))}
+    split = {name: (len(some), round(float(some.mean()), 4)) for name, some in shares.items()}
+    return Quality(len(errors), float(near.mean()), float(np.median(errors)), float(np.mean(inside)), split)
 
 
 def table_of(records: Sequence[Record], target: Target, found: Quality | None, date: str = "") -> Table:
@@ -135,17 +161,18 @@ def table_of(records: Sequence[Record], target: Target, found: Quality | None, d
     kept = clocked(records)
     if len(kept) < 2 * HELD:
         raise UsageError(f"only {len(kept)} kernels were measured well enough", place="profile", hint="measure for longer")
-    measured: dict[str, tuple[float, float]] = {}
+    measured: dict[str, tuple[float, float, int]] = {}
     for one in sorted(kept, key=lambda record: -record.seconds):
-        measured[work_key(one.work, one.threads)] = (float(f"{one.seconds:.5g}"), round(one.noise, 4))
+        measured[work_key(one.work, one.threads)] = (float(f"{one.seconds:.5g}"), round(one.noise, 4), one.work.footprint)
     facts = {
         "date": date or datetime.date.today().isoformat(), "kernels": len(kept), "networks": len({one.seed for one in kept}),
         "target": target.name, "clock_seconds": kept[0].clock, **(_rounded(found) if found else {}),
         "versions": {name: importlib.metadata.version(name) for name in ("hwopt", "apache-tvm", "scikit-learn")},
     }  # fmt: skip
     threads = tuple(sorted({record.threads for record in kept}))
-    return Table(processor(), instructions(target.tvm), threads, measured, fitted(kept, target), facts)
+    return Table(processor(), instructions(target.tvm), threads, measured, learned(kept, target), facts)
 
 
-def _rounded(found: Quality) -> dict[str, float]:
-    return {f"held_out_{name}": round(value, 4) for name, value in dataclasses.asdict(found).items()}
+def _rounded(found: Quality) -> dict[str, Any]:
+    figures = dataclasses.asdict(found)
+    return {f"held_out_{name}": value if name == "families" else round(value, 4) for name, value in figures.items()}

@@ -14,18 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hwopt.backends.tvm.learn.features import NAMES
-from hwopt.backends.tvm.learn.trees import Ensemble
+from hwopt.backends.tvm.learn.predictor import Predictor
 from hwopt.errors import HwoptError, UsageError
 from hwopt.target import Target, Workload
 
-FORMAT = 1
+FORMAT = 2
 HINT = "measure again: hwopt profile"
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Seconds (and their relative noise) by key, and the predictor for everything else.
+    """Seconds, their relative noise and the footprint of the model around them by key, and the predictor for everything else.
 
     `cpu` and `isa` say what was measured, `threads` for which numbers; `facts` are the date, versions and counts.
     """
@@ -33,16 +32,15 @@ class Table:
     cpu: str
     isa: str
     threads: tuple[int, ...]
-    measured: Mapping[str, tuple[float, float]]
-    model: Ensemble
+    measured: Mapping[str, tuple[float, float, int]]
+    model: Predictor
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Sorted and compact; `from_json` reads it back."""
         data = {
             "format": FORMAT, "cpu": self.cpu, "isa": self.isa, "threads": list(self.threads), "facts": dict(self.facts),
-            "features": list(NAMES), "measured": {key: list(value) for key, value in self.measured.items()},
-            "model": self.model.to_data(),
+            "measured": {key: list(value) for key, value in self.measured.items()}, "model": self.model.to_data(),
         }  # fmt: skip
         return json.dumps(data, sort_keys=True, separators=(",", ":")) + "\n"
 
@@ -52,12 +50,12 @@ def from_json(text: str, place: str) -> Table:
     key = "the file"
     try:
         data = json.loads(text)
-        for key in ("format", "cpu", "isa", "threads", "facts", "features", "measured", "model"):
+        for key in ("format", "cpu", "isa", "threads", "facts", "measured", "model"):
             _checked(key, data[key])
         key = "measured"
-        measured = {str(name): (float(value[0]), float(value[1])) for name, value in data["measured"].items()}
+        measured = {str(name): (float(value[0]), float(value[1]), int(value[2])) for name, value in data["measured"].items()}
         key = "model"
-        model = Ensemble.from_data(data["model"])
+        model = Predictor.from_data(data["model"])
     except HwoptError as error:
         raise UsageError(f"{key}: {error}", place=place, hint=HINT) from error
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -69,8 +67,6 @@ def from_json(text: str, place: str) -> Table:
 def _checked(key: str, value: Any) -> None:
     if key == "format" and value != FORMAT:
         raise ValueError(f"is {value!r}, this hwopt reads {FORMAT}")
-    if key == "features" and value != list(NAMES):
-        raise ValueError("are another version's")
     if key == "threads" and not (value and all(isinstance(one, int) and one > 0 for one in value)):
         raise ValueError(f"{value!r} are no numbers of threads")
 
@@ -86,7 +82,7 @@ def load_table(path: Path) -> Table:
 
 def work_key(work: Workload, threads: int) -> str:
     """Names a kernel by what the backend emits for it: 16 hexadecimal digits."""
-    data = dataclasses.asdict(dataclasses.replace(work, name=""))
+    data = dataclasses.asdict(dataclasses.replace(work, name="", footprint=0))
     return hashlib.sha256(json.dumps([data, threads], sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -44,6 +44,11 @@ def _cuts(size: int, tile: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(tile, size // tile), (size % tile, np.ones_like(tile))]
 
 
+def cuts(size: int, tile: int) -> list[tuple[int, int]]:
+    """The same for one tile, as in kernels/schedule.py."""
+    return [(width, count) for width, count in ((tile, size // tile), (size % tile, 1)) if width and count]
+
+
 def tile_of(rows: int, columns: int, channels: int, steps: int, micro: MicroKernel) -> tuple[float, tuple[int, int, int]]:
     """The same for a micro-kernel and output channels of a group."""
     return best_tile(rows, columns, -(-channels // micro.lanes), steps, micro.registers, micro.rows)

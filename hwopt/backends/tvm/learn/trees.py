@@ -12,8 +12,8 @@ import numpy as np
 
 from hwopt.errors import UsageError
 
-MEMBERS = 6  # of an ensemble, each trained on other rows
-TREES, DEPTH, RATE = 180, 5, 0.08
+MEMBERS = 4  # of an ensemble, each trained on other rows
+TREES, DEPTH, RATE = 240, 4, 0.07
 FAR = 1.5  # nobody knows more than a factor of four and a half less
 SHARE = 0.8  # of the rows that one member sees
 
@@ -48,22 +48,39 @@ class Trees:
             at = np.where(inner, children[trees, at, right], at)
 
     def to_data(self) -> dict[str, Any]:
-        return {"base": self.base, "trees": [[[int(f), t, left, right] for f, t, left, right in tree] for tree in self.nodes]}
+        """Features and values of each tree's nodes; a node's left child is the next one."""
+        return {
+            "base": self.base,
+            "trees": [[[int(node[0]) for node in tree], [node[1] for node in tree]] for tree in self.nodes],
+        }
 
     @staticmethod
     def from_data(data: Mapping[str, Any]) -> Trees:
         """Raises UsageError that names what is wrong."""
-        trees = tuple(tuple(_node(node, len(tree)) for node in tree) for tree in data["trees"])
+        trees = tuple(_tree(tree) for tree in data["trees"])
         if not trees or not all(trees):
             raise UsageError("has an empty tree", place="trees")
         return Trees(float(data["base"]), trees)
 
 
-def _node(node: Sequence[Any], count: int) -> tuple[float, float, int, int]:
-    feature, value, left, right = int(node[0]), float(node[1]), int(node[2]), int(node[3])
-    if not np.isfinite(value) or (feature >= 0 and not (0 < left < count and 0 < right < count)):
-        raise UsageError(f"cannot be a node: {node}", place="trees")
-    return feature, value, left, right
+def _tree(data: Sequence[Any]) -> tuple[tuple[float, float, int, int], ...]:
+    """The nodes with their children: the right one follows the left one's subtree."""
+    features, values = [int(one) for one in data[0]], [float(one) for one in data[1]]
+    if len(features) != len(values) or not np.isfinite(values).all():
+        raise UsageError("has nodes that cannot be", place="trees")
+    ends = [0] * len(features)
+    for index in reversed(range(len(features))):
+        ends[index] = index + 1
+        for _ in range(2 if features[index] >= 0 else 0):
+            if ends[index] >= len(features):
+                raise UsageError("has a node without children", place="trees")
+            ends[index] = ends[ends[index]]
+    if features and ends[0] != len(features):
+        raise UsageError("has nodes that nothing leads to", place="trees")
+    return tuple(
+        (feature, value, index + 1, ends[index + 1]) if feature >= 0 else (-1, value, 0, 0)
+        for index, (feature, value) in enumerate(zip(features, values, strict=True))
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,10 +109,6 @@ class Ensemble:
         beyond = np.maximum(np.maximum(rows - high, low - rows), 0)
         return np.minimum((beyond / np.where(high > low, high - low, 1.0)).max(1), FAR)
 
-    def spread(self, rows: np.ndarray) -> np.ndarray:
-        """How much the members disagree."""
-        return np.asarray(np.stack([member.predict(rows) for member in self.members]).std(0))
-
     def to_data(self) -> dict[str, Any]:
         return {
             "residual": self.residual, "widening": self.widening, "low": list(self.low), "high": list(self.high),
@@ -120,7 +133,7 @@ def train(rows: np.ndarray, wanted: np.ndarray, weights: np.ndarray, seed: int =
     for index in range(members):
         inside = random.random(len(rows)) < SHARE
         booster = GradientBoostingRegressor(
-            loss="huber", alpha=0.95, n_estimators=TREES, max_depth=DEPTH, learning_rate=RATE, subsample=0.7, max_features=0.5,
+            loss="huber", alpha=0.95, n_estimators=TREES, max_depth=DEPTH, learning_rate=RATE, subsample=0.7, max_features=0.4,
             min_samples_leaf=3, random_state=seed + index,
         )  # fmt: skip
         booster.fit(rows[inside], wanted[inside], weights[inside])
@@ -149,8 +162,11 @@ def from_sklearn(booster: Any) -> Trees:
         for index in range(tree.node_count):
             leaf = tree.children_left[index] < 0
             value = booster.learning_rate * tree.value[index, 0, 0] if leaf else tree.threshold[index]
+            value = float(f"{value:.5g}" if leaf else f"{value:.9g}")
             left, right = (0, 0) if leaf else (int(tree.children_left[index]), int(tree.children_right[index]))
-            nodes.append((-1 if leaf else int(tree.feature[index]), float(f"{value:.7g}" if leaf else value), left, right))
+            nodes.append(
+                (-1 if leaf else int(tree.feature[index]), float(f"{value:.5g}" if leaf else f"{value:.9g}"), left, right)
+            )
         trees.append(tuple(nodes))
     base = float(booster.init_.predict(np.zeros((1, booster.n_features_in_)))[0])
     return Trees(base, tuple(trees))

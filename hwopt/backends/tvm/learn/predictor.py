@@ -1,0 +1,137 @@
+"""Kernel -> seconds with an interval: counts weighed by what was measured, and boosted trees for what the weights leave over.
+
+One predictor for each family of kernels and number of threads: what makes a softmax slow says nothing about a convolution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from hwopt.backends.tvm.learn.counted import Counted
+from hwopt.backends.tvm.learn.trees import MEMBERS, Ensemble, train
+from hwopt.errors import UsageError
+
+TURNS = 8  # of robust regression
+SMALL = 0.03  # relative error that counts as none in it
+LEAST = 24  # kernels from which a family is learned
+
+
+def family_of(counted: Counted, threads: int) -> str:
+    return f"{counted.family} x{threads}"
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """`times` and `shape` name the counts and facts; `weights` are seconds for each count."""
+
+    times: tuple[str, ...]
+    shape: tuple[str, ...]
+    weights: tuple[float, ...]
+    ensemble: Ensemble
+
+    def guess(self, times: np.ndarray) -> np.ndarray:
+        """Seconds by the weights alone, for rows of counts."""
+        return np.asarray(np.maximum(times @ np.array(self.weights), 1e-9))
+
+    def predict(self, found: Sequence[Counted]) -> tuple[np.ndarray, np.ndarray]:
+        """(log seconds, half width of the interval in it)."""
+        times, shape = values_of(found)
+        guess = self.guess(times)
+        more, half = self.ensemble.predict(features(times, shape, self.weights))
+        return np.log(guess) + more, half
+
+    def to_data(self) -> dict[str, Any]:
+        """Names stay in their order, also where keys are sorted."""
+        times = [[name, weight] for name, weight in zip(self.times, self.weights, strict=True)]
+        return {"times": times, "shape": list(self.shape), "trees": self.ensemble.to_data()}
+
+    @staticmethod
+    def from_data(data: Mapping[str, Any]) -> Family:
+        times = {str(name): float(value) for name, value in data["times"]}
+        if not times or not all(math.isfinite(value) and value >= 0 for value in times.values()):
+            raise UsageError("has weights that are no times", place="times")
+        ensemble = Ensemble.from_data(data["trees"])
+        if len(ensemble.low) != len(times) + len(data["shape"]) + 1:
+            raise UsageError("has trees over other features", place="trees")
+        return Family(tuple(times), tuple(map(str, data["shape"])), tuple(times.values()), ensemble)
+
+
+@dataclass(frozen=True, eq=False)
+class Predictor:
+    """The families that were measured."""
+
+    families: Mapping[str, Family] = field(default_factory=dict)
+
+    def knows(self, counted: Counted, threads: int) -> bool:
+        """False for a family that was not measured, or whose counts were others."""
+        found = self.families.get(family_of(counted, threads))
+        return found is not None and found.times == tuple(counted.times) and found.shape == tuple(counted.shape)
+
+    def predict(self, counted: Counted, threads: int) -> tuple[float, float]:
+        """(log seconds, half width) of one kernel that it knows."""
+        mean, half = self.families[family_of(counted, threads)].predict([counted])
+        return float(mean[0]), float(half[0])
+
+    def to_data(self) -> dict[str, Any]:
+        return {name: family.to_data() for name, family in sorted(self.families.items())}
+
+    @staticmethod
+    def from_data(data: Mapping[str, Any]) -> Predictor:
+        """Raises UsageError that names what is wrong."""
+        return Predictor({str(name): Family.from_data(family) for name, family in data.items()})
+
+
+def values_of(found: Sequence[Counted]) -> tuple[np.ndarray, np.ndarray]:
+    """Counts and facts by row."""
+    return np.array([list(one.times.values()) for one in found]), np.array([list(one.shape.values()) for one in found])
+
+
+def features(times: np.ndarray, shape: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """What the trees see: which share of the guess each count is, the facts, and the guess itself."""
+    parts = times * np.array(weights)
+    guess = np.maximum(parts.sum(1), 1e-9)
+    return np.hstack([parts / guess[:, None], shape, np.log(guess)[:, None]])
+
+
+def fitted(
+    found: Sequence[Counted],
+    threads: Sequence[int],
+    seconds: np.ndarray,
+    noise: np.ndarray,
+    members: int = MEMBERS,
+    seed: int = 0,
+) -> Predictor:
+    """A predictor for kernels that took so many seconds, each family from its own; those with few are left out."""
+    places: dict[str, list[int]] = {}
+    for index, (one, count) in enumerate(zip(found, threads, strict=True)):
+        places.setdefault(family_of(one, count), []).append(index)
+    return Predictor({
+        name: _family([found[index] for index in some], seconds[some], noise[some], members, seed)
+        for name, some in sorted(places.items()) if len(some) >= LEAST
+    })  # fmt: skip
+
+
+def _family(found: Sequence[Counted], seconds: np.ndarray, noise: np.ndarray, members: int, seed: int) -> Family:
+    times, shape = values_of(found)
+    weights = weighed(times, seconds)
+    rows = features(times, shape, weights.tolist())
+    wanted = np.log(seconds / np.maximum(times @ weights, 1e-9))
+    ensemble = train(rows, wanted, 1 / (0.03 + noise), seed, members)
+    return Family(tuple(found[0].times), tuple(found[0].shape), tuple(float(f"{one:.6g}") for one in weights), ensemble)
+
+
+def weighed(times: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """Weights >= 0 with the least relative error, outliers counting less (iteratively reweighted, Lawson and Hanson's NNLS)."""
+    from scipy.optimize import nnls
+
+    rows, wanted = times / seconds[:, None], np.ones(len(seconds))
+    emphasis, found = np.ones(len(seconds)), np.zeros(times.shape[1])
+    for _ in range(TURNS):
+        found, _ = nnls(rows * emphasis[:, None], wanted * emphasis)
+        emphasis = 1 / np.sqrt(np.maximum(np.abs(rows @ found - 1), SMALL))
+    return np.asarray(found)
