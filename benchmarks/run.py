@@ -21,12 +21,14 @@ SUITES = {
     "kernels": "kernels",
     "accuracy": "accuracy",
     "fidelity": "fidelity",
+    "fidelity-host": "host_kernels",
     "levels": "levels",
     "weights": "weights",
     "planner": "planner",
     "transfer": "transfer",
     "sensitivity": "sensitivity",
     "recover": "recover",
+    "recovery-methods": "recovery_methods",
     "overhead": "overhead",
 }
 

@@ -18,7 +18,8 @@ class Dkm(Recipe):
 
     The weights behind each palette, at first those of the teacher where it has them, are trained through their soft
     assignment; the graph gets the nearest codes, as integers,
-    and the entries. Checks look at that graph, never at the soft one. Distill trains the entries alone.
+    and the entries. Checks look at that graph, never at the soft one. Distill trains the entries alone; without
+    palettes both are the same.
     """
 
     name: ClassVar[str] = "dkm"
