@@ -37,6 +37,10 @@ def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
     yield PICTURES[3:], np.array([2])
 
 
+def nothing() -> list[object]:
+    return []
+
+
 def score(run: object) -> float:
     return 1.0
 
@@ -198,6 +202,7 @@ def test_datasets_need_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ([], "gives nothing"),
         ([(1, 2, 3)], "3 parts for the inputs x"),
         (lambda: 1 / 0, "failed: ZeroDivisionError"),
+        (f"{HERE}:nothing", f"{HERE}:nothing: gives nothing"),
     ],
 )
 def test_what_is_no_source_is_named(source: object, message: str) -> None:

@@ -2,9 +2,9 @@
 arXiv:1706.06083), within epsilon of each sample in the largest norm.
 
 Gradients come from hwopt.backends.torch, which passes rounding straight through (of a quantized model that is BPDA, Athalye et
-al., arXiv:1802.00420). The thirty lines below stand in for an attack library: torchattacks brings torchvision and pins requests
-to 2.25, foolbox brings GitPython, and both, like ART, attack floats with batches of any size, while here a graph may have a fixed
-batch and the library that ships takes bytes, so that an attack must end on whole numbers.
+al., arXiv:1802.00420). The few lines below stand in for an attack library: torchattacks brings torchvision and pins requests to
+2.25, foolbox brings GitPython; the Adversarial Robustness Toolbox computes the same (fgsm equal to the bit on the demo model) but
+brings scikit-learn, takes seconds to import, and its attacks do not end on the whole numbers that a library of bytes takes.
 """
 
 from __future__ import annotations

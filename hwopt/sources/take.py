@@ -20,16 +20,17 @@ from hwopt.sources.tables import is_table, read_table
 KINDS = "an .npz, a folder of pictures, a dataset on disk (arrow, parquet), or module:function"
 
 
-def samples_from(source: Any, graph: Graph) -> Samples:
+def samples_from(source: Any, graph: Graph, place: str = "data") -> Samples:
     """Samples that fit the graph's inputs. Raises DataError that names what does not, UsageError for options that mean nothing.
 
     `source` is Samples, arrays by name, a path (with options, see Request), `module:function`, a function that takes nothing,
-    or an iterable of batches or single samples: mappings by input name, or tuples of the inputs and maybe the labels.
+    or an iterable of batches or single samples: mappings by input name, or tuples of the inputs and maybe the labels. `place` is
+    what errors and reports call data that have no name of their own.
     """
     if isinstance(source, Samples):
         return checked(source, graph)
     if isinstance(source, Mapping):
-        return checked(samples_of(source, graph), graph)
+        return checked(samples_of(source, graph, place), graph)
     if isinstance(source, (str, Path)):
         request = parse_request(str(source))
         found = _read(request, graph)
@@ -37,7 +38,7 @@ def samples_from(source: Any, graph: Graph) -> Samples:
     if callable(source) and not isinstance(source, Iterable):
         return _called(source, getattr(source, "__name__", "data"), graph)
     if isinstance(source, Iterable):
-        return checked(samples_of_items(source, graph), graph)
+        return checked(samples_of_items(source, graph, place), graph)
     raise DataError(f"a {type(source).__name__} is no data", hint=f"give {KINDS}, arrays by name, or an iterable")
 
 
@@ -46,7 +47,7 @@ def _called(function: Callable[[], Any], name: str, graph: Graph) -> Samples:
         given = function()
     except Exception as error:  # whatever the user's function raises must name it
         raise DataError(f"failed: {type(error).__name__}: {error}", place=name) from error
-    return samples_from(given, graph)
+    return samples_from(given, graph, name)
 
 
 def _read(request: Request, graph: Graph) -> Samples:
