@@ -1,0 +1,43 @@
+"""Candidates built by a Dask cluster of several workers, each a process of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hwopt.backends.tvm.tune.builder import Built, build_candidate, cluster
+from hwopt.backends.tvm.tune.database import Database
+from hwopt.backends.tvm.tune.session import Effort, tune
+from hwopt.backends.tvm.tune.task import Task
+from hwopt.plugins import find_target
+from tests.test_tune import task
+
+distributed = pytest.importorskip("distributed")
+
+
+class Noting:
+    """Builds a candidate and writes down which process did, once at least two are at it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, work: Task, schedule: object, symbol: str) -> Built:
+        import os
+
+        (self.folder / str(os.getpid())).touch()
+        return build_candidate(work, schedule, symbol)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_several_workers_of_a_cluster_build_what_is_measured_here(tmp_path: Path) -> None:
+    workers, database = tmp_path / "workers", Database(tmp_path / "t.jsonl")
+    workers.mkdir()
+    options = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
+    with distributed.LocalCluster(**options) as local, cluster(local.scheduler_address) as executor:
+        state = tune(
+            {task(): 1}, find_target("host"), database, Effort(trials=8), executor=executor, build=Noting(workers), batch=8
+        )
+    assert state.trials == 8 and not state.failures
+    assert len(database.trials(task())) == 8
+    assert len(list(workers.iterdir())) == 2
