@@ -183,6 +183,13 @@ def test_datasets_on_disk_give_pictures_with_the_names_of_classes(tmp_path: Path
             samples_from(str(tmp_path), graph())
 
 
+def test_texts_without_a_tokenizer_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    build = Builder()
+    build.outputs = [build.op("Relu", [build.input((1, 3), name="ids")], (1, 3))]
+    with pytest.raises(DataError, match=r"are not the inputs ids: float32\[1,3\].*,tokenizer=module:function"):
+        samples_from(dataset(tmp_path, kind="parquet"), build.graph())
+
+
 def test_datasets_need_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     (tmp_path / "a.parquet").touch()

@@ -50,7 +50,7 @@ def _difference(found: Data) -> Iterator[str]:
     spread = f"median {found['median']:.3g}, 95th percentile {found['percentile_95']:.3g}, largest {found['largest']:.3g}"
     yield f"{what}: mean {found['mean']:.3g}, {spread}"
     if "flip_rate" in found:
-        yield f"flip rate {found['flip_rate']:.2%}{_interval(found['flip_rate_interval'])}: other answers than the float model's"
+        yield f"flip rate {found['flip_rate']:.4f}{_interval(found['flip_rate_interval'])}: other answers than the float model's"
 
 
 def _calibration(found: Data) -> Iterator[str]:

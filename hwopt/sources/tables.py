@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from hwopt.errors import DataError, UsageError, did_you_mean
+from hwopt.io.preprocess import channel_axis
 from hwopt.ir import Graph, numpy_dtype
 from hwopt.samples import Samples
 from hwopt.sources.pictures import picture, picture_input
@@ -142,13 +143,17 @@ def _array(column: Any, name: str, graph: Graph, request: Request) -> np.ndarray
 
 def _pictures(columns: Mapping[str, Any], features: Mapping[str, Any], request: Request, graph: Graph) -> dict[str, np.ndarray]:
     """The column of pictures: files as bytes, or beside the dataset by name."""
+    if all(channel_axis(graph.tensor(name)) is None for name in graph.inputs):
+        kinds = ", ".join(f"{name}: {graph.tensor(name)}" for name in graph.inputs)
+        hint = "call columns as the inputs are, or add ,tokenizer=module:function for a column of texts"
+        raise DataError(f"the columns {', '.join(columns)} are not the inputs {kinds}", place=request.path, hint=hint)
+    name = picture_input(graph, request.path)
     found = [name for name, feature in features.items() if isinstance(feature, dict) and feature.get("_type") == "Image"]
     usual = [name for name in IMAGE_NAMES if name in columns]
     stated = _column(request.image, (), columns, request, graph)
     column = stated or (found[0] if len(found) == 1 else "") or (usual[0] if usual else "")
     if not column:
         raise _lacks("image", columns, request)
-    name = picture_input(graph, request.path)
     rows = [_file(one, request) for one in columns[column].to_pylist()]
     pixels = np.empty((len(rows), *graph.tensor(name).dims[1:]), numpy_dtype(graph.tensor(name).dtype))
     for place, row in enumerate(rows):
