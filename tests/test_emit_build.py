@@ -229,3 +229,21 @@ def test_object_files_are_read_as_nm_reads_them():
 def test_what_is_no_object_file_is_refused(data):
     with pytest.raises(ValueError):
         read_object(data)
+
+
+def test_weights_as_a_c_array_serve_compilers_without_incbin(tmp_path):
+    w = ramp(41, 7)[:40]
+    made = program(("add", "x", "w", "y"), buffers={"w": constant("w", w)})
+    folder = build_library(made, tmp_path / "m", form=Form(("source", "array"))).folder
+    sources = ["m.c", "hwopt_runtime.c", "m_weights.c", "m_kernels0.o"]
+    strict = ["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fPIC", "-shared", "-pthread"]
+    subprocess.run(["cc", *strict, "-o", "libm.so", *sources], cwd=folder, check=True)
+    x, y = ramp(), ramp()
+    run = ctypes.CDLL(str(folder / "libm.so")).m_run
+    assert run(ctypes.c_void_p(x.ctypes.data), ctypes.c_void_p(y.ctypes.data), None) == 0
+    np.testing.assert_array_equal(y, x + w)
+
+
+def test_the_header_says_how_many_threads_a_run_uses(tmp_path):
+    build_library(program(("double", "x", "y")), tmp_path / "m", threads=3)
+    assert "1 to 256; 3 until this is called" in (tmp_path / "m" / "m.h").read_text()

@@ -15,6 +15,7 @@ import pytest
 
 from hwopt.cli import main
 from hwopt.emit.cpu import host_machine
+from hwopt.emit.elf import machine_of
 from tests.test_build_systems import EXAMPLES, ROOT, built_at, call, models, needs, touch
 
 SMALL, OTHER = "build/small.hwopt/libsmall.a", "build/other.hwopt/libother.a"
@@ -138,3 +139,28 @@ def test_the_program_runs_where_there_is_nothing_but_its_libraries(project: Path
     assert call("chroot", room, "/app", folder=project) == wanted
     inside = {path.name for path in room.rglob("*") if path.is_file()}
     assert inside <= {"app", *needed}, "neither Python nor TVM"
+
+
+TOOLCHAIN = """set(CMAKE_SYSTEM_NAME Linux)
+set(CMAKE_SYSTEM_PROCESSOR aarch64)
+set(CMAKE_C_COMPILER aarch64-linux-gnu-gcc)
+set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)
+set(CMAKE_CROSSCOMPILING_EMULATOR qemu-aarch64;-L;/usr/aarch64-linux-gnu)
+"""
+
+
+@pytest.mark.slow
+def test_a_toolchain_file_cross_compiles_and_ctest_runs_it_under_emulation(tmp_path: Path) -> None:
+    needs("cmake", "ninja", "aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++", "qemu-aarch64")
+    models(tmp_path)
+    for name in ("main.c", "main.cc", "cmake/CMakeLists.txt"):
+        shutil.copy(EXAMPLES / name, tmp_path)
+    (tmp_path / "board.toml").write_text(BOARD.format(machine="aarch64"))
+    (tmp_path / "tuned.jsonl").write_text("")
+    plan(tmp_path)
+    (tmp_path / "arm.cmake").write_text(TOOLCHAIN)
+    options = (f"-Dhwopt_DIR={ROOT / 'hwopt' / 'cmake'}", f"-DHWOPT_PYTHON={sys.executable}", "-DCMAKE_TOOLCHAIN_FILE=arm.cmake")
+    call("cmake", "-S", ".", "-B", "build", "-G", "Ninja", *options, folder=tmp_path)
+    call("cmake", "--build", "build", folder=tmp_path)
+    assert machine_of((tmp_path / "build/app").read_bytes()) == "aarch64"
+    call("ctest", "--test-dir", "build", "--output-on-failure", folder=tmp_path)

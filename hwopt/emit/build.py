@@ -72,7 +72,7 @@ def build_library(
     _check_options(program, threads, form)
     programs = [program, *(other for other, _ in fallbacks)]
     machine = _machine(programs)
-    compiler = () if set(form.emit) <= {"source"} else find_compiler(machine)
+    compiler = () if set(form.emit) <= {"source", "array"} else find_compiler(machine)
     packed = pack_shared(programs)
     weights = packed[0]
     if len(weights.blob) >= 1 << 31:
@@ -174,7 +174,7 @@ def _write_sources(folder: Path, variants: Sequence[Variant], threads: int) -> l
     name = variants[0].layout.program.name
     objects = [data for one in variants for data in one.layout.program.objects]
     texts = {
-        f"{name}.h": header(variants), f"{name}.c": source(variants, threads), f"{name}_weights.S": assembly(name),
+        f"{name}.h": header(variants, threads), f"{name}.c": source(variants, threads), f"{name}_weights.S": assembly(name),
         **{file: Path(__file__).with_name(file).read_text() for file in RUNTIME}, **variants[0].layout.program.sources,
     }  # fmt: skip
     blobs = {f"{name}_weights.bin": variants[0].layout.weights.blob}

@@ -109,7 +109,7 @@ def workspace_bytes(variants: Sequence[Variant]) -> int:
     return rounded(arena_bytes(variants)) + tables + max(rounded(one.layout.scratch_bytes) for one in variants)
 
 
-def header(variants: Sequence[Variant]) -> str:
+def header(variants: Sequence[Variant], threads: int = 1) -> str:
     """The header a user includes: self-contained, C11 and C++, documents every buffer."""
     layout = variants[0].layout
     program, upper = layout.program, layout.program.name.upper()
@@ -135,7 +135,7 @@ extern "C" {{
 /* Names, shapes and sizes; never NULL. */
 const hwopt_info *{program.name}_info(void);
 
-/* How many threads one run uses, 1 to 256. */
+/* How many threads one run uses, 1 to 256; {threads} until this is called. */
 int {program.name}_set_threads(int threads);
 
 /* Frees the memory that runs with a NULL workspace, or unaligned tensors, left for the next one. */

@@ -5,6 +5,7 @@ static  lib<name>.a with the model's objects; several models in one program shar
 object  <name>.o, all of it in one relocatable object whose only global symbols are the model's functions
 source  the generated C, the weights, the kernels' objects and the runtime, to be built by somebody else
 pc      <name>.pc for pkg-config, which finds the library beside itself
+array   <name>_weights.c, the weights as a C array, in place of <name>_weights.S for assemblers without .incbin
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hwopt.emit.toolchain import binutil, run_compiler
+from hwopt.emit.weights import weights_array
 from hwopt.errors import UsageError, did_you_mean
 
-PRODUCTS = ("shared", "static", "object", "source", "pc")
+PRODUCTS = ("shared", "static", "object", "source", "pc", "array")
 DEFAULT = ("shared", "source")
 FUNCTIONS = ("run", "info", "set_threads", "release", "error")
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic")
@@ -41,6 +43,8 @@ def parse_emit(text: str) -> tuple[str, ...]:
             raise UsageError(f"unknown product {name!r}", place="--emit", hint=hint)
     if not names:
         raise UsageError("nothing to emit", place="--emit", hint=f"known: {', '.join(PRODUCTS)}")
+    if "array" in names and "source" not in names:
+        raise UsageError("array goes with the source", place="--emit", hint="add source")
     if "pc" in names and not {"shared", "static"} & set(names):
         raise UsageError("pc describes a library", place="--emit", hint="add shared or static")
     return names
@@ -79,6 +83,8 @@ def make_products(
         run_compiler([binutil(compiler, "objcopy"), "--strip-debug", *keep, f"{name}.o"], folder)
     if "pc" in emit:
         (folder / f"{name}.pc").write_text(_pkg_config(name, [*flags, *links]))
+    if "array" in emit:
+        (folder / f"{name}_weights.c").write_text(weights_array(name, (folder / f"{name}_weights.bin").read_bytes()))
     for path in folder.glob("*.tmp*"):
         path.unlink()
 

@@ -58,3 +58,10 @@ def assembly(name: str) -> str:
     .size {name}_weights, . - {name}_weights
     .section .note.GNU-stack,"",%progbits
 """
+
+
+def weights_array(name: str, blob: bytes) -> str:
+    """The same symbol as C11, for assemblers without .incbin; compiling it takes long where weights are large."""
+    rows = (", ".join(map(str, blob[at : at + 24])) for at in range(0, len(blob), 24))
+    body = ",\n    ".join(rows) or "0"
+    return f"_Alignas({ALIGNMENT}) const unsigned char {name}_weights[{len(blob)} + 1] = {{\n    {body}}};\n"

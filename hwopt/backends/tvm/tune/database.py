@@ -167,8 +167,8 @@ class Tuned:
         return sum(found is not None for found in self.asked.values())
 
     def note(self) -> str:
-        """For the report; "" where the database knows none of the kernels."""
+        """For the report: a database that was named is expected to know the kernels; "" for a model without any."""
         known = sum(bool(self.database.trials(task)) for task in self.asked)
-        if not known:
+        if not self.asked:
             return ""
         return f"{self.tuned} of {len(self.asked)} kernels run with tuned schedules, {known} were tuned"
