@@ -55,9 +55,7 @@ RECOVERING = (
     click.option("--checkpoints", type=click.Path(path_type=Path), help="Where unfinished training is kept and found again."),
 )
 BUILDING = (
-    click.option(
-        "--emit", default="shared,source", show_default=True, help="shared, static, object, source, array, pc."
-    ),
+    click.option("--emit", default="shared,source", show_default=True, help="shared, static, object, source, array, pc."),
     click.option("--parallel", type=click.Choice(["pthread", "openmp", "serial"]), default="pthread", show_default=True),
     click.option("--no-heap", is_flag=True, help="A run lives in the caller's workspace alone (with --parallel serial)."),
     click.option("--no-measure", is_flag=True, help="Time nothing: same inputs, same bytes, and the cache is used."),
