@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import psutil
 
 from hwopt.emit.cpu import request_tiles
-from hwopt.target import Memory, MicroKernel
+from hwopt.target import Memory, MicroKernel, Target
+from targets._roofline import Roofline
 
 DRAM_BYTES_PER_SECOND = 12e9  # one core of a current server or desktop reading main memory; measured tables replace it
 CACHE_BYTES_PER_CYCLE = (64, 32, 12)  # first, second, third level, of one core; from the vendors' optimization guides
@@ -52,6 +53,20 @@ def needed_features(llvm: Mapping[str, object]) -> tuple[str, ...]:
     known = CPUINFO_NAMES_ARM32 if str(llvm["mtriple"]).startswith("arm") else CPUINFO_NAMES
     names = {known.get(name, name) for name in attributes} | set(LEVELS.get(str(llvm["mcpu"]), ()))
     return tuple(sorted(names))
+
+
+def roofline_cpu(
+    name: str, summary: str, cores: int, peak: Mapping[str, float], memories: tuple[Memory, ...],
+    isa: tuple[Mapping[str, Any], Mapping[str, MicroKernel]], **cost: Any,
+) -> Target:  # fmt: skip
+    """A CPU that is priced from data sheets; `isa` is TVM's target and the micro-kernels, `cost` the other fields of Roofline."""
+    tvm, kernels = isa
+    granule = {dtype: kernel.lanes for dtype, kernel in kernels.items()}
+    return Target(
+        name=name, summary=summary, kind="cpu", cores=cores, peak=peak, memories=memories, granule=granule,
+        cost=Roofline(peak=peak, memories=memories, granule=granule, **cost), tvm=tvm, microkernels=kernels,
+        features=needed_features(tvm),
+    )  # fmt: skip
 
 
 def cpu_features() -> frozenset[str]:

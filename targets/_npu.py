@@ -8,8 +8,9 @@ or `depth` input channels of four taps, whichever needs fewer. Activations cross
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from hwopt.target import Cost, Workload
+from hwopt.target import Cost, Memory, Target, Workload
 from targets._energy import DRAM_JOULES_PER_BYTE, MAC_JOULES, sram_joules_per_byte
 
 EXPOSED = 0.1  # of what runs beside the longest part: the first block in, the last one out; an assumption
@@ -64,3 +65,18 @@ class BlockArray:
         reused = workload.macs / self.channels + workload.macs / self.pixels
         sram = (reused + workload.read_bytes + workload.write_bytes) * sram_joules_per_byte(32 << 10)
         return workload.macs * MAC_JOULES + sram + workload.weight_bytes * DRAM_JOULES_PER_BYTE
+
+
+def npu_target(
+    name: str, summary: str, hertz: float, granule: int, sram: tuple[int, float], outside: tuple[str, int, float],
+    tvm: dict[str, Any], engines: int = 1,
+) -> Target:  # fmt: skip
+    """256 int8 multipliers in each engine, SRAM for activations, and the memory that weights lie in; bytes and bytes a second."""
+    cost = BlockArray(4, 8, 8, hertz, *sram, outside[2], engines=engines)
+    macs = cost.pixels * cost.channels * cost.depth * engines
+    return Target(
+        name=name, summary=summary, kind="asic", cores=1,
+        peak={"int8": 2 * macs * hertz, "float32": 2 * macs * hertz / cost.float_slowdown},
+        memories=(Memory("sram", *sram, sram_joules_per_byte(sram[0])), Memory(*outside, DRAM_JOULES_PER_BYTE)),
+        granule={"int8": granule, "float32": granule}, cost=cost, tvm=tvm,
+    )  # fmt: skip

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from hwopt.target import Array, Cost, Workload
+from hwopt.target import Array, Cost, Memory, Target, Workload
 from targets._energy import DRAM_JOULES_PER_BYTE, MAC_JOULES, sram_joules_per_byte
 
 DATAFLOWS = {"ws": "weight-stationary", "os": "output-stationary", "is": "input-stationary"}
@@ -188,3 +189,22 @@ class Systolic:
         if self.dataflow == "ws":
             return groups * m * k * across, groups * k * n * self._parts(workload), sums
         return groups * m * k * self._parts(workload), groups * k * n * folds_of(m, self.columns), sums
+
+
+def systolic_target(
+    name: str, summary: str, cost: Systolic, scratchpad: int, bank: int, dram: tuple[str, int], tvm: dict[str, Any],
+    modelled: bool = True,
+) -> Target:  # fmt: skip
+    """A square array with a scratchpad of so many bytes, a bank of which is read at once, and its DRAM by name and size.
+
+    Artifacts for one that is `modelled` run on the host, with a model of the array in C.
+    """
+    side, peak = cost.rows, 2 * cost.rows * cost.columns * cost.hertz
+    return Target(
+        name=name, summary=summary, kind="asic", cores=1, peak={"int8": peak, "float32": peak / cost.float_slowdown},
+        memories=(
+            Memory("scratchpad", scratchpad, 2 * side * cost.hertz, sram_joules_per_byte(bank)),
+            Memory(*dram, cost.dram_bytes_per_second, DRAM_JOULES_PER_BYTE),
+        ),
+        granule={"int8": side, "float32": side}, cost=cost, tvm=tvm, array=cost.array() if modelled else None,
+    )  # fmt: skip

@@ -6,25 +6,14 @@ Arm, "Ethos-U55 NPU technical overview" (32 to 256 MACs a cycle, 2 AXI ports of 
 
 from __future__ import annotations
 
-from hwopt.target import Memory, Target
-from targets._energy import DRAM_JOULES_PER_BYTE, sram_joules_per_byte
-from targets._npu import BlockArray
+from targets._npu import npu_target
 
-HERTZ = 500e6
-MACS = 256
-SRAM_BYTES_PER_SECOND, FLASH_BYTES_PER_SECOND = 4e9, 0.5e9
-
-TARGET = Target(
-    name="ethos-u55",
-    summary="Ethos-U55-like NPU: 256 int8 multipliers at 500 MHz, SRAM 4 GB/s, flash 0.5 GB/s",
-    kind="asic",
-    cores=1,
-    peak={"int8": 2 * MACS * HERTZ, "float32": 2 * MACS * HERTZ / 64},
-    memories=(
-        Memory("sram", 2 << 20, SRAM_BYTES_PER_SECOND, sram_joules_per_byte(2 << 20)),
-        Memory("flash", 64 << 20, FLASH_BYTES_PER_SECOND, DRAM_JOULES_PER_BYTE),
-    ),
-    granule={"int8": 8, "float32": 8},
-    cost=BlockArray(4, 8, 8, HERTZ, 2 << 20, SRAM_BYTES_PER_SECOND, FLASH_BYTES_PER_SECOND),
+TARGET = npu_target(
+    "ethos-u55",
+    "Ethos-U55-like NPU: 256 int8 multipliers at 500 MHz, SRAM 4 GB/s, flash 0.5 GB/s",
+    500e6,
+    granule=8,
+    sram=(2 << 20, 4e9),
+    outside=("flash", 64 << 20, 0.5e9),
     tvm={"kind": "llvm", "mtriple": "thumbv7em-none-eabi", "mcpu": "cortex-m7"},
 )

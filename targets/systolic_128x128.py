@@ -6,31 +6,17 @@ from three generations shaped Google's TPUv4i", ISCA 2021 (1.05 GHz, 614 GB/s, i
 
 from __future__ import annotations
 
-from hwopt.target import Memory, Target
-from targets._energy import DRAM_JOULES_PER_BYTE, sram_joules_per_byte
-from targets._systolic import Systolic
+from targets._systolic import Systolic, systolic_target
 
-HERTZ = 1.05e9
-SIDE = 128
 INPUTS, WEIGHTS, OUTPUTS = 8 << 20, 4 << 20, 4 << 20  # vector memory of one core
-DRAM_BYTES_PER_SECOND = 614e9 / 4  # an array's share
-COST = Systolic(
-    SIDE, SIDE, HERTZ, INPUTS, WEIGHTS, OUTPUTS, DRAM_BYTES_PER_SECOND,
-    vector_lanes=1024, float_slowdown=8.0, launch_cycles=2000,
-)  # fmt: skip
+SHARE = 614e9 / 4  # an array's, of the DRAM's bytes a second
 
-TARGET = Target(
-    name="systolic-128x128",
-    summary="server-class 128 x 128 int8 systolic array at 1.05 GHz, 16 MiB on chip, HBM",
-    kind="asic",
-    cores=1,
-    peak={"int8": 2 * SIDE * SIDE * HERTZ, "float32": 2 * SIDE * SIDE * HERTZ / 8},
-    memories=(
-        Memory("scratchpad", INPUTS + WEIGHTS + OUTPUTS, 2 * SIDE * HERTZ, sram_joules_per_byte(INPUTS)),
-        Memory("hbm", 8 << 30, DRAM_BYTES_PER_SECOND, DRAM_JOULES_PER_BYTE),
-    ),
-    granule={"int8": SIDE, "float32": SIDE},
-    cost=COST,
-    tvm={"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v3"},
-    array=COST.array(),  # artifacts run on the host, with a model of the array in C
+TARGET = systolic_target(
+    "systolic-128x128",
+    "server-class 128 x 128 int8 systolic array at 1.05 GHz, 16 MiB on chip, HBM",
+    Systolic(128, 128, 1.05e9, INPUTS, WEIGHTS, OUTPUTS, SHARE, vector_lanes=1024, float_slowdown=8.0, launch_cycles=2000),
+    INPUTS + WEIGHTS + OUTPUTS,
+    INPUTS,
+    ("hbm", 8 << 30),
+    {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v3"},
 )
