@@ -245,3 +245,30 @@ def test_recipes_and_cases_need_no_torch() -> None:
 
 def test_distill_is_the_usual_recipe() -> None:
     assert parse_recipe("distill") == Distill()
+
+
+def test_weights_of_half_precision_are_trained_in_single_and_written_in_their_own() -> None:
+    from hwopt.recover.torch.student import Student, written
+
+    teacher = net()
+    graph = quantized(teacher, dtype="bf16")
+    student = Student(graph)
+    assert written(graph, student.arrays(), "test") is graph
+    assert {one.dtype for one in student.parameters()} == {torch.float32}
+    better = recover(graph, teacher, samples(teacher, 160), SHORT.replace("0.003", "0.0003"))
+    assert better is not graph and shape_of(better) == shape_of(graph)
+
+
+def test_a_loss_of_the_users_is_in_the_recipe_by_name() -> None:
+    teacher = net()
+    case = Case(quantized(teacher, weights="int4"), teacher, samples(teacher), loss=squares)
+    found = recovered(case, SHORT)
+    assert found.recipe.loss == "tests.test_recover:squares"
+    assert recovered(dataclasses.replace(case, loss=None), str(found.recipe)).graph.digest == found.graph.digest
+    with pytest.raises(UsageError, match="cannot import the loss"):
+        recovered(dataclasses.replace(case, loss=None), "distill{loss=nowhere:loss}")
+
+
+def squares(found: Any, wanted: Any, labels: Any) -> Any:
+    (name,) = wanted
+    return (found[name] - wanted[name]).square().mean()

@@ -12,6 +12,7 @@ import numpy as np
 
 from hwopt.errors import DataError, UsageError
 from hwopt.ir import Graph, numpy_dtype
+from hwopt.ir.graph import param_digest
 from hwopt.samples import Samples, checked
 
 CHECKED = 2048  # held-out samples at most: a check must not cost more than the training
@@ -48,7 +49,9 @@ class Arrays:
 
     @property
     def digest(self) -> str:
-        return self.samples.digest
+        """Of inputs and labels."""
+        labels = "" if self.samples.labels is None else param_digest(self.samples.labels)
+        return self.samples.digest + labels[:16]
 
     def steps(self, batch: int) -> int:
         return len(self.samples) // batch

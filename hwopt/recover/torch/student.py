@@ -17,6 +17,7 @@ from hwopt.errors import PassError
 from hwopt.ir import Graph
 from hwopt.recover.steps import Master, steps_of
 
+NARROW = (torch.bfloat16, torch.float16)  # too coarse for small steps: trained as float32
 SMALLEST = 2.0**-10  # of its first value that a step size may become
 
 
@@ -32,6 +33,7 @@ class Student(Module):
         super().__init__(graph, scales=scales, integers=True)
         self.quantizers = steps_of(graph, learn=scales)
         self.zeros: dict[str, Tensor] = {}
+        self._narrow: dict[str, torch.dtype] = {}
         self._settle()
         self._first = {name: self.value_of(name).detach().clone() for name in self.quantizers.learned}
         for name, factor in self.quantizers.learned.items():
@@ -49,6 +51,9 @@ class Student(Module):
         steps = {node.inputs[1] for node in self.graph.nodes if node.op in ("QuantizeLinear", "DequantizeLinear")}
         for name in steps - set(self.quantizers.learned):
             self._freeze(name)
+        self._narrow = {name: one.dtype for name, one in self.named_parameters() if one.dtype in NARROW}
+        for name in self._narrow:
+            self._parameters[name] = torch.nn.Parameter(self.value_of(name).detach().float())
         for master in self.quantizers.masters.values():
             integers = to_array(self.value_of(master.name)).astype(np.float64)
             wide = torch.from_numpy(integers).to(torch.float64)
@@ -79,6 +84,8 @@ class Student(Module):
 
     def _start(self, feeds: Mapping[str, Any]) -> dict[str, Tensor]:
         values = super()._start(feeds)
+        for name, kind in self._narrow.items():
+            values[name] = values[name].to(kind)
         for name in (*self.quantizers.tied, *self.quantizers.products):
             values[name] = self.scale(name)
         return values

@@ -198,6 +198,8 @@ class _Training:
             recipe = dataclasses.replace(
                 recipe, epochs=usual.epochs, minutes=usual.minutes, steps=self.total, until=chosen.step, holdout=holdout
             )
+        if self.case.loss is not None and not recipe.loss:
+            recipe = dataclasses.replace(recipe, loss=f"{self.case.loss.__module__}:{self.case.loss.__qualname__}")
         recipe = dataclasses.replace(recipe, threads=self.threads)
         untrained = chosen.step == 0 if chosen else self.step < recipe.until
         arrays = {} if untrained else self.student.arrays() | self._statistics()
