@@ -161,7 +161,10 @@ def palettes(bench: Bench) -> None:
 
 def speeds(bench: Bench) -> None:
     """The libraries side by side: training changes numbers, no kernels."""
-    sets = {"calibrate": {"image": bench.train["image"][:64]}, "evaluate": {n: a[:200] for n, a in bench.test.items()}}
+    sets: dict[str, Any] = {
+        "calibrate": {"image": bench.train["image"][:64]},
+        "evaluate": {n: a[:200] for n, a in bench.test.items()},
+    }
     with tempfile.TemporaryDirectory() as folder:
         passes = {"float": "none", **{f"palette {bits} bits": f"share-weights{{bits={bits}}}" for bits in (2, 4)}}
         built = {

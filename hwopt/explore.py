@@ -16,9 +16,12 @@ from hwopt.plan.attempt import Found, Search
 from hwopt.plan.front import FRONT, Point, front
 from hwopt.plan.plan import plan_from_json
 from hwopt.plan.store import PLAN
-from hwopt.plan.trials import search_knobs
+from hwopt.plan.trials import Trained, search_knobs
+from hwopt.recover.knobs import recovery_knobs
+from hwopt.recovery import data_of, trial
 from hwopt.report.outcome import plan_report
 from hwopt.report.page import page
+from hwopt.samples import Samples
 
 OPTIONS = ("shapes", "binds", "calibrate", "evaluate", "budget", "passes", "threads", "preprocess")
 
@@ -41,7 +44,7 @@ def plan_once(job: Job, *, tie: bool = True) -> Found:
 @one_blas_thread
 def plan_trials(job: Job, method: str, trials: int, folder: Path, *, tie: bool = True) -> Found:
     """The best plan over the knobs of the families; see hwopt.plan.trials."""
-    return replayed(job, search_knobs(_task(job, tie), method, trials, folder))
+    return replayed(job, search_knobs(_task(job, tie), method, trials, folder, _trained(job)))
 
 
 @one_blas_thread
@@ -71,6 +74,17 @@ def planned(
         raise BudgetError("no point of the front is within the budget", place=str(out), hint=hint)
     html = page(plan_report(job, found), found.plan, [dataclasses.asdict(point) for point in points_found])
     return found, out / PLAN if method or cost else out, html, points_found
+
+
+def _trained(job: Job) -> Trained | None:
+    """What the trials do besides where there is a recipe."""
+    recipe = job.training.recipe
+    if recipe is None:
+        return None
+    data = data_of(job)
+    what = f"{recipe} {data.digest if isinstance(data, Samples) else type(data).__name__}"
+    plan = lambda task, knobs, report: trial(job, task, knobs, lambda check: report(check.score))  # noqa: E731
+    return Trained(what, recovery_knobs(recipe), plan)
 
 
 def _task(job: Job, tie: bool) -> Search:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,14 @@ from hwopt.errors import BudgetError, UsageError
 from hwopt.evaluate import Comparison, Scorer, compare
 from hwopt.ir import Graph
 from hwopt.job import Job
-from hwopt.plan.attempt import Found
+from hwopt.plan.attempt import Found, Search, price
 from hwopt.plan.budget import Budget
 from hwopt.plan.plan import Plan, Recovery
-from hwopt.plan.search import aim
+from hwopt.plan.search import aim, search
 from hwopt.plugins import find_passes
-from hwopt.recover import Case, Outcome, Recipe, parse_recipe, recovered
+from hwopt.recover import Case, Check, Outcome, Recipe, parse_recipe, recovered
 from hwopt.recover.data import source_of
+from hwopt.recover.knobs import turned
 
 DEPTHS = (12.0, 4.0)  # drops before training, in drops that are allowed after it: the deepest plan first
 LEAST, MOST = 0.02, 0.5  # the least of the smallest of them, the most of any
@@ -134,6 +135,19 @@ def trained_as_stated(job: Job, found: Found, scorer: Scorer | None, baseline: n
     return Trainer(job, scorer, baseline).train(found, 0) or found
 
 
+def trial(job: Job, task: Search, knobs: Mapping[str, Any], watch: Callable[[Check], None]) -> Found:
+    """One whole plan of a search over knobs, trained with a recipe that they turn; nothing is built. `watch` sees all checks."""
+    training = dataclasses.replace(job.training, recipe=turned(recipe_of(job), knobs), watch=watch)
+    priced = price(task)
+
+    def searched(one: Job) -> Option:
+        return search(dataclasses.replace(task, budget=one.budget), priced), None
+
+    faster = lambda one, other: one[0].plan.seconds_after < other[0].plan.seconds_after  # noqa: E731
+    chosen = dataclasses.replace(job, training=training)
+    return deepened(chosen, task.scorer, priced.baseline, searched, faster, lambda found: (found, None))[0]
+
+
 def retrained(job: Job, plan: Plan, graph: Graph) -> tuple[Graph, str]:
     """The graph after the training that a plan has on record, and what a reader must know of it."""
     if plan.recovery is None:
@@ -161,7 +175,7 @@ def case_of(job: Job, graph: Graph, plan: Plan) -> Case:
     training = job.training
     return Case(
         graph, job.graph, data_of(job), loss=training.loss, progress=job.progress, checkpoints=training.checkpoints, ctx=job.ctx,
-        passes=plan.passes(find_passes()),
+        passes=plan.passes(find_passes()), watch=training.watch,
     )  # fmt: skip
 
 

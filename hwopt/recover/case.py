@@ -64,6 +64,7 @@ class Training:
     data: Any = None
     loss: Callable[..., Any] | None = None
     checkpoints: Path | None = None
+    watch: Callable[[Check], None] = unwatched
 
 
 @dataclass(frozen=True)

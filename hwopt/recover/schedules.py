@@ -50,7 +50,8 @@ class Schedule(Recipe):
         """With what one run filled in."""
         usual = type(self)()
         effort: dict[str, Any] = {"epochs": usual.epochs, "minutes": usual.minutes, "steps": 0}
-        return dataclasses.replace(self, stops=tuple(run.stops), threads=run.threads, holdout=run.holdout, **effort, **changes)
+        effort |= {"threads": run.threads, "holdout": run.holdout, "loss": run.loss}
+        return dataclasses.replace(self, stops=tuple(run.stops), **effort, **changes)
 
 
 @dataclass(eq=False)
@@ -64,10 +65,11 @@ class Run:
     seconds: float = 0.0
     threads: int = 0
     holdout: float = 0.0
+    loss: str = ""
     interrupted: bool = False
 
     def __post_init__(self) -> None:
-        self.threads, self.holdout = self.recipe.threads, self.recipe.holdout
+        self.threads, self.holdout, self.loss = self.recipe.threads, self.recipe.holdout, self.recipe.loss
         self.started = time.perf_counter()
 
     @property
@@ -93,7 +95,7 @@ class Run:
     def note(self, outcome: Outcome) -> Outcome:
         """Remember what a training saw and how it was done."""
         self.checks += outcome.checks
-        self.threads, self.holdout = outcome.recipe.threads, outcome.recipe.holdout
+        self.threads, self.holdout, self.loss = outcome.recipe.threads, outcome.recipe.holdout, outcome.recipe.loss
         self.interrupted |= outcome.interrupted
         return outcome
 
