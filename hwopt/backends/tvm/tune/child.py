@@ -20,28 +20,15 @@ from typing import Any
 
 import numpy as np
 
+from hwopt.backends.tvm.tune.tensors import CODES, aligned, slots_of, tensor_at
 from hwopt.backends.tvm.tune.whole import time_program
 from hwopt.emit.cpu import request_tiles
 
-TENSOR = 7  # kTVMFFIDLTensorPtr
-CODES = {"i": 0, "u": 1, "f": 2}  # DLPack's type codes by numpy's kind
 BFLOAT16 = "bfloat16"  # numpy has none: arrays hold its bits
 COLD = 4 << 20  # bytes of weights to go through before the first ones come again: beyond second level caches
 COPIES = 64
 KEEP = 1.3  # candidates slower than the best by more than that after SIFT rounds are not timed further
 SIFT, FIRST = 4, 3
-
-
-class DLTensor(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32), ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16), ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.c_void_p), ("byte_offset", ctypes.c_uint64),
-    ]  # fmt: skip
-
-
-class FFIAny(ctypes.Structure):
-    _fields_ = [("type_index", ctypes.c_int32), ("padding", ctypes.c_uint32), ("value", ctypes.c_void_p)]
 
 
 class Arguments:
@@ -54,38 +41,22 @@ class Arguments:
         weights = next((array.nbytes for array, (name, *_) in zip(arrays, signature, strict=True) if name == "weights"), 0)
         self.sets = min(COPIES, max(1, COLD // weights)) if weights else 1
         self._kept: list[Any] = [arrays]
-        slots = []
+        tensors = []
         for copy in range(self.sets):
             for array, (name, *_) in zip(arrays, signature, strict=True):
-                own = _aligned(array) if name == "weights" and copy else array
-                tensor = _tensor(own)
-                self._kept.append((own, tensor))
-                slots.append(FFIAny(TENSOR, 0, ctypes.addressof(tensor)))
-        self.count = len(arrays)
-        self.slots = (FFIAny * len(slots))(*slots)
+                own = aligned(array) if name == "weights" and copy else array
+                self._kept.append(own)
+                tensors.append(tensor_at(own.ctypes.data, (own.size,), CODES[own.dtype.kind], own.itemsize * 8))
+        self._kept.append(tensors)
+        self.count, self.slots = len(arrays), slots_of(tensors)
 
 
 def random_array(generator: np.random.Generator, dtype: str, size: int, low: float, high: float) -> np.ndarray:
     made = generator.random(size, np.float32) * np.float32(high - low) + np.float32(low)
     if dtype == BFLOAT16:
-        return _aligned((made.view(np.uint32) >> 16).astype(np.uint16))
+        return aligned((made.view(np.uint32) >> 16).astype(np.uint16))
     kind = np.dtype(dtype)
-    return _aligned(made.astype(kind) if kind.kind == "f" else np.floor(made).astype(kind))
-
-
-def _aligned(array: np.ndarray) -> np.ndarray:
-    """A copy on a 64-byte boundary, with room behind it."""
-    space = np.empty(array.nbytes + 128, np.uint8)
-    start = -space.ctypes.data % 64
-    copy = space[start : start + array.nbytes].view(array.dtype)
-    copy[:] = array
-    return copy
-
-
-def _tensor(array: np.ndarray) -> DLTensor:
-    shape = (ctypes.c_int64 * 1)(array.size)
-    code = CODES[array.dtype.kind]
-    return DLTensor(array.ctypes.data, 1, 0, 1, code, array.itemsize * 8, 1, shape, None, 0)
+    return aligned(made.astype(kind) if kind.kind == "f" else np.floor(made).astype(kind))
 
 
 class Batch:

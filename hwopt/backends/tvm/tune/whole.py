@@ -16,26 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from hwopt.backends.tvm.tune.tensors import CODES, DLTensor, FFIAny, aligned, slots_of, tensor_at
 from hwopt.ir import numpy_dtype
 
 LEAST, MOST = 12, 400  # runs of the whole program
-ALIGNMENT = 64
-TENSOR = 7  # kTVMFFIDLTensorPtr
-CODES = {"i": 0, "u": 1, "f": 2, "b": 6}  # DLPack's type codes by numpy's kind
 BFLOAT16_CODE = 4
 INTEGERS_BELOW = 2  # of inputs: indices and masks of real models may be as small
-
-
-class DLTensor(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32), ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16), ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.c_void_p), ("byte_offset", ctypes.c_uint64),
-    ]  # fmt: skip
-
-
-class FFIAny(ctypes.Structure):
-    _fields_ = [("type_index", ctypes.c_int32), ("padding", ctypes.c_uint32), ("value", ctypes.c_void_p)]
 
 
 class Timed(ctypes.Structure):
@@ -46,8 +32,8 @@ class Memory:
     """The program's buffers: constants from a file, temporaries in one arena as the driver lays them out, the rest random."""
 
     def __init__(self, command: Mapping[str, Any]) -> None:
-        self.blob = _aligned(np.fromfile(command["blob"], np.uint8))
-        self.arena = _aligned(np.zeros(command["arena"], np.uint8))
+        self.blob = aligned(np.fromfile(command["blob"], np.uint8))
+        self.arena = aligned(np.zeros(command["arena"], np.uint8))
         self.random = np.random.default_rng(command["seed"])
         self.kept: list[Any] = []
 
@@ -56,26 +42,14 @@ class Memory:
         address = (self._own(dtype, shape) if base is None else base).ctypes.data + offset
         kind = numpy_dtype(dtype)
         code = BFLOAT16_CODE if dtype == "bfloat16" else CODES[kind.kind]
-        bits = 8 * kind.itemsize
-        sizes = (ctypes.c_int64 * max(1, len(shape)))(*shape)
-        found = DLTensor(address, 1, 0, len(shape), code, bits, 1, sizes, None, 0)
-        self.kept.append((sizes, found))
-        return found
+        return tensor_at(address, shape, code, 8 * kind.itemsize)
 
     def _own(self, dtype: str, shape: list[int]) -> np.ndarray:
         kind = numpy_dtype(dtype)
         values = self.random.standard_normal(shape) if kind.kind not in "iub" else self.random.integers(0, INTEGERS_BELOW, shape)
-        made = _aligned(np.frombuffer(np.asarray(values).astype(kind).tobytes(), np.uint8))
+        made = aligned(np.frombuffer(np.asarray(values).astype(kind).tobytes(), np.uint8))
         self.kept.append(made)
         return made
-
-
-def _aligned(array: np.ndarray) -> np.ndarray:
-    space = np.zeros(array.nbytes + 2 * ALIGNMENT, np.uint8)
-    start = -space.ctypes.data % ALIGNMENT
-    copy = space[start : start + max(1, array.nbytes)]
-    copy[: array.nbytes] = array
-    return copy
 
 
 def time_program(command: Mapping[str, Any], say: Callable[[Mapping[str, Any]], None]) -> None:
@@ -87,7 +61,7 @@ def time_program(command: Mapping[str, Any], say: Callable[[Mapping[str, Any]], 
     buffers = [memory.tensor(*buffer) for buffer in command["buffers"]]
     calls = (Timed * len(command["calls"]))()
     for place, (symbol, arguments) in enumerate(command["calls"]):
-        slots = (FFIAny * len(arguments))(*(FFIAny(TENSOR, 0, ctypes.addressof(buffers[one])) for one in arguments))
+        slots = slots_of([buffers[one] for one in arguments])
         memory.kept.append(slots)
         kernel = ctypes.cast(getattr(library, f"__tvm_ffi_{symbol}"), ctypes.c_void_p)
         calls[place] = Timed(kernel, slots, len(arguments))
