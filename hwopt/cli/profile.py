@@ -12,6 +12,7 @@ from hwopt.cli.device import naming_device, take_device
 from hwopt.cli.options import JSON, TARGET
 from hwopt.cli.progress import ProfilingBar
 from hwopt.errors import UsageError
+from hwopt.target import HOST
 
 
 @click.command()
@@ -41,6 +42,8 @@ def profile(
 
     ahead, address = seconds_of(prepare) if prepare else 0.0, take_device(device)
     seconds = seconds_of(duration, least=0.0 if ahead else 1e-9)
+    if address is not None and (target != HOST or cores):
+        raise UsageError("the device itself says what it is", place="--device", hint="leave out --target and --core")
     if address is not None and (out is None or out.suffix != ".toml"):
         raise UsageError("a device's profile is a target file", place="--out", hint="write -o my_board.toml")
     with ProfilingBar() as watch:

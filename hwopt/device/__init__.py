@@ -8,6 +8,9 @@ session   a TVM session over a link
 worker    the process that talks to the device and may be killed; runner looks after it
 runner    measures batches of candidates there; tells crashes and hangs of a candidate from those of the device
 bench     an artifact's library, timed there
+probe     its memories, its clock and the rates of its products
+profile   a target file of those and of kernels measured there
+watchdog  an end for calls of TVM's that would wait for ever
 
 The protocol runs uploaded code with the daemon's rights: it listens on loopback, or asks for a shared secret.
 """
