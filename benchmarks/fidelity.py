@@ -22,7 +22,7 @@ from hwopt.analysis.workload import workloads
 from hwopt.errors import UsageError
 from hwopt.io.proto import from_model
 from hwopt.plugins import find_target
-from hwopt.target import Workload, origin
+from hwopt.target import Workload
 from targets._arm import ArmCore, table
 from targets._npu import BlockArray
 from targets._systolic import DATAFLOWS, Systolic
@@ -244,20 +244,7 @@ NETWORKS: Mapping[str, Callable[[], onnx.ModelProto]] = {
 
 def host() -> Part:
     """The zoo in every dtype on one thread: prices of `host` against its kernels and models, measured; none was in the table."""
-    found = list(host_kernels.compared())
-    kernels = [(ours, clock) for one in found for ours, clock, source in one.kernels if source != "measured"]
-    rows = [
-        Row(one.name, "predicted", "ms", one.predicted * 1e3, {"measured": one.measured * 1e3}, one.predicted / one.measured)
-        for one in found
-    ]
-    summary = {
-        "host_kernels_within_10": _share([_near(ours, clock) for ours, clock in kernels]),
-        "host_models_within_10": _share([_near(one.predicted, one.measured) for one in found]),
-        "host_models_in_interval": _share([one.covered for one in found]),
-        "host_kernels": float(len(kernels)),
-    }
-    note = f"host: {origin(find_target('host').cost)}; kernels of 1 us and more that the table does not hold"
-    return Part(rows, summary, [note])
+    return Part(*host_kernels.part())
 
 
 PARTS = (systolic, npu, arm, host)

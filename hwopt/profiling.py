@@ -74,14 +74,14 @@ class Bench:
 
 def profile_target(
     target: str | Target, seconds: float, *, prepare: float = 0.0, threads: int = 1, out: Path | None = None,
-    cores: Sequence[int] = (), watch: Callable[[State], None] = lambda _: None,
+    cores: Sequence[int] = (), more: bool = True, table: bool = True, watch: Callable[[State], None] = lambda _: None,
 ) -> tuple[Path, State]:  # fmt: skip
     """Measure kernels of random networks for a time and write a table that cost models find.
 
     Networks are compiled for `prepare` seconds first; those are timed before others (0 seconds: by a later call, when the
-    machine is quiet). Measurements are appended to `out` with the suffix .jsonl, from which the next call goes on; an
-    interrupt keeps them. Raises UnsupportedError for a target that does not run here, UsageError for one that would not read
-    the table.
+    machine is quiet). `more` says whether others follow while there is time, `table` whether to write one at the end.
+    Measurements are appended to `out` with the suffix .jsonl, from which the next call goes on; an interrupt keeps them.
+    Raises UnsupportedError for a target that does not run here, UsageError for one that would not read the table.
     """
     from hwopt.backends.tvm.learn.records import read
     from hwopt.backends.tvm.learn.table import path_for
@@ -99,10 +99,10 @@ def profile_target(
     state = State(records, time.monotonic(), prepare + seconds, older=len(every) - len(records))
     bench = Bench(hardware, threads, path.with_suffix(".jsonl"), path.with_suffix(".networks"), tuple(cores), code, state)
     try:
-        for _ in itertools.chain(_preparing(bench, prepare), _measuring(bench) if seconds else ()):
+        for _ in itertools.chain(_preparing(bench, prepare), _measuring(bench, more) if seconds else ()):
             watch(state)
     finally:
-        if seconds and state.records:
+        if seconds and table and state.records:
             _finish(bench, path)
     return path, state
 
@@ -124,15 +124,17 @@ def _preparing(bench: Bench, seconds: float) -> Iterator[None]:
         yield
 
 
-def _measuring(bench: Bench) -> Iterator[None]:
-    """Groups of networks until the time is over: those that wait, then others."""
+def _measuring(bench: Bench, more: bool) -> Iterator[None]:
+    """Groups of networks until the time is over: those that wait, then others if `more` of them are wanted."""
     from hwopt.backends.tvm.learn.stock import kept
     from hwopt.backends.tvm.tune.runner import Runner
 
-    model, trained = _predictor(bench), len(bench.state.records)
+    model, trained = (_predictor(bench) if more else None), len(bench.state.records)
     with Runner(bench.threads, bench.cores, HANG) as runner:
         while bench.state.share < 1:
             group = list(itertools.islice(kept(bench.stock, bench.threads, bench.code), GROUP))
+            if not group and not more:
+                return
             if not group:
                 if len(bench.state.records) >= GROWTH * trained:
                     model, trained = _predictor(bench), len(bench.state.records)

@@ -18,7 +18,7 @@ from hwopt.errors import UsageError
 
 TURNS = 8  # of robust regression
 SMALL = 0.03  # relative error that counts as none in it
-LEAST = 24  # kernels from which a family is learned
+LEAST = 12  # kernels from which a family is learned
 
 
 def family_of(counted: Counted, threads: int) -> str:

@@ -13,7 +13,8 @@ import numpy as np
 from hwopt.errors import UsageError
 
 MEMBERS = 4  # of an ensemble, each trained on other rows
-TREES, DEPTH, RATE = 240, 4, 0.07
+TREES, DEPTH, RATE = 240, 4, 0.07  # fewer trees for fewer rows than trees
+LEAST_TREES = 60
 FAR = 1.5  # nobody knows more than a factor of four and a half less
 SHARE = 0.8  # of the rows that one member sees
 
@@ -133,7 +134,8 @@ def train(rows: np.ndarray, wanted: np.ndarray, weights: np.ndarray, seed: int =
     for index in range(members):
         inside = random.random(len(rows)) < SHARE
         booster = GradientBoostingRegressor(
-            loss="huber", alpha=0.95, n_estimators=TREES, max_depth=DEPTH, learning_rate=RATE, subsample=0.7, max_features=0.4,
+            loss="huber", alpha=0.95, n_estimators=min(TREES, max(LEAST_TREES, len(rows))), max_depth=DEPTH,
+            learning_rate=RATE, subsample=0.7, max_features=0.4,
             min_samples_leaf=3, random_state=seed + index,
         )  # fmt: skip
         booster.fit(rows[inside], wanted[inside], weights[inside])
