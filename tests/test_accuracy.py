@@ -125,3 +125,11 @@ def test_the_container_of_mnist_is_read(tmp_path):
     images, labels = fashion.dataset(tmp_path, "t10k")
     assert images.tolist() == [[[1, 2]], [[3, 4]]]
     assert labels.tolist() == [7, 9]
+
+
+def test_the_share_recovered_has_an_interval_over_samples():
+    before, nearest = np.ones(400), np.r_[np.zeros(100), np.ones(300)]
+    share, low, high = accuracy.recovered(before, nearest, np.r_[np.zeros(20), np.ones(380)])
+    assert share == pytest.approx(0.8)
+    assert 0.65 < low < 0.8 < high < 0.9
+    assert accuracy.recovered(before, before, nearest) is None
