@@ -23,13 +23,13 @@ from hwopt.samples import Samples, batch_of
 from passes._adaround import BETA, WARM, adapted, float_weight, only
 from passes._blocks import Block, blocks
 
-SAMPLES = 128
+SAMPLES = 256
 BYTES = 2**28  # of what a block reads and should answer: with large images fewer samples count
 BATCH = 8  # samples of one step
-ITERATIONS = 300
-RATE = 0.1  # of Adam, for the soft choices, and for the biases in units of the noise that rounding makes
-WEIGHT = 100.0  # of the regularizer, per weight, beside the error relative to that at the start; less leaves weights undecided
-KEPT = 0.5  # of a start: how far from AdaRound's choice towards the weight's own fraction
+ITERATIONS = 600
+RATE = 0.05  # of Adam, for the soft choices, and for the biases in units of the noise that rounding makes
+WEIGHT = 1000.0  # of the regularizer, per weight, beside the error relative to that at the start; less leaves weights undecided
+KEPT = 0.3  # of a start: how far from AdaRound's choice towards the weight's own fraction
 Refuse = Callable[[str, str], None]
 
 
@@ -37,7 +37,7 @@ def reconstructed(graph: Graph, quantized: Graph, names: Collection[str], sample
     """The quantized graph with the integer weights of these layers rounded anew, block by block in graph order.
 
     A block without an end that both graphs compute, or with operators that have no gradients, stays with AdaRound's choice;
-    `refuse` is told its first layer and why. At most 128 samples count.
+    `refuse` is told its first layer and why. At most 256 samples count.
     """
     few = samples.head(max(SAMPLES, batch_of(graph)))
     found = list(blocks(graph, quantized, names))
