@@ -101,7 +101,8 @@ def with_training(
 ) -> Job:
     """The job with a recipe of recovery, and data to train on: samples, or a loader as it is. Checked before any long work.
 
-    Raises UsageError for a recipe that means nothing or has no data, ToolchainError without torch.
+    Raises UsageError for a recipe that means nothing or has no data, ToolchainError without torch, UnsupportedError for operators
+    without gradients.
     """
     recipe = None if recover is None else parse_recipe(recover)
     if recipe is None and not (replay and replay.recovery):
@@ -109,6 +110,9 @@ def with_training(
             raise UsageError("training data without a recipe", place="train", hint="say how: --recover distill")
         return job
     require()
+    from hwopt.backends.torch import refuse_unsupported
+
+    refuse_unsupported(job.graph)
     stored = isinstance(train, (Samples, Mapping, str, Path))
     data = _samples(train, job.graph) if stored else train
     if data is None and job.ctx.calibration is None:

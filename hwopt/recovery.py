@@ -26,6 +26,7 @@ from hwopt.recover.data import source_of
 from hwopt.recover.knobs import turned
 
 DEPTHS = (12.0, 4.0)  # drops before training, in drops that are allowed after it: the deepest plan first
+SHARE = 2 / 3  # of the time that is left for a plan with others behind it
 LEAST, MOST = 0.02, 0.5  # the least of the smallest of them, the most of any
 Option = tuple[Found, "Built | None"]  # a plan with its library, where one is built
 Searched = Callable[[Job], Option]
@@ -96,7 +97,7 @@ class Trainer:
         recipe, started = recipe_of(self.job), time.perf_counter()
         if recipe.minutes:
             left = max(recipe.minutes - self.spent / 60, 1 / 60)
-            recipe = dataclasses.replace(recipe, minutes=left / 2 if others else left)
+            recipe = dataclasses.replace(recipe, minutes=left * SHARE if others else left)
         outcome = recovered(case_of(self.job, found.graph, found.plan), recipe)
         seconds = time.perf_counter() - started
         self.spent += seconds

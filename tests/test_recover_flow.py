@@ -14,14 +14,18 @@ from click.testing import CliRunner
 import hwopt
 from hwopt.cli import cli
 from hwopt.compiler import apply_model, plan_model
-from hwopt.errors import BudgetError, UsageError
+from hwopt.decide import replayed
+from hwopt.errors import BudgetError, UnsupportedError, UsageError
 from hwopt.io.onnx import read, save
+from hwopt.io.proto import to_model
+from hwopt.job import prepare, quiet, with_training
 from hwopt.plan.budget import Budget
 from hwopt.plan.explain import explain
 from hwopt.plan.plan import Plan, plan_from_json
 from hwopt.recovery import relaxed
 from hwopt.samples import write_npz
 from tests._recover import blobs, trained_net
+from tests.random_graphs import Builder
 
 pytest.importorskip("torch")
 RECIPE = "distill{epochs=6,batch=32,lr=0.003,threads=1,checks=4}"
@@ -87,9 +91,6 @@ def test_a_plan_with_training_needs_data_and_says_when_they_are_others(compiled:
     short = json.loads(plan.read_text())
     short["recovery"]["recipe"] = "distill{steps=2,until=2,batch=32,threads=1}"
     other = plan_from_json(json.dumps(short))
-    from hwopt.decide import replayed
-    from hwopt.job import prepare, quiet, with_training
-
     given = {**OPTIONS, "calibrate": data(320, 3)}
     job = prepare(model, "host", None, None, given["calibrate"], given["evaluate"], None, None, 1, 0, quiet)
     found = replayed(with_training(job, None, replay=other), dataclasses.replace(other, calibration_digest=""))
@@ -126,6 +127,14 @@ def test_recipes_are_checked_before_any_long_work(model: Path, tmp_path: Path) -
         hwopt.compile(model, out=tmp_path / "a", recover="distill")
     with pytest.raises(UsageError, match="without a recipe"):
         hwopt.compile(model, out=tmp_path / "a", train=data(8, 1), **OPTIONS)
+
+
+def test_a_model_without_gradients_is_refused_before_any_long_work(tmp_path: Path) -> None:
+    build = Builder()
+    build.outputs.append(build.op("Multinomial", [build.input((1, 4))], (1, 1), dtype=6))
+    job = prepare(to_model(build.graph()), "host", None, None, None, None, None, None, 1, 0, quiet)
+    with pytest.raises(UnsupportedError, match="no gradients for Multinomial"):
+        with_training(job, "distill", {"x0": np.zeros((8, 4), np.float32)})
 
 
 def test_the_command_line_trains(model: Path, tmp_path: Path) -> None:
