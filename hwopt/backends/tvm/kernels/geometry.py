@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from hwopt.backends.tvm.kernels.phases import AxisPhase, frame, phases
-from hwopt.backends.tvm.kernels.spec import ConvSpec, ConvTransposeSpec, MatmulSpec, Multiply, Step
+from hwopt.backends.tvm.kernels.spec import ConvSpec, ConvTransposeSpec, MatmulSpec, Multiply, Product, Step
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,20 @@ def geometry(spec: ConvSpec | MatmulSpec | ConvTransposeSpec) -> Geometry:
     return _of_conv(spec) if isinstance(spec, ConvSpec) else _of_matmul(spec)
 
 
+def _common(spec: Product) -> dict[str, Any]:
+    """What all products hand on."""
+    names = ("data_dtype", "weight_dtype", "out_dtype", "accumulator", "epilogue")
+    return {name: getattr(spec, name) for name in names}
+
+
+def _across(spec: ConvSpec | ConvTransposeSpec, kernel: tuple[int, int], dilation: int) -> dict[str, Any]:
+    """Taps and runs: those along a row are one tap where they are neighbours, and all channels belong to them."""
+    depth = spec.in_channels // spec.groups
+    if spec.groups == 1 and (dilation == 1 or kernel[1] == 1):
+        return {"taps": (kernel[0], 1), "run": depth * kernel[1]}
+    return {"taps": kernel, "run": depth}
+
+
 def _of_matmul(spec: MatmulSpec) -> Geometry:
     images = 1 if spec.constant else spec.batch
     columns = spec.batch * spec.m // images
@@ -83,11 +98,7 @@ def _of_matmul(spec: MatmulSpec) -> Geometry:
         columns=columns,
         n=spec.n,
         run=spec.k,
-        data_dtype=spec.data_dtype,
-        weight_dtype=spec.weight_dtype,
-        out_dtype=spec.out_dtype,
-        accumulator=spec.accumulator,
-        epilogue=spec.epilogue,
+        **_common(spec),
         computed=not spec.constant,
         heads=spec.heads,
         beside=spec.beside,
@@ -102,8 +113,6 @@ def _of_conv(spec: ConvSpec) -> Geometry:
         images = images if by_image else 1
         height, rows = 1, 1
         width = columns = spec.batch * spec.height * spec.width // images
-    depth = spec.in_channels // spec.groups
-    joined = spec.groups == 1 and (spec.dilations[1] == 1 or spec.kernel[1] == 1)
     return Geometry(
         images=images,
         height=height,
@@ -113,25 +122,18 @@ def _of_conv(spec: ConvSpec) -> Geometry:
         columns=columns,
         n=spec.out_channels // spec.groups,
         groups=spec.groups,
-        taps=(spec.kernel[0], 1) if joined else spec.kernel,
-        run=depth * spec.kernel[1] if joined else depth,
+        **_across(spec, spec.kernel, spec.dilations[1]),
         strides=spec.strides,
         dilations=spec.dilations,
         pads=spec.pads,
-        data_dtype=spec.data_dtype,
-        weight_dtype=spec.weight_dtype,
-        out_dtype=spec.out_dtype,
-        accumulator=spec.accumulator,
         pad_value=spec.pad_value,
-        epilogue=spec.epilogue,
+        **_common(spec),
     )
 
 
 def of_phase(spec: ConvTransposeSpec, down: AxisPhase, across: AxisPhase) -> Geometry:
     """One phase. `pads` are those of all phases together, whose workspace they share."""
     rows, columns = frame(spec, 0), frame(spec, 1)
-    depth = spec.in_channels // spec.groups
-    joined = spec.groups == 1 and (across.step == 1 or across.window == 1)
     return Geometry(
         images=spec.batch,
         height=spec.height,
@@ -141,14 +143,9 @@ def of_phase(spec: ConvTransposeSpec, down: AxisPhase, across: AxisPhase) -> Geo
         columns=across.count,
         n=spec.out_channels // spec.groups,
         groups=spec.groups,
-        taps=(down.window, 1) if joined else (down.window, across.window),
-        run=depth * across.window if joined else depth,
+        **_across(spec, (down.window, across.window), across.step),
         dilations=(down.step, across.step),
         pads=(rows.before, columns.before, rows.after, columns.after),
-        data_dtype=spec.data_dtype,
-        weight_dtype=spec.weight_dtype,
-        out_dtype=spec.out_dtype,
-        accumulator=spec.accumulator,
         pad_value=spec.pad_value,
-        epilogue=spec.epilogue,
+        **_common(spec),
     )

@@ -61,8 +61,37 @@ class Quantize:
 Step = Bias | Scale | Add | Multiply | Activation | Quantize
 
 
+class Product:
+    """What convolutions and matmuls have in common."""
+
+    weight_dtype: str
+
+    @property
+    def accumulator(self) -> str:
+        return "int32" if self.weight_dtype in ("int8", "uint8") else "float32"
+
+
+class Windowed:
+    """A window that moves over an image: the extents of its results."""
+
+    height: int
+    width: int
+    kernel: tuple[int, int]
+    strides: tuple[int, int]
+    dilations: tuple[int, int]
+    pads: tuple[int, int, int, int]
+
+    @property
+    def out_height(self) -> int:
+        return _extent(self.height + self.pads[0] + self.pads[2], self.kernel[0], self.strides[0], self.dilations[0])
+
+    @property
+    def out_width(self) -> int:
+        return _extent(self.width + self.pads[1] + self.pads[3], self.kernel[1], self.strides[1], self.dilations[1])
+
+
 @dataclass(frozen=True)
-class ConvSpec:
+class ConvSpec(Product, Windowed):
     """A convolution of [batch, height, width, groups * k] with [groups * n, k, kernel...] weights.
 
     `pads` are top, left, bottom, right; padded places hold `pad_value` (the zero point of quantized data).
@@ -87,18 +116,6 @@ class ConvSpec:
     epilogue: tuple[Step, ...] = ()
 
     @property
-    def out_height(self) -> int:
-        return _extent(self.height + self.pads[0] + self.pads[2], self.kernel[0], self.strides[0], self.dilations[0])
-
-    @property
-    def out_width(self) -> int:
-        return _extent(self.width + self.pads[1] + self.pads[3], self.kernel[1], self.strides[1], self.dilations[1])
-
-    @property
-    def accumulator(self) -> str:
-        return "int32" if self.weight_dtype == "int8" else "float32"
-
-    @property
     def macs(self) -> int:
         taps = self.kernel[0] * self.kernel[1]
         pixels = self.batch * self.out_height * self.out_width
@@ -106,7 +123,7 @@ class ConvSpec:
 
 
 @dataclass(frozen=True)
-class ConvTransposeSpec:
+class ConvTransposeSpec(Product):
     """The transpose of a convolution: [batch, height, width, groups * k] with [groups * k, n, kernel...] weights.
 
     `pads` are what is cut off at the top and left; what is cut off or added at the other ends is in the output's extents.
@@ -132,10 +149,6 @@ class ConvTransposeSpec:
     epilogue: tuple[Step, ...] = ()
 
     @property
-    def accumulator(self) -> str:
-        return "int32" if self.weight_dtype == "int8" else "float32"
-
-    @property
     def macs(self) -> int:
         """Products of an input pixel with every tap, those that are cut off included."""
         taps = self.kernel[0] * self.kernel[1]
@@ -143,7 +156,7 @@ class ConvTransposeSpec:
 
 
 @dataclass(frozen=True)
-class MatmulSpec:
+class MatmulSpec(Product):
     """[batch, m, k] x [batch or 1, k, n] -> [batch, m, n]. `constant` weights are packed at compile time.
 
     With `transposed`, a non-constant right side lies as [batch, n, k]. The sides named by `beside` ("data", "right", "out") have
@@ -165,16 +178,12 @@ class MatmulSpec:
     epilogue: tuple[Step, ...] = ()
 
     @property
-    def accumulator(self) -> str:
-        return "int32" if self.weight_dtype in ("int8", "uint8") else "float32"
-
-    @property
     def macs(self) -> int:
         return self.batch * self.m * self.n * self.k
 
 
 @dataclass(frozen=True)
-class PoolSpec:
+class PoolSpec(Windowed):
     """Maximum or average over windows of [batch, height, width, channels]; padded places never count, unless `include_pads`.
 
     Quantized data stand for (value - zero_point) x scale. An epilogue works on float32 results; without one, and with the same
@@ -196,14 +205,6 @@ class PoolSpec:
     scale: float = 1.0
     zero_point: int = 0
     epilogue: tuple[Step, ...] = ()
-
-    @property
-    def out_height(self) -> int:
-        return _extent(self.height + self.pads[0] + self.pads[2], self.kernel[0], self.strides[0], self.dilations[0])
-
-    @property
-    def out_width(self) -> int:
-        return _extent(self.width + self.pads[1] + self.pads[3], self.kernel[1], self.strides[1], self.dilations[1])
 
     @property
     def reads(self) -> int:
