@@ -111,6 +111,16 @@ def test_inputs_without_relations_are_rounded_to_the_nearest() -> None:
     np.testing.assert_array_equal(steps, round_rows(rows, np.repeat(scales, 32, 1), 4))
 
 
+def test_act_order_is_the_same_with_the_strongest_inputs_first() -> None:
+    generator, k = np.random.default_rng(6), 96
+    rows, data = generator.standard_normal((5, k)).astype(np.float32), correlated(k, 5).astype(np.float64)
+    moment = (data.T @ data / len(data))[::-1, ::-1]  # in storage the weakest come first
+    order = np.argsort(-np.diag(moment), kind="stable")
+    steps, scales = gptq_rows(rows, moment, 4, k, act_order=True)
+    np.testing.assert_array_equal(steps[:, order], reference(rows[:, order], moment[np.ix_(order, order)], 4))
+    np.testing.assert_array_equal(scales, scales_of(rows, 4, k, np.diag(moment)))
+
+
 def test_inputs_that_are_never_seen_do_not_end_it() -> None:
     moment = np.diag(np.arange(64) % 2).astype(float)
     steps, scales = gptq_rows(np.ones((2, 64), np.float32), moment, 4, 16)
