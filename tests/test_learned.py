@@ -264,10 +264,12 @@ def test_a_bad_line_in_the_middle_is_named(tmp_path: Path) -> None:
         read(path)
 
 
-def test_noise_is_dropped_and_a_slow_clock_taken_out() -> None:
+def test_noise_and_drift_are_dropped_and_a_slow_clock_taken_out() -> None:
     one, two, three = synthetic(3)
-    slow = dataclasses.replace(two, seconds=2 * two.seconds, clock=2 * two.clock)
-    found = clocked([one, slow, three, dataclasses.replace(three, noise=0.5), dataclasses.replace(three, shared=2)])
+    slow = dataclasses.replace(two, seconds=1.05 * two.seconds, clock=1.05 * two.clock)
+    shared = [dataclasses.replace(three, noise=0.5), dataclasses.replace(three, shared=2)]
+    other = [dataclasses.replace(record, units=1e-5) for record in (one, slow, three)]
+    found = clocked([*other, *shared, dataclasses.replace(three, units=1.5e-5)])
     assert [record.seconds for record in found] == pytest.approx([one.seconds, two.seconds, three.seconds])
 
 

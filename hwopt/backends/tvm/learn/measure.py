@@ -47,6 +47,7 @@ class Profile:
     seconds: float
     other_seconds: float
     clock: float  # seconds of the reference in the same process
+    units: float = 0.0  # of the one that others on the same core slow down
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,11 @@ def timed(one: Compiled, runner: Runner, seconds: float, evict: int = 0) -> Prof
 
     Raises ToolchainError where a kernel fails.
     """
-    passes, clock = runner.time_calls(one.objects, {**one.command, "seconds": seconds, "evict": evict})
+    passes, clock, units = runner.time_calls(one.objects, {**one.command, "seconds": seconds, "evict": evict})
     times = np.array(passes)
     best, low = times.min(0), np.percentile(times, LOW, axis=0)
     found, other = assigned(one.work, one.labels, low, low / np.maximum(best, 1e-9) - 1)
-    return Profile(tuple(found), float(np.percentile(times.sum(1), LOW)), other, clock)
+    return Profile(tuple(found), float(np.percentile(times.sum(1), LOW)), other, clock, units)
 
 
 def profile(graph: Graph, target: Target, threads: int, runner: Runner, seconds: float = 0.5) -> Profile:

@@ -26,6 +26,7 @@ from hwopt.errors import UsageError
 from hwopt.target import Target, Workload
 
 CLEAN = 0.2  # noise above which a sample is not believed
+DRIFT = 1.15  # of the reference that others on the same core slow down, over its best tenth
 HELD = 5  # one kernel of so many is kept out of training to say how good it is
 SHORT = 1e-6  # shorter kernels are not judged: a clock reads to some 30 ns
 NEAR = 0.1
@@ -45,6 +46,7 @@ class Record:
     form: str
     shared: int = 1
     code: str = ""  # of the templates that were measured
+    units: float = 0.0  # seconds of the reference that others on the same core slow down
 
     @property
     def believed(self) -> bool:
@@ -55,7 +57,7 @@ def records_of(found: Profile, threads: int, seed: int, form: str, evict: int = 
     """What passed through the caches between two passes counts as weights of the model."""
     works = (dataclasses.replace(one.work, footprint=rounded(one.work.footprint + evict)) for one in found.samples)
     return [
-        Record(work, one.seconds, one.noise, found.clock, threads, seed, form, one.shared, code)
+        Record(work, one.seconds, one.noise, found.clock, threads, seed, form, one.shared, code, found.units)
         for work, one in zip(works, found.samples, strict=True)
     ]
 
@@ -100,8 +102,13 @@ def _record(data: dict[str, Any]) -> Record:
 
 
 def clocked(records: Sequence[Record]) -> list[Record]:
-    """Believed records as if the clock had been the same, the median one, all the time."""
+    """Believed records as if the clock had been the same, the median one, all the time.
+
+    Those are left out during which somebody else used the same core: kernels slow down by more or less than the reference.
+    """
     kept = [record for record in records if record.believed]
+    best = float(np.percentile([record.units for record in kept], 10)) if kept else 0.0
+    kept = [record for record in kept if record.units <= DRIFT * best]
     usual = float(np.median([record.clock for record in kept])) if kept else 1.0
     return [dataclasses.replace(one, seconds=one.seconds * usual / one.clock, clock=usual) for one in kept]
 

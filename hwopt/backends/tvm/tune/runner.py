@@ -19,6 +19,7 @@ from hwopt.emit.toolchain import find_compiler, run_compiler
 from hwopt.errors import ToolchainError
 
 RUNTIME = Path(__file__).parents[3] / "emit"
+FLAGS = ("-std=c11", "-O2", "-fPIC", "-pthread", "-DHWOPT_PTHREAD", f"-I{RUNTIME}", f"-I{Path(__file__).parent}")
 HANG_SECONDS = 5.0  # one turn of a candidate takes milliseconds
 
 
@@ -79,8 +80,8 @@ class Runner:
             library.unlink(missing_ok=True)
         return outcomes
 
-    def time_calls(self, objects: Sequence[bytes], command: Mapping[str, Any]) -> tuple[list[list[float]], float]:
-        """A whole program (see whole.py): the seconds of every call by pass, and of the clock's reference.
+    def time_calls(self, objects: Sequence[bytes], command: Mapping[str, Any]) -> tuple[list[list[float]], float, float]:
+        """A whole program (see whole.py): the seconds of every call by pass, and of the references for clock and units.
 
         Raises ToolchainError if a kernel fails, crashes or hangs.
         """
@@ -93,7 +94,7 @@ class Runner:
                     reason = answer.reason if isinstance(answer, Outcome) else "a kernel failed"
                     raise ToolchainError(f"cannot be timed: {reason}", place="profile")
                 if "passes" in answer:
-                    return answer["passes"], float(answer["clock"])
+                    return answer["passes"], float(answer["clock"]), float(answer["units"])
         finally:
             library.unlink(missing_ok=True)
 
@@ -110,17 +111,14 @@ class Runner:
                 "rounds": rounds, "turn": turn, "seed": self.seed,
             }
         )  # fmt: skip
-        at, found = 0, {}
+        found: dict[str, Outcome] = {}
+        at = 0
         while True:
             answer = self._answer()
             if isinstance(answer, Outcome):
                 return {symbols[at]: answer}
             at = int(answer.get("at", at))
-            if "checked" in answer:
-                found[symbols[answer["checked"]]] = Outcome(answer["status"])
-            if "times" in answer:
-                for index, times in answer["times"].items():
-                    found[symbols[int(index)]].times = times
+            if take(answer, symbols, found):
                 return found
 
     def _answer(self) -> dict[str, Any] | Outcome:
@@ -173,19 +171,32 @@ class Runner:
 
     def _link(self, objects: Mapping[str, bytes]) -> Path:
         """One shared library with all candidates and the runtime."""
-        folder = Path(self._folder.name)
-        compiler = find_compiler()
-        if not (folder / "timing.o").exists():
-            flags = ["-std=c11", "-O2", "-fPIC", "-pthread", "-DHWOPT_PTHREAD", f"-I{RUNTIME}"]
-            run_compiler([*compiler, *flags, "-c", str(Path(__file__).with_name("timing.c")), "-o", "timing.o"], folder)
-        names = []
-        for index, data in enumerate(objects.values()):
-            names.append(f"k{index}.o")
-            (folder / names[-1]).write_bytes(data)
+        return self._library(objects, Path(__file__).with_name("timing.c"), find_compiler())
+
+    def _library(
+        self, objects: Mapping[str, bytes], loop: Path, compiler: Sequence[str], sources: Sequence[str] = (),
+        options: Sequence[str] = (),
+    ) -> Path:  # fmt: skip
+        """Candidates linked with the loop that times them, which is compiled once, and with small sources of their own."""
+        folder, timing = self.folder, f"{loop.stem}.o"
+        if not (folder / timing).exists():
+            run_compiler([*compiler, *FLAGS, "-c", str(loop), "-o", timing], folder)
+        names = [f"k{index}.o" for index in range(len(objects))]
+        for name, data in zip(names, objects.values(), strict=True):
+            (folder / name).write_bytes(data)
         self._libraries += 1
-        name = f"batch{self._libraries}.so"
-        run_compiler([*compiler, "-shared", "-pthread", "-o", name, "timing.o", *names, "-lm"], folder)
-        return folder / name
+        library = f"batch{self._libraries}.so"
+        run_compiler([*compiler, *FLAGS, "-shared", *options, "-o", library, *sources, timing, *names, "-lm"], folder)
+        return folder / library
+
+
+def take(answer: Mapping[str, Any], symbols: Sequence[str], found: dict[str, Outcome]) -> bool:
+    """Add what the child says to the outcomes; True if that was all."""
+    if "checked" in answer:
+        found[symbols[answer["checked"]]] = Outcome(answer["status"])
+    for index, times in answer.get("times", {}).items():
+        found[symbols[int(index)]].times = times
+    return "times" in answer
 
 
 def _forward(stream: Any, answers: queue.Queue[str | None]) -> None:

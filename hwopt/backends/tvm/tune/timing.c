@@ -55,3 +55,19 @@ double hwopt_time_clock(void) {
   clock_gettime(CLOCK_MONOTONIC, &to);
   return (double)(to.tv_sec - from.tv_sec) + 1e-9 * (double)(to.tv_nsec - from.tv_nsec);
 }
+
+/* Seconds of half a million products and sums, most of which wait for none: whether somebody else uses the same
+ * core's units (another thread of it). */
+double hwopt_time_units(void) {
+  static volatile float seed = 1.0f;
+  float values[64];
+  struct timespec from, to;
+  for (int k = 0; k < 64; ++k) values[k] = seed + (float)k;
+  clock_gettime(CLOCK_MONOTONIC, &from);
+  for (int i = 0; i < 4000; ++i) {
+    for (int k = 0; k < 64; ++k) values[k] = values[k] * 0.5f + 1.0f;
+  }
+  clock_gettime(CLOCK_MONOTONIC, &to);
+  for (int k = 0; k < 64; ++k) seed = seed * 0.5f + values[k] * 0.25f;
+  return (double)(to.tv_sec - from.tv_sec) + 1e-9 * (double)(to.tv_nsec - from.tv_nsec);
+}

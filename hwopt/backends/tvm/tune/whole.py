@@ -3,7 +3,8 @@
 A command: {"library", "buffers": [[dtype, shape, place, offset, low, high], ...], "calls": [[symbol, [buffer, ...]], ...],
 "blob": file with the constants, "arena": bytes, "threads", "seconds", "seed", "evict"}. A place is blob, arena or own. Between
 two passes, `evict` bytes of other memory are read: then weights are as cold as in a larger model. Answers: {"at": i} now and
-then; at last {"passes": [[seconds of each call], ...], "clock": seconds of the reference}, or {"failed": call}.
+then; at last {"passes": [[seconds of each call], ...], "clock": seconds of the reference, "units": of the one that others
+on the same core slow down}, or {"failed": call}.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from hwopt.backends.tvm.tune.tensors import CODES, DLTensor, FFIAny, aligned, sl
 from hwopt.ir import numpy_dtype
 
 LEAST, MOST = 12, 400  # runs of the whole program
+USUAL = 25  # percentile of the reference's times
 BFLOAT16_CODE = 4
 INTEGERS_BELOW = 2  # of inputs: indices and masks of real models may be as small
 
@@ -56,7 +58,7 @@ def time_program(command: Mapping[str, Any], say: Callable[[Mapping[str, Any]], 
     """Run the program until its time is over; every answer says that it is alive."""
     say({"at": 0})
     library = ctypes.CDLL(command["library"])
-    library.hwopt_time_clock.restype = ctypes.c_double
+    library.hwopt_time_clock.restype = library.hwopt_time_units.restype = ctypes.c_double
     memory = Memory(command)
     buffers = [memory.tensor(*buffer) for buffer in command["buffers"]]
     calls = (Timed * len(command["calls"]))()
@@ -67,7 +69,7 @@ def time_program(command: Mapping[str, Any], say: Callable[[Mapping[str, Any]], 
         calls[place] = Timed(kernel, slots, len(arguments))
     passes: list[list[float]] = []
     others = np.ones(command.get("evict", 0) // 8, np.int64)
-    seconds, clock = (ctypes.c_double * len(calls))(), float("inf")
+    seconds, clock, units = (ctypes.c_double * len(calls))(), float("inf"), []
     end = time.perf_counter() + command["seconds"]
     while len(passes) < LEAST or (time.perf_counter() < end and len(passes) < MOST):
         say({"at": len(passes)})
@@ -79,5 +81,6 @@ def time_program(command: Mapping[str, Any], say: Callable[[Mapping[str, Any]], 
             return
         passes.append(list(seconds))
         clock = min(clock, library.hwopt_time_clock())
+        units.append(library.hwopt_time_units())
     _ctypes.dlclose(library._handle)
-    say({"passes": passes[1:], "clock": clock})
+    say({"passes": passes[1:], "clock": clock, "units": float(np.percentile(units, USUAL))})
