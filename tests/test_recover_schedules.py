@@ -12,6 +12,7 @@ import pytest
 from hwopt.analysis.constant import constant
 from hwopt.analysis.coupling import coupling
 from hwopt.analysis.workload import workloads
+from hwopt.compiler import apply_model, plan_model
 from hwopt.errors import DataError, UsageError
 from hwopt.io.onnx import save
 from hwopt.ir import Graph, of_op
@@ -166,6 +167,27 @@ def test_a_plans_own_passes_are_done_step_by_step_and_give_the_plans_structure(c
         assert sizes(found.graph) == sizes(graph) and [n.op for n in found.graph.nodes] == [n.op for n in graph.nodes]
     with pytest.raises(UsageError, match="nothing to do step by step"):
         recovered(case, "gradual")
+
+
+def test_a_plan_without_pruning_is_trained_once(case: Case) -> None:
+    graph = run_pass(Quantize(weights="int4"), case.graph, case.ctx)
+    planned = dataclasses.replace(case.on(graph), passes=(Quantize(weights="int4"),))
+    found = recovered(planned, f"gradual{{{EFFORT},stages=3}}".replace("lr=0.003", "lr=0.001"))
+    assert isinstance(found.recipe, Schedule) and len(found.recipe.stops) == 1 and found.after and found.before
+    assert found.after.value <= found.before.value
+
+
+@pytest.mark.parametrize("recipe", [f"gradual{{{EFFORT},stages=2}}", RECIPES["netadapt"].replace("drop=0.1", "drop=0")])
+def test_a_plan_has_the_schedule_on_record_and_replays_it(case: Case, recipe: str, tmp_path: Path) -> None:
+    save(case.graph, tmp_path / "model.onnx")
+    evaluate = {"x0": blobs(120, 2).arrays["x0"], "labels": blobs(120, 2).labels}
+    calibrate = {"x0": case.data.arrays["x0"]}
+    stated: dict[str, Any] = {"calibrate": calibrate, "evaluate": evaluate, "target": "x86-64-v3", "threads": 1}
+    found = plan_model(tmp_path / "model.onnx", passes="prune-channels{ratio=0.5},quantize{}", recover=recipe, **stated)
+    assert found.plan.recovery and found.plan.recovery.recipe.startswith(recipe.partition("{")[0])
+    assert found.plan.recovery.score_after >= found.plan.recovery.score_before
+    replayed, _ = apply_model(tmp_path / "model.onnx", plan=found.plan, **stated)
+    assert replayed.digest == found.graph.digest
 
 
 def test_rewinding_finds_the_survivors_of_a_cut_by_their_numbers(case: Case) -> None:

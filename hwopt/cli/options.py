@@ -49,7 +49,10 @@ REPORT = click.option("--report", type=click.Path(path_type=Path), help="Write a
 TRAIN = click.option("--train", metavar="NPZ", help="What to train on: as --calibrate, whose data are used otherwise.")
 RECOVERING = (
     click.option(
-        "--recover", default=None, metavar="distill{epochs=3}", help="Train the changed model: distill, qat (needs torch)."
+        "--recover",
+        default=None,
+        metavar="distill{epochs=3}",
+        help="Train the changed model: distill, qat, dkm, gradual, netadapt, lottery (needs torch).",
     ),
     TRAIN,
     click.option("--checkpoints", type=click.Path(path_type=Path), help="Where unfinished training is kept and found again."),

@@ -83,7 +83,7 @@ class Run:
         if self.replays:
             until, total = _numbers(self.recipe, number)
             self.stops.append(f"{until}/{total}")
-            again = dataclasses.replace(recipe, steps=total, until=until, minutes=0.0)
+            again = dataclasses.replace(recipe, steps=total, until=until, epochs=Distill().epochs, minutes=0.0)
             return _train(self.case.on(graph), again).graph if until else graph
         if self.interrupted:
             self.stops.append("0/0")
@@ -137,6 +137,9 @@ class Stepwise(Schedule):
         if self.stops == (NOTHING,):
             return Outcome(given, self, 0.0)
         run, graph = Run(case, self), stages.start
+        if not stages.widths and not stages.sparse:
+            case.progress("the plan has nothing to do step by step: one training", 0, 1)
+            return run.better(given, run.train(given, 1.0))
         earlier = self.earlier(case, graph)
         for stage in range(1, self.stages + 1):
             before, last = graph, stage == self.stages
@@ -159,7 +162,7 @@ class Stepwise(Schedule):
         stated = tuple(one for one, _ in parse_list(self.passes, find_passes()))
         passes: tuple[Pass, ...] = stated or case.passes
         stages = stages_of(case.graph if stated else case.teacher, passes, case.ctx)
-        if not stages.widths and not stages.sparse:
+        if not stages.widths and not stages.sparse and (stated or not case.passes):
             hint = "give passes=, such as a pruning with its ratio, or a plan that prunes"
             raise UsageError("there is nothing to do step by step", place=str(self), hint=hint)
         return stages.whole if stated else case.graph, stages
