@@ -18,13 +18,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from hwopt.backends.tvm.tune.runner import Kernels, Outcome, Runner
+from hwopt.backends.tvm.tune.runner import Kernels, Outcome, Runner, take
 from hwopt.device import link
 from hwopt.device.link import Address
-from hwopt.emit.toolchain import find_compiler, run_compiler
+from hwopt.emit.toolchain import find_compiler
 from hwopt.errors import DeviceError
 
-EMIT, TUNE = Path(__file__).parents[1] / "emit", Path(__file__).parents[1] / "backends" / "tvm" / "tune"
 HANG_SECONDS = 20.0  # one turn takes milliseconds there, an upload longer
 SESSION_SECONDS = 1800  # of one batch, at most
 START_SECONDS = 120.0  # until TVM is imported on a busy machine
@@ -100,11 +99,8 @@ class DeviceRunner(Runner):
                     raise DeviceError(f"refuses a batch: {answer['refused']}", place=str(self.address))
                 self._session, at = str(answer.get("session", self._session)), int(answer.get("at", at))
                 if "checked" in answer:
-                    found[symbols[answer["checked"]]] = Outcome(answer["status"])
                     end = time.monotonic() + self.patience  # it gets on
-                if "times" in answer:
-                    for index, times in answer["times"].items():
-                        found[symbols[int(index)]].times = times
+                if take(answer, symbols, found):
                     return found
             blamed = self._blamed(ended, symbols[at] if at >= 0 else "", end)
             if blamed:
@@ -177,27 +173,13 @@ class DeviceRunner(Runner):
         return process
 
     def _link(self, objects: Mapping[str, bytes]) -> Path:
-        """One shared library with all candidates, the timing loop and the runtime, for the device."""
-        folder, compiler = self.folder_path, find_compiler(str(self.device["machine"]))
-        flags = ["-std=c11", "-O2", "-fPIC", "-pthread", "-DHWOPT_PTHREAD", f"-I{EMIT}", f"-I{TUNE}"]
-        if not (folder / "measure.o").exists():
-            run_compiler([*compiler, *flags, "-c", str(Path(__file__).with_name("measure.c")), "-o", "measure.o"], folder)
-            (folder / "visible.map").write_text("{ global: __tvm_ffi_hwopt_*; local: *; };\n")
-        names = []
-        for index, data in enumerate(objects.values()):
-            names.append(f"k{index}.o")
-            (folder / names[-1]).write_bytes(data)
+        """The same for the device: nothing but our functions is visible, candidates are called by their place in a table."""
         self._places = {symbol: index for index, symbol in enumerate(objects)}
-        (folder / "table.c").write_text(_table(list(objects)))
-        self._libraries += 1
-        name = f"batch{self._libraries}.so"
-        options = ["-shared", "-pthread", "-Wl,--version-script=visible.map", "-s"]
-        run_compiler([*compiler, *flags, *options, "-o", name, "table.c", "measure.o", *names, "-lm"], folder)
-        return folder / name
-
-    @property
-    def folder_path(self) -> Path:
-        return Path(self._folder.name)
+        (self.folder / "table.c").write_text(_table(list(objects)))
+        (self.folder / "visible.map").write_text("{ global: __tvm_ffi_hwopt_*; local: *; };\n")
+        compiler = find_compiler(str(self.device["machine"]))
+        options = ["-Wl,--version-script=visible.map", "-s"]
+        return self._library(objects, Path(__file__).with_name("measure.c"), compiler, ["table.c"], options)
 
 
 def _lost(answer: Mapping[str, Any]) -> Outcome | None:
