@@ -160,6 +160,43 @@ def test_numbers_of_threads_that_were_not_measured_stay_analytical(learned: Lear
     assert learned.estimate(work, 1) != ANALYTICAL.estimate(work, 1)
 
 
+@pytest.fixture
+def few_trees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trees, "TREES", 30)
+
+
+def on_two(records: list[Record]) -> list[Record]:
+    """The same kernels on two threads of the made-up machine, which take 0.6 times as long."""
+    return [dataclasses.replace(record, seconds=0.6 * record.seconds, threads=2) for record in records]
+
+
+@pytest.mark.usefixtures("few_trees")
+def test_two_threads_are_learned_where_they_were_measured(target, tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(table_of([*synthetic(), *on_two(synthetic())], target, None).to_json())
+    model, work = Learned(path, ANALYTICAL, {"float32": MICRO}), layer(100, 100, 21)
+    assert model.table.threads == (1, 2)
+    one, two = (model.estimate(work, threads) for threads in (1, 2))
+    assert two.source == "learned" and two.seconds == pytest.approx(0.6 * one.seconds, rel=0.1)
+    assert model.estimate(synthetic()[0].work, 2).source == "measured"
+
+
+@pytest.mark.usefixtures("few_trees")
+def test_a_family_that_was_measured_on_one_thread_only_follows_the_analytical_model_on_two(target, tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    others = [dataclasses.replace(r, work=dataclasses.replace(r.work, kind="elementwise", m=0)) for r in synthetic(160)]
+    path.write_text(table_of([*synthetic(), *on_two(others)], target, None).to_json())
+    model, work = Learned(path, ANALYTICAL, {"float32": MICRO}), layer(100, 100, 21)
+    ratio = ANALYTICAL.estimate(work, 2).seconds / ANALYTICAL.estimate(work, 1).seconds
+    assert model.estimate(work, 2).seconds == pytest.approx(ratio * model.estimate(work, 1).seconds)
+    assert model.estimate(work, 2).source == "learned"
+
+
+@pytest.mark.usefixtures("few_trees")
+def test_a_number_of_threads_with_few_kernels_is_none_that_was_measured(target) -> None:
+    assert table_of([*synthetic(), *on_two(synthetic(40))], target, None).threads == (1,)
+
+
 def test_weights_as_codes_cost_as_much_more_as_the_analytical_model_says(learned: Learned) -> None:
     plain = layer(256, 256)
     coded = dataclasses.replace(plain, m=1, coded=Coded(8_000, 2, True))
@@ -173,6 +210,7 @@ def test_sums_of_learned_and_measured_prices_say_that_they_are_mixed(learned: Le
     assert total.source == "mixed"
 
 
+@pytest.mark.usefixtures("few_trees")
 def test_kernels_with_cold_weights_cost_more_also_where_they_were_measured(target, tmp_path: Path) -> None:
     """The same layers in a small model and in one whose weights pass through all caches."""
     far = 64 << 20

@@ -27,8 +27,8 @@ class Learned:
 
     A kernel is known if a graph made its Workload (it has steps), in a dtype that is measured. Numbers of threads that were
     not measured stay analytical: a mixture would compare what was measured with what was not. Where weights may stay codes,
-    the decoding kernel costs as much more as the analytical model says. `more` holds what was measured since, by
-    work_key.
+    the decoding kernel costs as much more as the analytical model says, and so do kernels on several threads whose family was
+    measured on one only. `more` holds what was measured since, by work_key.
     """
 
     path: Path
@@ -75,9 +75,15 @@ class Learned:
             return _cost(prior, seconds, seconds, seconds * (1 + noise), "measured")
         found = self._predicted(work, threads)
         if found is None:
-            return prior
+            return prior if threads == 1 or 1 not in self.table.threads else self._as_alone(work, prior)
         mean, half = found
         return _cost(prior, math.exp(mean), math.exp(mean - half), math.exp(mean + half), "learned")
+
+    def _as_alone(self, work: Workload, prior: Cost) -> Cost:
+        """Of a family that was measured on one thread only: as much of that as the analytical model says."""
+        alone = self.analytical.estimate(work, 1)
+        found = self._plain(work, 1, alone)
+        return prior if found.source == "analytical" else _scaled(found, prior, alone)
 
     def _moved(self, work: Workload, footprint: int, threads: int) -> float:
         """How much longer a kernel takes in a model with other weights around it than where it was measured."""

@@ -7,6 +7,7 @@ import datetime
 import importlib.metadata
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from hwopt.target import Target, Workload
 CLEAN = 0.2  # noise above which a sample is not believed
 DRIFT = 1.15  # of the reference that others on the same core slow down, over its best tenth
 HELD = 5  # one kernel of so many is kept out of training to say how good it is
+ENOUGH = 150  # kernels from which a number of threads is known to a table; the best known one always is
 SHORT = 1e-6  # shorter kernels are not judged: a clock reads to some 30 ns
 NEAR = 0.1
 
@@ -176,7 +178,9 @@ def table_of(records: Sequence[Record], target: Target, found: Quality | None, d
         "target": target.name, "clock_seconds": kept[0].clock, **(_rounded(found) if found else {}),
         "versions": {name: importlib.metadata.version(name) for name in ("hwopt", "apache-tvm", "scikit-learn")},
     }  # fmt: skip
-    threads = tuple(sorted({record.threads for record in kept}))
+    counted_by = Counter(record.threads for record in kept)
+    enough = min(ENOUGH, max(counted_by.values()))
+    threads = tuple(sorted(count for count, kernels in counted_by.items() if kernels >= enough))
     return Table(processor(), instructions(target.tvm), threads, measured, learned(kept, target), facts)
 
 
