@@ -13,7 +13,7 @@ from onnx import parser
 
 from hwopt.backends import ort
 from hwopt.backends.tvm import kernels
-from hwopt.backends.tvm.build import compile_program
+from hwopt.backends.tvm.build import compile_program, reading
 from hwopt.backends.tvm.kernels.loops import LANE_COUNTS, VECTOR_COUNTS, LoopsSpec
 from hwopt.backends.tvm.run import run_program
 from hwopt.backends.tvm.tune.database import CONFIRM, Database, Trial, Tuned
@@ -94,3 +94,12 @@ def test_small_kernels_and_those_that_read_indices_are_not_tuned() -> None:
     for text in (small, gathers):
         graph = from_model(parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]> {text}'))
         assert tasks_of(graph, find_target("host"), 1) == {}
+
+
+@pytest.mark.parametrize(("size", "parallel"), [(256, False), (1024, True)])
+def test_short_copies_run_on_one_core(size: int, parallel: bool) -> None:
+    """Moving 50,000 numbers takes 2 us, starting a thread about as long."""
+    text = f"agraph (float[196,{size}] x) => (float[{size},196] y) {{ y = Transpose(x) }}"
+    graph = from_model(parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]> {text}'))
+    kernels_of = reading(graph, find_target("host"), 2).functions.values()
+    assert any("T.parallel" in one.script() for one in kernels_of) == parallel

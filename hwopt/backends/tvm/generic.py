@@ -16,6 +16,7 @@ from hwopt.errors import ToolchainError
 
 LANES = 16
 PARALLEL_WORK = 16384  # scalar results below which starting threads costs more than it saves
+PARALLEL_COPIES = 65536  # the same where results are copies: a cycle moves a whole vector
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,17 @@ def _block(schedule: Any, block: Any, threads: int, knobs: Knobs) -> None:
         if 2 in kinds:
             _reduction(schedule, block, threads, knobs)
         else:
-            _spatial(schedule, loops, threads, knobs)
+            _spatial(schedule, loops, threads if _is_long(schedule, block) else 1, knobs)
     except s_tir.ScheduleError:
         return  # an unscheduled block is slow, not wrong
+
+
+def _is_long(schedule: Any, block: Any) -> bool:
+    """False for copies of so few elements that one core has moved them before others have started."""
+    from tvm.ir.expr import TensorLoad
+
+    work = math.prod(int(schedule.get(loop).extent) for loop in schedule.get_loops(block))
+    return work >= PARALLEL_COPIES or not isinstance(getattr(schedule.get(block).body, "value", None), TensorLoad)
 
 
 def _spatial(schedule: Any, loops: list[Any], threads: int, knobs: Knobs) -> None:
