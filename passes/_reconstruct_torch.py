@@ -25,7 +25,8 @@ from passes._blocks import Block, blocks
 
 SAMPLES = 256
 BYTES = 2**28  # of what a block reads and should answer: with large images fewer samples count
-BATCH = 8  # samples of one step
+BATCH = 2, 16  # samples of one step, at least and at most: as many as give ELEMENTS of the block's output
+ELEMENTS = 2**17
 ITERATIONS = 600
 RATE = 0.05  # of Adam, for the soft choices, and for the biases in units of the noise that rounding makes
 WEIGHT = 1000.0  # of the regularizer, per weight, beside the error relative to that at the start; less leaves weights undecided
@@ -207,7 +208,7 @@ def _solve(
             module.put(one.soft.value, one.weight())
         for bias, move in zip(problem.biases, moves, strict=True):
             module.put(bias.value, torch.tensor(bias.start * bias.unit).float() + move * torch.tensor(bias.reach).float())
-        loss = weights * runner.loss(random.permutation(runner.count)[:BATCH]) / before
+        loss = weights * runner.loss(random.permutation(runner.count)[: runner.batch]) / before
         share = (step / ITERATIONS - WARM) / (1 - WARM)
         if share > 0:
             loss = loss + WEIGHT * sum(one.undecided(BETA[0] + share * (BETA[1] - BETA[0])) for one in choices)
@@ -257,6 +258,7 @@ class _Runner:
         self.want, self.value = data[problem.inner.outputs[0]], problem.inner.outputs[0]
         self.feeds = {name: data[name] for name in problem.inner.inputs}
         self.count = len(self.want)
+        self.batch = int(np.clip(ELEMENTS // max(self.want[0].size, 1), *BATCH))
         few = {name: array[:2].reshape(-1, *array.shape[2:]) for name, array in self.feeds.items() if array.ndim > 1}
         self.stacked = len(few) == len(self.feeds) and self.count > 1 and module.stacks(few)
 
@@ -276,7 +278,7 @@ class _Runner:
     def error(self) -> float:
         """Over all runs."""
         with torch.no_grad():
-            starts = range(0, self.count, BATCH)
-            parts = [self.loss(np.arange(start, min(start + BATCH, self.count))) for start in starts]
-            sizes = [min(BATCH, self.count - start) for start in starts]
+            starts = range(0, self.count, self.batch)
+            parts = [self.loss(np.arange(start, min(start + self.batch, self.count))) for start in starts]
+            sizes = [min(self.batch, self.count - start) for start in starts]
             return float(np.average([float(part) for part in parts], weights=sizes))
