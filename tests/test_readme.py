@@ -38,6 +38,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(_renamed(graph), folder / "model.onnx")
     np.savez(folder / "calibrate.npz", input=images[:16])
     np.savez(folder / "evaluate.npz", input=images[16:], labels=random.integers(0, 10, 32))
+    np.savez(folder / "train.npz", input=images[:16])
     np.savez(folder / "sample.npz", input=images[:1])
     return folder
 

@@ -48,6 +48,12 @@ def test_distillation_brings_a_quantized_graph_nearer_to_its_teacher_without_cha
     assert all("distill{" in node.history[-1] for node in of_op(better, "QuantizeLinear"))
 
 
+def test_fewer_samples_than_a_step_takes_are_enough() -> None:
+    graph = net()
+    outcome = recovered(Case(quantized(graph), graph, samples(graph, 14)), "distill{epochs=2,batch=64,threads=1}")
+    assert len(outcome.checks) > 1
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others() -> None:
     teacher = net()
     student, data = quantized(teacher, weights="int4"), samples(teacher)

@@ -54,7 +54,7 @@ class _Training:
         self.source, held_out = divided(whole, given, recipe.holdout, recipe.batch, own, recipe.seed)
         self.student, self.teacher = self._student(), Teacher(case.teacher)
         self.size = self.teacher.size = self._size(own)
-        self.batch = recipe.batch if not self.size else max(recipe.batch // self.size, 1) * self.size
+        self.batch = self._batch()
         self.loss = self._loss()
         self.judge = Judge(self.student, self.teacher, self.loss, held_out, self.size, case.score)
         self.optimizer = make_optimizer(self.student, recipe)
@@ -94,6 +94,11 @@ class _Training:
         if own != batch_of(self.case.teacher):
             raise DataError("the models have different batches", place="training", hint="load both with the same shapes")
         return own
+
+    def _batch(self) -> int:
+        """Samples per step, whole runs of the graph; all there are where those are fewer."""
+        wanted = min(self.recipe.batch, len(self.source.samples)) if isinstance(self.source, Arrays) else self.recipe.batch
+        return max(wanted // self.size, 1) * self.size if self.size else wanted
 
     def _loss(self) -> Loss:
         if self.case.loss is not None or self.recipe.loss:
