@@ -154,7 +154,8 @@ def _given(job: Job, replay: Plan | None) -> Found:
         scorer = make_job_scorer(job, CORES) if job.training.recipe else None
         return trained_as_stated(job, found, scorer, scorer(Session(job.graph).run) if scorer else None)
     reason = "nothing was asked for" if not job.families else "there are no data to choose and to judge by"
-    refused = tuple(Refusal(kind.name, job.graph.name, reason) for kind in job.families)
+    idle = () if job.training.recipe is None else (job.training.recipe.name,)
+    refused = tuple(Refusal(name, job.graph.name, reason) for name in (*(kind.name for kind in job.families), *idle))
     return Found(_plan_of(job, (), refused), job.graph, None)
 
 

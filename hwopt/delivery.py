@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from hwopt.artifact import Artifact, check_destination
 from hwopt.build import CUDA
 from hwopt.cache import Cache, key_of
-from hwopt.depends import dependencies, write_depfile
+from hwopt.depends import dependencies, recipes, write_depfile
 from hwopt.device.build import machine_of_target
 from hwopt.emit.cuda import find_nvcc
 from hwopt.emit.toolchain import find_compiler
@@ -70,9 +72,13 @@ def products(artifact: Artifact) -> tuple[str, ...]:
 
 
 def _key(model: Path, options: Mapping[str, Any]) -> str:
-    """The cache's key, or nothing where an input cannot be read (compiling says what is wrong with it)."""
+    """The cache's key; nothing where time decides, or an input cannot be read (compiling says what is wrong with it)."""
     stated = {name: _plain(value) for name, value in options.items() if name not in UNKEYED}
     try:
+        trained = tuple(recipes(options))
+        if any(one.minutes for one in trained):  # how far it comes depends on the time
+            return ""
+        stated["cores"] = [psutil.cpu_count() for one in trained if not one.threads]
         return key_of(dependencies(model, options), {**stated, "model": model.name}, compiler_of(options.get("target", "host")))
     except (OSError, ValueError, ImportError, HwoptError):
         return ""

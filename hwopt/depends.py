@@ -13,11 +13,14 @@ from typing import Any
 import onnx
 
 from hwopt.files import write_whole
+from hwopt.plan.plan import plan_from_json
 from hwopt.plugins import find_target, plugin_files
+from hwopt.recover import Recipe, parse_recipe
+from hwopt.recover.recipe import files_read
 from hwopt.sources import files_of
 from hwopt.target import Target, table_of
 
-COMPILERS = ("hwopt", "apache-tvm", "apache-tvm-ffi")
+COMPILERS = ("hwopt", "apache-tvm", "apache-tvm-ffi", "onnxruntime", "torch")  # the last two find errors of changes, and train
 FILES = ("plan", "tuning_db", "calibrate", "evaluate", "train")  # options that may name one
 DATA = ("calibrate", "evaluate", "train")  # options that may name a whole folder
 
@@ -33,7 +36,18 @@ def dependencies(model: Path, options: Mapping[str, Any]) -> tuple[Path, ...]:
     sources = sorted(path for path in own.rglob("*") if path.suffix in (".py", ".c", ".h"))
     found = [model, *external_files(model), *given, *_prices(options.get("target")), *sources, *plugin_files(), *_releases()]
     data = [path for name in DATA for path in files_of(options.get(name))]
+    data += [path for recipe in recipes(options) for path in files_read(recipe)]
     return tuple(dict.fromkeys(path.resolve() for path in (*found, *data)))
+
+
+def recipes(options: Mapping[str, Any]) -> Iterator[Recipe]:
+    """What trains: the recipe that is stated, and the one that a plan has on record."""
+    if stated := options.get("recover"):
+        yield parse_recipe(stated)
+    plan = options.get("plan")
+    if isinstance(plan, (str, Path)) and Path(plan).is_file():
+        recorded = plan_from_json(Path(plan).read_text(), str(plan)).recovery
+        yield from (parse_recipe(one.recipe) for one in (recorded,) if one)
 
 
 def _releases() -> Iterator[Path]:

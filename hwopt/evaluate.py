@@ -213,14 +213,20 @@ def divergence(reference: np.ndarray, found: np.ndarray) -> float:
 
 
 def divergences(reference: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """Each sample's KL of the softmax, [samples], for outputs [samples, classes]."""
-    return np.maximum(_kl(log_softmax(reference), log_softmax(found)), 0)
+    """Each sample's KL of the softmax, [samples], for outputs [samples, classes]; the reference says what both are."""
+    chances = are_chances(reference)
+    return np.maximum(_kl(log_softmax(reference, chances), log_softmax(found, chances)), 0)
 
 
-def log_softmax(output: np.ndarray) -> np.ndarray:
-    """Row-wise; outputs that are probabilities already are only logged."""
+def are_chances(output: np.ndarray) -> bool:
+    """True for rows of probabilities."""
+    return bool(output.min() >= 0 and np.allclose(output.astype(np.float64).sum(1), 1, atol=1e-3))
+
+
+def log_softmax(output: np.ndarray, chances: bool) -> np.ndarray:
+    """Row-wise; outputs that are probabilities already, if coarse ones, are only logged."""
     values = output.astype(np.float64)
-    if values.min() >= 0 and np.allclose(values.sum(1), 1, atol=1e-3):
+    if chances:
         return np.log(np.maximum(values, 1e-12))
     values = values - values.max(1, keepdims=True)
     return values - np.log(np.exp(values).sum(1, keepdims=True))

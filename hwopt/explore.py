@@ -17,11 +17,11 @@ from hwopt.plan.front import FRONT, Point, front
 from hwopt.plan.plan import plan_from_json
 from hwopt.plan.store import PLAN
 from hwopt.plan.trials import Trained, search_knobs
+from hwopt.recover.data import source_of
 from hwopt.recover.knobs import recovery_knobs
 from hwopt.recovery import data_of, trial
 from hwopt.report.outcome import plan_report
 from hwopt.report.page import page
-from hwopt.samples import Samples
 
 OPTIONS = ("shapes", "binds", "calibrate", "evaluate", "budget", "passes", "threads", "preprocess")
 
@@ -82,7 +82,7 @@ def _trained(job: Job) -> Trained | None:
     if recipe is None:
         return None
     data = data_of(job)
-    what = f"{recipe} {data.digest if isinstance(data, Samples) else type(data).__name__}"
+    what = f"{recipe} {source_of(job.graph, data).digest or type(data).__name__}"
     plan = lambda task, knobs, report: trial(job, task, knobs, lambda check: report(check.score))  # noqa: E731
     return Trained(what, recovery_knobs(recipe), plan)
 

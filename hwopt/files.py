@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,8 +14,11 @@ from hwopt.errors import UsageError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what takes the place of `path` at the end; of an attempt that fails nothing is left."""
-    part = path.with_name(f".{path.name}.part")
+    """Where to write what takes the place of `path` at the end; of an attempt that fails nothing is left.
+
+    Whoever writes the same file at the same time writes elsewhere: neither takes the other's half for whole.
+    """
+    part = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
     try:
         yield part
         part.replace(path)

@@ -21,6 +21,7 @@ from hwopt.plan.options import Progress
 from hwopt.plan.plan import Plan, plan_from_json
 from hwopt.plugins import find_passes, find_target
 from hwopt.recover import Recipe, Training, parse_recipe, require
+from hwopt.recover.data import source_of
 from hwopt.samples import Samples
 from hwopt.sources import is_scoring, samples_from
 from hwopt.target import Cost, Target, total
@@ -105,7 +106,11 @@ def with_training(
     without gradients.
     """
     recipe = None if recover is None else parse_recipe(recover)
-    if recipe is None and not (replay and replay.recovery):
+    recorded = replay.recovery if replay else None
+    if recipe is not None and recorded is not None:
+        hint = "leave --recover out, or recovery out of the plan"
+        raise UsageError(f"the plan has a training of its own: {recorded.recipe}", place="--recover", hint=hint)
+    if recipe is None and recorded is None:
         if train is not None:
             raise UsageError("training data without a recipe", place="train", hint="say how: --recover distill")
         return job
@@ -117,10 +122,22 @@ def with_training(
     data = _samples(train, job.graph) if stored else train
     if data is None and job.ctx.calibration is None:
         raise UsageError("there are no data to train on", place="--recover", hint="give --train or --calibrate")
+    _check_training(job, recipe, job.ctx.calibration if data is None else data)
     if recipe is not None and not recipe.seed:
         recipe = replace(recipe, seed=job.ctx.seed)
     training = Training(recipe, data, loss, None if checkpoints is None else Path(checkpoints))
     return replace(job, training=training)
+
+
+def _check_training(job: Job, recipe: Recipe | None, data: Any) -> None:
+    """Raise UsageError for data that can be read only once, a loss that is not there, and labels that are missing."""
+    from hwopt.recover.torch.losses import user_loss
+
+    source_of(job.graph, data)
+    if recipe is not None and recipe.loss:
+        user_loss(recipe.loss)
+    if recipe is not None and recipe.hard and recipe.logits and isinstance(data, Samples) and data.labels is None:
+        raise UsageError(f"hard={recipe.hard} needs labels", place=str(recipe), hint="leave hard out, or give data with labels")
 
 
 def preprocessed(graph: Graph, preprocess: Preprocess | str | None) -> Graph:

@@ -72,6 +72,19 @@ def batch_of(graph: Graph) -> int:
     return size if isinstance(size, int) else 1
 
 
+def shared(one: Samples, other: Samples) -> int:
+    """How many samples of the first have the inputs of one of the second."""
+    known = set(_words(other))
+    return sum(word in known for word in _words(one))
+
+
+def _words(samples: Samples) -> Iterator[bytes]:
+    """Each sample's inputs in one word."""
+    for place in range(len(samples)):
+        inputs = (f"{name}=".encode() + samples.arrays[name][place].tobytes() for name in sorted(samples.arrays))
+        yield hashlib.blake2b(b"".join(inputs), digest_size=16).digest()
+
+
 def load_samples(path: Path | str, graph: Graph) -> Samples:
     """Read an .npz with the inputs by name and optionally `labels`; raises DataError that names what does not fit."""
     return checked(samples_of(read_npz(Path(path)), graph, str(path)), graph)

@@ -16,6 +16,7 @@ import hwopt
 from hwopt.artifact import Artifact
 from hwopt.backends.ort import Session
 from hwopt.errors import DataError, UsageError
+from hwopt.evaluate import divergences
 from hwopt.evaluation import evaluate_artifact, summary
 from hwopt.evaluation.attacks import Attacker, Box, box_of
 from hwopt.evaluation.calibration import bin_table, calibration_data, expected_error
@@ -400,3 +401,11 @@ def test_character_noise_goes_through_the_tokenizer() -> None:
     ]
     with pytest.raises(UsageError, match="noise on characters needs the texts"):
         check_trials(trials, dataclasses.replace(samples, encode=None))
+
+
+def test_coarse_probabilities_are_probabilities_where_the_float_models_are() -> None:
+    exact = np.random.default_rng(0).dirichlet(np.ones(10), 50)
+    coarse = np.round(exact * 256) / 256
+    assert abs(coarse.sum(1) - 1).max() > 2e-3 and divergences(exact, coarse).mean() < 0.01
+    found = calibration_data((exact, coarse), exact.argmax(1), 0)
+    assert found["compressed"]["mean_confidence"] == pytest.approx(found["float"]["mean_confidence"], abs=2e-3)

@@ -37,3 +37,13 @@ def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
         with pytest.raises(OSError) as caught:  # whichever: its name is what matters
             write_whole(place, "text")
         assert caught.value.filename == str(place)
+
+
+def test_two_who_write_one_file_do_not_write_into_each_others_half(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    with replacing(file) as one:
+        with replacing(file) as other:
+            one.write_text("one")
+            other.write_text("ot")
+        assert file.read_text() == "ot"
+    assert [(left.name, left.read_text()) for left in tmp_path.iterdir()] == [("plan.json", "one")]

@@ -19,6 +19,7 @@ from passes.prune_channels import PruneChannels
 from passes.quantize import Quantize
 from passes.share_weights import ShareWeights
 from tests._recover import divergence, net, quantized, samples, shape_of
+from tests.random_graphs import Builder, random_samples
 
 torch = pytest.importorskip("torch")
 SHORT = "distill{epochs=6,batch=16,lr=0.003,threads=1,warmup=0.1}"
@@ -278,3 +279,30 @@ def test_a_loss_of_the_users_is_in_the_recipe_by_name() -> None:
 def squares(found: Any, wanted: Any, labels: Any) -> Any:
     (name,) = wanted
     return (found[name] - wanted[name]).square().mean()
+
+
+def test_a_loss_without_a_name_of_its_own_is_called_by_its_class() -> None:
+    class Squares(torch.nn.Module):
+        def forward(self, found: Any, wanted: Any, labels: Any) -> Any:
+            return squares(found, wanted, labels)
+
+    teacher = net()
+    found = recovered(Case(quantized(teacher, weights="int4"), teacher, samples(teacher), loss=Squares()), SHORT)
+    assert found.recipe.loss.endswith("Squares") and parse_recipe(str(found.recipe)) == found.recipe
+
+
+def test_held_out_samples_come_in_batches_of_a_model_that_takes_no_other() -> None:
+    build = Builder(np.random.default_rng(0))
+    hidden = build.op("MatMul", [build.input((10, 8)), build.weight(8, 6, fan_in=8)], (10, 6))
+    build.outputs.append(build.op("Add", [hidden, build.weight(10, 6, fan_in=4)], (10, 6)))
+    teacher = build.graph()
+    data = random_samples(teacher, count=900)
+    student = run_pass(Quantize(), teacher, Context(calibration=data.head(20)))
+    found = recovered(Case(student, teacher, data), "distill{steps=2,threads=1}")
+    assert found.before is not None and np.isfinite(found.before.value)
+
+
+def test_labels_that_are_asked_for_and_missing_are_an_error() -> None:
+    teacher = net()
+    with pytest.raises(UsageError, match=r"hard=0\.5 needs labels"):
+        recovered(Case(quantized(teacher), teacher, samples(teacher)), "distill{hard=0.5}")

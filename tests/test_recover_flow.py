@@ -15,13 +15,16 @@ import hwopt
 from hwopt.cli import cli
 from hwopt.compiler import apply_model, plan_model
 from hwopt.decide import replayed
+from hwopt.delivery import _key
+from hwopt.depends import dependencies
 from hwopt.errors import BudgetError, UnsupportedError, UsageError
 from hwopt.io.onnx import read, save
 from hwopt.io.proto import to_model
 from hwopt.job import prepare, quiet, with_training
 from hwopt.plan.budget import Budget
 from hwopt.plan.explain import explain
-from hwopt.plan.plan import Plan, plan_from_json
+from hwopt.plan.plan import Plan, Recovery, plan_from_json
+from hwopt.recover import Lottery
 from hwopt.recovery import relaxed
 from hwopt.samples import write_npz
 from tests._recover import blobs, trained_net
@@ -152,3 +155,34 @@ def test_the_command_line_trains(model: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "kept").glob("*.pt"))
     recovery = json.loads(found.stdout)["recovery"]
     assert recovery and recovery["score_after"] >= recovery["score_before"]
+
+
+def test_training_that_would_not_be_heeded_is_refused(compiled: hwopt.Artifact, model: Path, tmp_path: Path) -> None:
+    plan = compiled.path / "plan.json"
+    with pytest.raises(UsageError, match="a training of its own"):
+        hwopt.compile(model, out=tmp_path / "a", measure=False, plan=plan, recover="qat", **OPTIONS)
+    with pytest.raises(UsageError, match="cannot import the loss"):
+        plan_model(model, recover="distill{loss=nowhere:loss}", **OPTIONS)
+    with pytest.raises(UsageError, match="read only once"):
+        plan_model(model, recover="distill", train=iter([data(32, 1)]), **OPTIONS)
+    found = plan_model(model, recover="distill", train=data(64, 1), passes="quantize")
+    assert ("distill", "there are no data to choose and to judge by") in [(one.by, one.reason) for one in found.plan.refused]
+
+
+def test_a_report_says_which_judges_were_teachers_too(model: Path, tmp_path: Path) -> None:
+    given = {**OPTIONS, "evaluate": OPTIONS["calibrate"] | {"labels": blobs(320, 1).labels}, "passes": "quantize{weights=int4}"}
+    for options, told in ((given, True), ({**given, "evaluate": OPTIONS["evaluate"]}, False)):
+        out = tmp_path / str(told)
+        notes = hwopt.compile(model, out=out, measure=False, **options).report["notes"]
+        assert ("320 of 320 samples that judge were also calibrated with: the score is too kind" in notes) == told
+
+
+def test_what_a_recipe_reads_is_an_input_and_minutes_are_never_kept(model: Path, tmp_path: Path) -> None:
+    recovery = Recovery(str(Lottery(checkpoint=str(model))), "", 0.0, 0.0)
+    (tmp_path / "plan.json").write_text(Plan("host", 1, "", Budget(0.01), 0, recovery=recovery).to_json())
+    other = tmp_path / "other.onnx"
+    other.write_bytes(model.read_bytes())
+    assert model.resolve() in dependencies(other, {"plan": tmp_path / "plan.json"})
+    assert model.resolve() in dependencies(other, {"recover": str(Lottery(checkpoint=str(model)))})
+    assert Path(__file__) in dependencies(other, {"recover": "distill{loss=tests.test_recover_flow:data}"})
+    assert _key(other, {"recover": "distill"}) and not _key(other, {"recover": "distill{minutes=1}"})

@@ -145,3 +145,16 @@ def test_statistics_are_estimated_on_the_changed_graph_where_that_is_asked_for()
     assert not np.array_equal(found.graph.params[node.inputs[3]], before[node.inputs[3]])
     again = recovered(Case(changed(teacher), teacher, samples(teacher)), str(found.recipe))
     assert again.graph.digest == found.graph.digest
+
+
+def test_another_loss_and_other_batches_of_a_loader_begin_anew(tmp_path: Path) -> None:
+    def loss(found: Any, wanted: Any, _: Any) -> Any:
+        return sum((found[name] - wanted[name]).abs().mean() for name in wanted)
+
+    batches = [{name: array[:16] for name, array in case().data.arrays.items()}] * 2
+    others = [{name: -array for name, array in one.items()} for one in batches]
+    loaders = [dataclasses.replace(case(tmp_path), data=one) for one in (batches, others)]
+    for one in (case(tmp_path), case(tmp_path, loss=loss), *loaders):
+        kept = len(list(tmp_path.glob("*.pt")))
+        recovered(one, "distill{steps=2,threads=1}")
+        assert len(list(tmp_path.glob("*.pt"))) == kept + 1

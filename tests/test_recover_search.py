@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from hwopt.errors import UsageError
 from hwopt.explore import job_of, planned
 from hwopt.io.onnx import save
 from hwopt.plan.attempt import Found
@@ -86,3 +87,13 @@ def test_a_trial_that_is_worse_than_the_others_ends_early(
     table = searched(options, tmp_path / "out", 6)
     assert asked == [4, 4, 4, 4, 2, 2] and [one["value"] is None for one in table] == [False] * 4 + [True] * 2
     assert "worse at a check" in table[-1]["reason"]
+
+
+def test_a_search_with_other_labels_or_other_samples_to_judge_by_is_another_search(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    searched({**options, "recover": None}, tmp_path / "out", 1)
+    labels = options["evaluate"]["labels"]
+    for other in ({**options["evaluate"], "labels": 3 - labels}, {**options["calibrate"], "labels": labels}):
+        with pytest.raises(UsageError, match="another model, target, budget or data"):
+            searched({**options, "recover": None, "evaluate": other}, tmp_path / "out", 1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hwopt.evaluate import log_softmax
+from hwopt.evaluate import are_chances, log_softmax
 
 BINS = 15  # of Guo et al.
 RESAMPLES = 500  # of the paired bootstrap
@@ -18,8 +18,9 @@ RESAMPLES = 500  # of the paired bootstrap
 
 def calibration_data(logits: tuple[np.ndarray, np.ndarray], labels: np.ndarray, seed: int, bins: int = BINS) -> dict[str, Any]:
     """Both models' calibration for report.json, and what changed, with a 95 % interval by a paired bootstrap over samples."""
-    sides = [_sure_and_right(one, labels) for one in logits]
-    told = {name: _side(*side, one, labels, bins) for name, side, one in zip(("float", "compressed"), sides, logits, strict=True)}
+    logs = [log_softmax(one, are_chances(logits[0])) for one in logits]
+    sides = [_sure_and_right(one, labels) for one in logs]
+    told = {name: _side(*side, one, labels, bins) for name, side, one in zip(("float", "compressed"), sides, logs, strict=True)}
     random, count = np.random.default_rng([seed, 17]), len(labels)
     changes = []
     for _ in range(RESAMPLES):
@@ -31,9 +32,9 @@ def calibration_data(logits: tuple[np.ndarray, np.ndarray], labels: np.ndarray, 
     return {"bins": bins, **told, "ece_change": change, "ece_change_interval": (float(low), float(high))}
 
 
-def _sure_and_right(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _sure_and_right(logs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The confidence of each answer, and 1 where it is right."""
-    chances = np.exp(log_softmax(logits))
+    chances = np.exp(logs)
     return chances.max(1), (chances.argmax(1) == labels).astype(np.float64)
 
 
@@ -52,9 +53,9 @@ def expected_error(sure: np.ndarray, right: np.ndarray, bins: int = BINS) -> flo
     return float((count * np.abs(accuracy - confidence)).sum() / max(count.sum(), 1))
 
 
-def _side(sure: np.ndarray, right: np.ndarray, logits: np.ndarray, labels: np.ndarray, bins: int) -> dict[str, Any]:
+def _side(sure: np.ndarray, right: np.ndarray, logs: np.ndarray, labels: np.ndarray, bins: int) -> dict[str, Any]:
     count, confidence, accuracy = bin_table(sure, right, bins)
-    chosen = log_softmax(logits)[np.arange(len(labels)), labels]
+    chosen = logs[np.arange(len(labels)), labels]
     rows = [
         {"low": place / bins, "high": (place + 1) / bins, "samples": int(n), "confidence": float(c), "accuracy": float(a)}
         for place, (n, c, a) in enumerate(zip(count, confidence, accuracy, strict=True))

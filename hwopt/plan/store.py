@@ -9,8 +9,10 @@ from typing import Any
 
 from hwopt.errors import UsageError
 from hwopt.files import write_whole
+from hwopt.ir.graph import param_digest
 from hwopt.plan.attempt import Search
 from hwopt.plan.plan import Plan
+from hwopt.samples import Samples
 
 PLAN = "plan.json"
 
@@ -21,13 +23,20 @@ def keep_plan(folder: Path, plan: Plan) -> None:
 
 
 def identity(task: Search, purpose: str) -> str:
-    """What a search depends on, as one short word: model, data, target, threads, families, seed and budget."""
-    calibration = task.ctx.calibration
+    """What a search depends on, as one short word: model, data, target, threads, families, seed, budget, and how it judges."""
+    data = [_data(one) for one in (task.ctx.calibration, getattr(task.scorer, "samples", None))]
     parts = [
-        purpose, task.graph.digest, calibration.digest if calibration else "", task.target.name, str(task.threads),
-        str(task.ctx.seed), str(task.budget), ",".join(kind.name for kind in task.passes), task.scorer.metric,
+        purpose, task.graph.digest, *data, task.target.name, str(task.threads), str(task.ctx.seed), str(task.budget),
+        ",".join(kind.name for kind in task.passes), task.scorer.metric, task.sensitivity, str(task.pairwise), str(task.tie),
     ]  # fmt: skip
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _data(samples: Samples | None) -> str:
+    """Inputs and labels in one word."""
+    if samples is None:
+        return ""
+    return samples.digest if samples.labels is None else samples.digest + param_digest(samples.labels)
 
 
 def open_folder(folder: Path, name: str, key: str) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from hwopt.errors import UsageError
@@ -31,7 +34,7 @@ class Recipe:
     minutes: float = 0.0  # at most so long; 0: no limit. Fewer steps are planned where the time does not suffice
     steps: int = 0  # of the schedule, instead of epochs
     until: int = 0  # stop after so many of them: where the best state was found
-    batch: int = 64  # samples per step, where the graph takes more than its own batch
+    batch: int = 64  # samples per step, where the graph takes more than its own batch and there are so many
     lr: float = 0.001
     optimizer: str = "adam"  # or sgd, with momentum 0.9
     warmup: float = 0.05  # share of the steps in which the learning rate rises; it falls along a cosine afterwards
@@ -95,6 +98,16 @@ class Qat(Recipe):
 
     logits: float = 0.0
     hard: float = 1.0
+
+
+def files_read(recipe: Recipe) -> Iterator[Path]:
+    """What a training depends on besides its data: the module of the user's loss, and the checkpoint that it goes back to."""
+    checkpoint = Path(getattr(recipe, "checkpoint", ""))
+    if checkpoint.is_file():
+        yield checkpoint
+    module = importlib.util.find_spec(recipe.loss.partition(":")[0]) if ":" in recipe.loss else None
+    if module is not None and module.origin is not None and Path(module.origin).is_file():
+        yield Path(module.origin)
 
 
 def checked_recipe(recipe: Recipe) -> Recipe:

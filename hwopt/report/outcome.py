@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hwopt.analysis.liveness import peak_activation_bytes
@@ -18,6 +18,7 @@ from hwopt.measure import Timing, interleaved, onnxruntime_runner
 from hwopt.plan.explain import recovery_line
 from hwopt.plan.search import Found
 from hwopt.report.figures import Figures, layer_table, make_report
+from hwopt.samples import Samples, shared
 from hwopt.target import origin
 
 
@@ -122,6 +123,15 @@ def _simulated(job: Job, baseline: Built, result: Built) -> dict[str, Any]:
     return {"simulated": counted}
 
 
+def _seen(job: Job, found: Found) -> Iterator[str]:
+    """Samples that the model was made with as well as judged by: what they say is no promise for others."""
+    used = {"calibrated": job.ctx.calibration, "trained": job.training.data if found.plan.recovery else None}
+    for what, data in used.items():
+        count = shared(job.evaluation, data) if job.evaluation and isinstance(data, Samples) else 0
+        if count:
+            yield f"{count} of {len(job.evaluation or ())} samples that judge were also {what} with: the score is too kind"
+
+
 def _notes(job: Job, found: Found, result: Built, compared: Comparison | None) -> list[str]:
     notes = [f"runs in TVM's virtual machine: {result.reason}"] if result.kind == "vm" else []
     if job.target.tvm["kind"] == CUDA:
@@ -144,4 +154,5 @@ def _notes(job: Job, found: Found, result: Built, compared: Comparison | None) -
         notes.append("the unchanged model scores 0 on the evaluation data: are the labels right?")
     if compared is not None and compared.drop > job.budget.max_drop:
         notes.append(f"the drop is above the {job.budget.max_drop:.2%} that were allowed")
+    notes += _seen(job, found) if found.plan.decisions else ()
     return notes + ([result.coded_note] if result.coded_note else [])

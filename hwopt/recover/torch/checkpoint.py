@@ -12,15 +12,29 @@ import torch
 from hwopt.errors import DataError
 from hwopt.files import replacing
 from hwopt.recover.case import Case
+from hwopt.recover.data import Arrays, Source, first, source_of
 from hwopt.recover.recipe import Recipe
+from hwopt.recover.torch.losses import loss_name
+from hwopt.samples import Samples
 
 
-def checkpoint_path(case: Case, recipe: Recipe, digest: str) -> Path | None:
-    """The file of this very training, named by the models, the recipe and the data; None without a folder."""
+def checkpoint_path(case: Case, recipe: Recipe, data: Source) -> Path | None:
+    """The file of this very training, named by models, recipe, data and what the user judges by; None without a folder."""
     if case.checkpoints is None:
         return None
-    facts = (case.graph.digest, case.teacher.digest, type(recipe).__name__, str(recipe), digest)
+    held_out = None if case.held_out is None else source_of(case.graph, case.held_out)
+    judged = [loss_name(one) if one else "" for one in (case.loss, case.score)]
+    facts = [case.graph.digest, case.teacher.digest, type(recipe).__name__, str(recipe), _digest(data, recipe)]
+    facts += [_digest(held_out, recipe), *judged] if held_out or any(judged) else []
     return case.checkpoints / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:20]}.pt"
+
+
+def _digest(data: Source | None, recipe: Recipe) -> str:
+    """The data in one word; of a loader, which may be endless, its first batch."""
+    if data is None or data.digest:
+        return data.digest if data else ""
+    parts = [Samples(batch.feeds, batch.labels) for batch in first(data.epoch(0, recipe.batch, recipe.seed), 1)]
+    return "".join(Arrays(one).digest for one in parts)
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

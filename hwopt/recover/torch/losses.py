@@ -106,6 +106,12 @@ def user_loss(text: str) -> Loss:
     return found
 
 
+def loss_name(loss: Callable[..., Any]) -> str:
+    """`module:function` of the user's loss; what has no name of its own, as a torch module, is called by its class."""
+    named = loss if hasattr(loss, "__qualname__") else type(loss)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
 def checked_number(value: Any) -> Tensor:
     """The user's loss as one finite number with a gradient; raises DataError otherwise."""
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from hwopt.backends.torch import to_array
-from hwopt.errors import DataError
+from hwopt.errors import DataError, UsageError
 from hwopt.recover.case import Case, Check, Outcome
 from hwopt.recover.data import Arrays, Batch, divided, first, pieces, source_of
 from hwopt.recover.recipe import Recipe
 from hwopt.recover.torch import checkpoint
 from hwopt.recover.torch.judge import Judge
-from hwopt.recover.torch.losses import Distance, Loss, checked_number, kinds_of, shared_features, user_loss
+from hwopt.recover.torch.losses import Distance, Loss, checked_number, kinds_of, loss_name, shared_features, user_loss
 from hwopt.recover.torch.pace import affordable
 from hwopt.recover.torch.schedule import check_steps, make_optimizer, rate, settled
 from hwopt.recover.torch.statistics import estimate
@@ -51,7 +51,7 @@ class _Training:
         self.started, self.earlier = time.perf_counter(), 0.0
         given = None if case.held_out is None else source_of(case.graph, case.held_out)
         own, whole = batch_of(case.graph), source_of(case.graph, case.data)
-        self.source, held_out = divided(whole, given, recipe.holdout, recipe.batch, own, recipe.seed)
+        self.source, held_out = divided(whole, given, recipe.holdout, max(recipe.batch // own, 1) * own, own, recipe.seed)
         self.student, self.teacher = self._student(), Teacher(case.teacher)
         self.size = self.teacher.size = self._size(own)
         self.batch = self._batch()
@@ -61,7 +61,7 @@ class _Training:
         self.step, self.total, self.finished = 0, 0, False
         self.checks: list[Check] = []
         self.best: dict[str, torch.Tensor] = {}  # parameters of the best check
-        self.path = checkpoint.checkpoint_path(case, recipe, whole.digest)
+        self.path = checkpoint.checkpoint_path(case, recipe, whole)
         self._resume(checkpoint.restore(self.path))
         self.total = self.total or self._planned()
 
@@ -103,7 +103,11 @@ class _Training:
     def _loss(self) -> Loss:
         if self.case.loss is not None or self.recipe.loss:
             return self.case.loss or user_loss(self.recipe.loss)
-        outputs = self.teacher(first(self.source.epoch(0, self.batch, self.recipe.seed), 1)[0])
+        batch = first(self.source.epoch(0, self.batch, self.recipe.seed), 1)[0]
+        if batch.labels is None and self.recipe.hard and self.recipe.logits:
+            hint = "leave hard out, or give data with labels"
+            raise UsageError(f"hard={self.recipe.hard} needs labels, the data have none", place=str(self.recipe), hint=hint)
+        outputs = self.teacher(batch)
         kinds = kinds_of({name: to_array(one) for name, one in outputs.items()}, self.case.teacher)
         return Distance(self.recipe, kinds, shared_features(self.case.graph, self.case.teacher) if self.recipe.features else ())
 
@@ -204,7 +208,7 @@ class _Training:
                 recipe, epochs=usual.epochs, minutes=usual.minutes, steps=self.total, until=chosen.step, holdout=holdout
             )
         if self.case.loss is not None and not recipe.loss:
-            recipe = dataclasses.replace(recipe, loss=f"{self.case.loss.__module__}:{self.case.loss.__qualname__}")
+            recipe = dataclasses.replace(recipe, loss=loss_name(self.case.loss))
         recipe = dataclasses.replace(recipe, threads=self.threads)
         untrained = chosen.step == 0 if chosen else self.step < recipe.until
         arrays = {} if untrained else self.student.arrays() | self._statistics()
