@@ -35,10 +35,10 @@ from hwopt.recover.case import Run
 from hwopt.samples import LABELS, Samples
 
 SEEDS = (0, 1, 2)
-CALIBRATE, TRAIN, HELD_OUT = 256, 20000, 1000  # training images
+CALIBRATE, TRAIN = 256, 20000  # training images
 PIECE = 250  # held-out images at once
 SPARSE = "sparsify{ratio=0.95}"  # of the network that is trained here: enough that pruning at once hurts
-TRAINED = "prune-channels{ratio=0.75}"  # of the demo model: its widths
+HALF, QUARTER = "prune-channels{ratio=0.5}", "prune-channels{ratio=0.75}"  # of the demo model's widths go
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,11 @@ class Effort:
     base: int = 1500  # from there to the trained network
     prune: int = 600
     tested: int = 10000
+    held_out: int = 1000
+    checks: int = 4
 
 
-QUICK = Effort(palette=40, distill=80, qat=40, first=60, base=300, prune=150, tested=4000)
+QUICK = Effort(palette=40, distill=80, qat=40, first=60, base=300, prune=150, tested=2000, held_out=500, checks=2)
 
 
 def run(threads: int | None = None, data: Path | None = None, quick: bool = False) -> dict[str, Any]:
@@ -90,7 +92,7 @@ class Bench:
 
     @cached_property
     def held_out(self) -> dict[str, np.ndarray]:
-        return self.images.part("train", slice(60000 - HELD_OUT, 60000))
+        return self.images.part("train", slice(60000 - self.effort.held_out, 60000))
 
     @cached_property
     def test(self) -> dict[str, np.ndarray]:
@@ -102,7 +104,8 @@ class Bench:
 
     def trained(self, graph: Graph, kind: str, steps: int, seed: int, teacher: Graph | None = None, **options: Any) -> Graph:
         """So many steps; the state with the best accuracy on held-out images, whatever the loss."""
-        usual = {"steps": steps, "seed": seed, "threads": self.threads, "checks": 4, "patience": 0, **options}
+        usual = {"steps": steps, "seed": seed, "threads": self.threads, "checks": self.effort.checks, "patience": 0}
+        usual |= options
         text = f"{kind}{{{','.join(f'{name}={value}' for name, value in usual.items())}}}"
         case = Case(graph, teacher or self.model, self.train, held_out=self.held_out, score=self.accuracy, ctx=self.ctx)
         return recovered(case, text).graph
@@ -181,8 +184,8 @@ def speeds(bench: Bench) -> None:
 
 
 def distillation(bench: Bench) -> None:
-    """A quarter of the demo model's widths left: the float model's outputs against labels alone."""
-    graph, steps = bench.changed(TRAINED), bench.effort.distill
+    """Half of the demo model's widths left: the float model's outputs against labels alone."""
+    graph, steps = bench.changed(HALF), bench.effort.distill
     soft = [bench.score(bench.trained(graph, "distill", steps, seed, lr=0.003)) for seed in SEEDS]
     hard = [bench.score(bench.trained(graph, "distill", steps, seed, lr=0.003, logits=0, hard=1)) for seed in SEEDS]
     bench.compare("distillation", soft, {"hard labels": hard})
@@ -190,11 +193,16 @@ def distillation(bench: Bench) -> None:
 
 
 def quantization(bench: Bench) -> None:
-    """Weights in 4 bits: training through the rounding against the nearest numbers."""
-    graph = bench.changed("quantize{weights=int4}")
-    rounded = bench.score(graph)
-    learned = [bench.score(bench.trained(graph, "qat", bench.effort.qat, seed, lr=0.0003)) for seed in SEEDS]
-    bench.compare("qat int4", learned, {"ptq int4": [rounded] * len(SEEDS)})
+    """Training through the rounding against the nearest numbers: weights in 4 bits with 8-bit data, and weights in 3 bits, whose
+    eight numbers and codes dkm trains, on the labels, too."""
+    for name, passes, kind, options in (
+        ("4 bits", "quantize{weights=int4}", "qat", {}),
+        ("3 bits", "quantize-weights{bits=3}", "dkm", {"logits": 0, "hard": 1}),
+    ):
+        graph, steps = bench.changed(passes), bench.effort.qat
+        rounded = bench.score(graph)
+        learned = [bench.score(bench.trained(graph, kind, steps, seed, lr=0.0003, **options)) for seed in SEEDS]
+        bench.compare(f"qat {name}", learned, {f"ptq {name}": [rounded] * len(SEEDS)})
 
 
 def pruning(bench: Bench) -> None:
@@ -202,7 +210,7 @@ def pruning(bench: Bench) -> None:
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for seed in SEEDS:
-            early = bench.trained(fresh(bench.changed(TRAINED), seed), "qat", bench.effort.first, seed, lr=0.003)
+            early = bench.trained(fresh(bench.changed(QUARTER), seed), "qat", bench.effort.first, seed, lr=0.003)
             save(early, Path(folder) / "early.onnx")
             base = bench.trained(early, "qat", bench.effort.base, 100 + seed, lr=0.003)
             for name, score in pruned(bench, base, Path(folder) / "early.onnx", seed).items():
