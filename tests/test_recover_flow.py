@@ -169,6 +169,12 @@ def test_training_that_would_not_be_heeded_is_refused(compiled: hwopt.Artifact, 
     assert ("distill", "there are no data to choose and to judge by") in [(one.by, one.reason) for one in found.plan.refused]
 
 
+def test_a_training_that_was_for_nothing_is_in_the_report(model: Path, tmp_path: Path) -> None:
+    given = {**OPTIONS, "passes": "quantize{weights=int4}", "recover": "distill{epochs=1,lr=5,warmup=0,batch=32,threads=1}"}
+    notes = hwopt.compile(model, out=tmp_path / "out", measure=False, **given).report["notes"]
+    assert "no training is in it: distill made nothing better that keeps the limits" in notes
+
+
 def test_a_report_says_which_judges_were_teachers_too(model: Path, tmp_path: Path) -> None:
     given = {**OPTIONS, "evaluate": OPTIONS["calibrate"] | {"labels": blobs(320, 1).labels}, "passes": "quantize{weights=int4}"}
     for options, told in ((given, True), ({**given, "evaluate": OPTIONS["evaluate"]}, False)):

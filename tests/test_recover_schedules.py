@@ -235,6 +235,11 @@ def test_netadapt_reaches_the_latency_by_cuts_on_the_targets_granule(case: Case)
         recovered(dataclasses.replace(case, ctx=Context()), RECIPES["netadapt"])
 
 
+def test_netadapt_cuts_no_more_when_half_of_its_minutes_are_over(case: Case) -> None:
+    hasty = RECIPES["netadapt"].replace("drop=0.1", "drop=1,minutes=0.0001").replace("latency=0.8", "latency=0.3")
+    assert len(recovered(case, hasty).recipe.cuts) == 1
+
+
 NONSENSE = ("gradual{stages=0}", "netadapt{latency=2}", "netadapt{tries=0}", "lottery{stops=3}", "dkm{softness=0}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -92,11 +93,12 @@ class _Rounds:
         return total(self.target.cost.estimate(work, threads) for work in workloads(graph)).seconds
 
     def go(self) -> None:
-        """Cut until the latency is reached, or nothing saves enough."""
+        """Cut until the latency is reached, nothing saves enough, or half of the minutes are over."""
         first, saved = self.states[0].seconds, self.recipe.share * self.states[0].seconds
         for _ in range(MOST):
             last = self.states[-1]
-            if last.seconds <= self.recipe.latency * first or self.run.interrupted:
+            late = len(self.states) > 1 and 0 < self.recipe.minutes / 2 <= self._gone()
+            if last.seconds <= self.recipe.latency * first or self.run.interrupted or late:
                 return
             allowed = max(last.seconds - saved, self.recipe.latency * first)
             found = self._best(list(self._proposals(last, allowed)))
@@ -145,13 +147,21 @@ class _Rounds:
 
         return train(self.case.on(graph), recipe)
 
+    def _gone(self) -> float:
+        """Minutes since the beginning."""
+        return (time.perf_counter() - self.run.started) / 60
+
+    def _left(self) -> float:
+        """Minutes of those that are stated, at least a second; 0 where none are."""
+        return max(self.recipe.minutes - self._gone(), 1 / 60) if self.recipe.minutes else 0.0
+
     def settle(self) -> Outcome:
         """The last state that keeps the score after the long training; half of the rounds are taken back each time."""
         place = len(self.states) - 1
         while place > 0:
             state = self.states[place]
             self.run.stops = list(state.stops)
-            graph = self.run.train(state.graph, 1.0)
+            graph = self.run.train(state.graph, 1.0, minutes=self._left())
             after: Check = self.run.look(graph)
             if after.score >= self.before.score - self.recipe.drop:
                 return self.run.outcome(graph, self.before, after, cuts=state.cuts)

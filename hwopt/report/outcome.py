@@ -145,6 +145,8 @@ def _notes(job: Job, found: Found, result: Built, compared: Comparison | None) -
     notes += [result.tuning] if result.tuning else []
     notes += [found.plan.note] if found.plan.note else []
     notes += [recovery_line(found.plan.recovery)] if found.plan.recovery else []
+    if job.training.recipe is not None and found.plan.recovery is None and found.plan.decisions:
+        notes.append(f"no training is in it: {job.training.recipe.name} made nothing better that keeps the limits")
     notes += [] if origin(job.target.cost) == "analytical" else [f"prices: {origin(job.target.cost)}"]
     if not found.plan.decisions:
         notes.append(
