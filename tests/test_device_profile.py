@@ -95,10 +95,11 @@ def test_a_profile_of_a_device_is_a_target_file(tmp_path: Path, capsys: pytest.C
         main(["profile", "--device", "127.0.0.1:9", "--time", "1s"])
     assert stopped.value.code == 2
     assert "my_board.toml" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stopped:
-        main(["profile", "--device", "127.0.0.1:9", "--time", "1s", "-o", "b.toml", "--target", "cortex-a72"])
-    assert stopped.value.code == 2
-    assert "leave out --target" in capsys.readouterr().err
+    for unheeded in (["--target", "cortex-a72"], ["--core", "1"], ["--prepare", "1s"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["profile", "--device", "127.0.0.1:9", "--time", "1s", "-o", "b.toml", *unheeded])
+        assert stopped.value.code == 2
+        assert "leave out --target" in capsys.readouterr().err
 
 
 def test_a_table_must_lie_beside_its_target_file(tmp_path: Path) -> None:

@@ -42,8 +42,9 @@ def profile(
 
     ahead, address = seconds_of(prepare) if prepare else 0.0, take_device(device)
     seconds = seconds_of(duration, least=0.0 if ahead else 1e-9)
-    if address is not None and (target != HOST or cores):
-        raise UsageError("the device itself says what it is", place="--device", hint="leave out --target and --core")
+    if address is not None and (target != HOST or cores or prepare):
+        hint = "leave out --target, --core and --prepare"
+        raise UsageError("the device itself says what it is, and compiles nothing ahead", place="--device", hint=hint)
     if address is not None and (out is None or out.suffix != ".toml"):
         raise UsageError("a device's profile is a target file", place="--out", hint="write -o my_board.toml")
     with ProfilingBar() as watch:
