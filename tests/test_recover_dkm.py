@@ -13,6 +13,7 @@ from hwopt.recover.palettes import pack, palettes_of, weights_before
 from passes._packing import pack as stored_by_passes
 from passes.prune_channels import PruneChannels
 from passes.quantize import Quantize
+from passes.quantize_weights import QuantizeWeights
 from passes.share_weights import ShareWeights
 from tests._recover import blobs, divergence, net, samples, shape_of, trained_net
 
@@ -124,6 +125,14 @@ def test_checks_look_at_the_graph_that_is_written() -> None:
             found = student(feeds)[graph.outputs[0]].numpy()
         np.testing.assert_allclose(found, run(after, feeds)[graph.outputs[0]], rtol=1e-4, atol=1e-5)
         assert np.abs(found - run(graph, feeds)[graph.outputs[0]]).max() > 1e-3
+
+
+def test_numbers_of_three_bits_that_are_stored_as_codes_keep_them() -> None:
+    from hwopt.recover.torch.palettes import PaletteStudent
+
+    graph = run_pass(QuantizeWeights(bits=3), net(width=24), Context())
+    assert list(palettes_of(graph)) and not PaletteStudent(graph, net(width=24), Dkm()).palettes
+    assert PaletteStudent(shared(net()), net(), Dkm()).palettes
 
 
 def test_the_same_seed_gives_the_same_codes_and_nothing_worse_is_given_back() -> None:

@@ -62,6 +62,14 @@ def palettes_of(graph: Graph) -> Iterator[Palette]:
             yield found
 
 
+def one_step(graph: Graph, palette: Palette) -> bool:
+    """False for integers with step sizes of their own in each channel: numbers that are quantized, and only stored as codes."""
+    value = palette.lookup.output
+    while len(users := graph.users[value]) == 1 and users[0].op in ("Reshape", "Transpose"):
+        value = users[0].output
+    return all(user.op != "DequantizeLinear" or graph.params[user.inputs[1]].size == 1 for user in users)
+
+
 def weights_before(palette: Palette, graph: Graph, teacher: Graph) -> np.ndarray | None:
     """What the teacher has in place of the palette, [codebooks, elements]; None where it has no such weights."""
     moves, value = [], palette.lookup.output

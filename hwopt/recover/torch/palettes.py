@@ -11,7 +11,7 @@ import torch
 from hwopt.backends._torch_call import Tensor
 from hwopt.ir import Graph
 from hwopt.recover.dkm import Dkm
-from hwopt.recover.palettes import Palette, palettes_of, weights_before
+from hwopt.recover.palettes import Palette, one_step, palettes_of, weights_before
 from hwopt.recover.torch.student import Student
 
 LARGEST = 2**26  # weights x entries of a layer: above, its codes stay as they are
@@ -38,6 +38,7 @@ class PaletteStudent(Student):
     def __init__(self, graph: Graph, teacher: Graph, recipe: Dkm) -> None:
         self.whole, self.recipe = graph, recipe
         most = [one for one in palettes_of(graph) if one.codes.size * graph.params[one.codebook].shape[-1] <= LARGEST]
+        most = [one for one in most if one_step(graph, one)]
         self.palettes: dict[str, Palette] = {}
         edit = graph.edit()
         for one in most:
