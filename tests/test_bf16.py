@@ -314,6 +314,26 @@ def test_the_largest_bfloat16_is_found_without_widening() -> None:
     assert "bfloat16_max" in [call.label for call in program.calls]
 
 
+def test_joined_channels_that_are_no_whole_vectors_are_widened() -> None:
+    """Squeeze-and-expand: a vector of the mean over the joined channels reads from both halves."""
+    graph = graph_of(f"""fire (float[1,16,6,6] x) => (float[1,8] y)
+      <{weights(a=(56, 16, 1, 1), b=(56, 16, 3, 3), w=(8, 112))}> {{
+        c = Conv (x, a)
+        d = Conv <pads = [1,1,1,1]> (x, b)
+        e = Relu (c)
+        f = Relu (d)
+        g = Concat <axis = 1> (e, f)
+        p = GlobalAveragePool (g)
+        q = Flatten (p)
+        y = Gemm <transB = 1> (q, w)
+      }}""")
+    changed = run_pass(BF16, graph, Context())
+    feeds = {"x": np.random.default_rng(1).standard_normal((1, 16, 6, 6)).astype(np.float32)}
+    wanted = ort.run(changed, feeds)["y"]
+    found = run_program(compile_program(changed, find_target("host"), 1), feeds)["y"]
+    np.testing.assert_allclose(found, wanted, rtol=1e-2, atol=1e-3 * float(np.abs(wanted).max()))
+
+
 def test_softmax_and_layer_norm_store_bfloat16() -> None:
     heading = f"rows (float[3,12,32] x) => (float[3,12,7] y) <{weights(n=(32,), z=(32,), w=(32, 32), v=(32, 7))}>"
     body = "{ a = LayerNormalization(x, n, z) b = MatMul(a, w) c = Add(b, a) d = Softmax <axis = -1> (c) y = MatMul(d, v) }"

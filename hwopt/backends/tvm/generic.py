@@ -27,7 +27,7 @@ class Knobs:
     vectors: int = 1
 
 
-CHEAP = ("tirx.if_then_else", "tirx.likely", "tirx.reinterpret")
+CHEAP = ("tirx.reinterpret",)
 
 
 def scheduled(function: Any, threads: int, knobs: Knobs | None = None) -> Any:
@@ -35,6 +35,7 @@ def scheduled(function: Any, threads: int, knobs: Knobs | None = None) -> Any:
     import tvm
     from tvm import s_tir, tirx
 
+    function = _choosing_bits(function)
     module = tvm.IRModule({"main": function})
     try:
         schedule = s_tir.Schedule(module)
@@ -46,6 +47,21 @@ def scheduled(function: Any, threads: int, knobs: Knobs | None = None) -> Any:
         _block(schedule, block, threads, knobs or Knobs())
     wraps = any(_walk(schedule.get(block).body, tirx.FloorMod) for block in _blocks(schedule))
     return schedule.mod["main"].with_attr({"tirx.is_scheduled": True, "hwopt.scalar": wraps})
+
+
+def _choosing_bits(function: Any) -> Any:
+    """The PrimFunc that chooses between the bits of bfloat16 values: TVM would widen the values for that, wrongly in vectors."""
+    import tvm_ffi
+    from tvm import ir, tirx
+
+    def choosing(call: Any) -> Any:
+        if getattr(call.op, "name", "") != "prim.if_then_else" or str(call.ty.dtype) != "bfloat16":
+            return call
+        condition, one, other = call.args
+        bits = (tirx.reinterpret("uint16", value) for value in (one, other))
+        return tirx.reinterpret("bfloat16", tirx.if_then_else(condition, *bits))
+
+    return function.with_body(tvm_ffi.structural_map(function.body, (ir.Call, choosing)))
 
 
 def traced(function: Any, trace: str) -> Any:
