@@ -51,6 +51,7 @@ class State:
     budget: float
     quality: Quality | None = None
     failures: list[str] = field(default_factory=list)
+    failed: set[int] = field(default_factory=set)  # networks that are not tried again
     older: int = 0
     waiting: int = 0  # networks that are compiled and not timed yet
 
@@ -179,7 +180,7 @@ def _compile_one(bench: Bench, model: Predictor | None) -> None:
     from hwopt.backends.tvm.learn.measure import compiled
     from hwopt.backends.tvm.learn.stock import Network, keep, seeds
 
-    known = {one.seed for one in bench.state.records} | seeds(bench.stock)
+    known = {one.seed for one in bench.state.records} | seeds(bench.stock) | bench.state.failed
     first = max(known, default=-1) + 1
     pool = range(first, first + (POOL if model else 1))
     number, form, graph = _choice(pool, bench, model)
@@ -191,6 +192,7 @@ def _compile_one(bench: Bench, model: Predictor | None) -> None:
         program = compiled(graph, bench.target, bench.threads, folder)
     except HwoptError as error:
         bench.state.failures.append(f"network {number} {form}: {error}")
+        bench.state.failed.add(number)
         shutil.rmtree(folder)
         return
     keep(Network(number, form, bench.threads, bench.code, program), folder)
@@ -220,6 +222,7 @@ def _choice(pool: Sequence[int], bench: Bench, model: Predictor | None) -> tuple
             graph = sample_graph(number, form, bench.target)
         except HwoptError as error:
             bench.state.failures.append(f"network {number} {form}: {error}")
+            bench.state.failed.add(number)
             continue
         found = [counted(work, bench.target.microkernels, bench.threads) for work in workloads(graph)] if model else []
         doubt = float(np.mean([doubt_of(model, one, bench.threads) for one in found])) if model and found else 0.0

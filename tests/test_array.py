@@ -149,4 +149,5 @@ def test_a_compiled_model_reports_cycles_and_energy_and_ships_the_model_of_the_a
     assert simulated["joules"] > 0
     assert simulated["seconds"] == pytest.approx(artifact.report["result"]["latency_seconds"], rel=0.5)
     assert any("a model of the array in C" in note for note in artifact.report["notes"])
+    assert "simulated float: no kernel runs on the array" in summary(artifact.report)
     assert f"simulated optimized: {simulated['array_cycles']:,} cycles on the array" in summary(artifact.report)

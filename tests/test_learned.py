@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -362,11 +363,27 @@ def test_networks_that_were_compiled_ahead_are_timed_later(
     out = tmp_path / "table.json"
     _, state = profile_target(target, 0.0, prepare=0.5, out=out)
     assert state.waiting and not instant and not out.exists()
+    for folder in sorted(out.with_suffix(".networks").iterdir())[4:]:  # however fast this machine is
+        shutil.rmtree(folder)
     waiting = [one.seed for _, one in stock.kept(out.with_suffix(".networks"), 1, templates_digest())]
     monkeypatch.setattr("hwopt.profiling._compile_one", lambda *_: pytest.fail("compiled again"))
     with pytest.raises(pytest.fail.Exception):
         profile_target(target, 100, out=out)
     assert {record.seed for record in read(out.with_suffix(".jsonl"))} == set(waiting)
+
+
+def test_a_network_that_cannot_be_compiled_is_not_tried_again(
+    tmp_path: Path, target, instant: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def failing(graph, *_) -> measure.Compiled:
+        tried.append(graph.digest)
+        raise UnsupportedError("cannot be built", place="here")
+
+    monkeypatch.setattr(measure, "compiled", failing)
+    _, state = profile_target(target, 0.0, prepare=0.3, out=tmp_path / "table.json")
+    assert len(tried) > 1 and len(set(tried)) == len(tried) == len(state.failures)
 
 
 def test_a_network_that_waits_is_the_same_when_it_is_read(tmp_path: Path) -> None:

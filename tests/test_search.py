@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from hwopt.measure import difference
 from hwopt.pipeline import PassManager, merged
 from hwopt.plan.attempt import price
 from hwopt.plan.budget import Budget, parse_budget
+from hwopt.plan.explain import explain
 from hwopt.plan.options import Pricer
 from hwopt.plan.plan import plan_from_json
 from hwopt.plan.polish import polished
@@ -148,6 +150,18 @@ def test_within_a_latency_the_best_score_wins_and_one_precision_for_all_competes
     found = search(limited, priced)
     assert found.uniform and found.comparison is not None and found.comparison.drop == pytest.approx(1 / 64)
     assert found.plan.seconds_after <= limit
+
+
+def test_all_times_that_people_read_are_in_measured_time(network: Path) -> None:
+    task = make_task(job_for(network, passes="quantize,quantize-weights"))
+    assert task is not None
+    texts = []
+    for one in (task, dataclasses.replace(task, scale=10.0)):
+        found = search(one, price(one)).plan
+        times = re.findall(r"not faster on this target \(([\d.]+) us", " ".join(refused.reason for refused in found.refused))
+        texts.append((float(times[0]), found.seconds_before, "multiplied by 10" in explain(found)))
+    (once, before, unsaid), (tenfold, later, said) = texts
+    assert tenfold == pytest.approx(10 * once, rel=0.05) and later == pytest.approx(10 * before) and said and not unsaid
 
 
 def test_one_precision_for_all_needs_no_margin_below_the_allowed_drop(network: Path) -> None:

@@ -61,7 +61,7 @@ class Search:
 
     @cached_property
     def pricer(self) -> Pricer:
-        return Pricer(self.target, self.threads)
+        return Pricer(self.target, self.threads, self.scale)
 
     def amounts(self, graph: Graph) -> Amounts:
         """What a graph is predicted to cost, in measured units."""

@@ -29,7 +29,10 @@ def _lines(plan: Plan, layer: str) -> Iterator[str]:
     limits = ", ".join(f"{key} {value:g}" for key, value in vars(plan.budget).items() if value is not None)
     yield f"budget: {limits}"
     if plan.seconds_before:
-        yield f"predicted: {plan.seconds_before * 1e3:.4g} ms -> {plan.seconds_after * 1e3:.4g} ms"
+        scaled = (
+            "" if plan.time_scale == 1 else f" (times of the cost model, multiplied by {plan.time_scale:.3g} as measured here)"
+        )
+        yield f"predicted: {plan.seconds_before * 1e3:.4g} ms -> {plan.seconds_after * 1e3:.4g} ms{scaled}"
     if plan.recovery:
         yield recovery_line(plan.recovery)
     if plan.note:

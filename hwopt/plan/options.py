@@ -95,10 +95,10 @@ class Base:
 
 
 class Pricer:
-    """A target's cost model that remembers what it was asked."""
+    """A target's cost model that remembers what it was asked. `scale` is measured over predicted time, for what people read."""
 
-    def __init__(self, target: Target, threads: int) -> None:
-        self.target, self.threads = target, threads
+    def __init__(self, target: Target, threads: int, scale: float = 1.0) -> None:
+        self.target, self.threads, self.scale = target, threads, scale
         self._known: dict[tuple[Workload, int], Cost] = {}
 
     def forget(self) -> None:
@@ -276,7 +276,10 @@ def _useless(option: Option, base: Base, pricer: Pricer, budget: Budget, hopeful
     )
     if any(limit is not None and change < 0 for limit, change in wanted):
         return ""
-    return f"not faster on this target ({before.seconds * 1e6:.2f} us -> {(before.seconds - inside) * 1e6:.2f} us)"
+    microseconds = 1e6 * pricer.scale
+    return (
+        f"not faster on this target ({before.seconds * microseconds:.2f} us -> {(before.seconds - inside) * microseconds:.2f} us)"
+    )
 
 
 def _low(cost: Cost) -> float:

@@ -88,6 +88,7 @@ class Plan:
     rounds: tuple[Round, ...] = ()
     seconds_before: float = 0.0  # of the whole model, predicted
     seconds_after: float = 0.0
+    time_scale: float = 1.0  # measured over predicted time of the unchanged model, which all times here were multiplied by
     joules_before: float = 0.0  # 0 where the target states no energy
     joules_after: float = 0.0
     offers: tuple[Offer, ...] = ()

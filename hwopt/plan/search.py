@@ -205,7 +205,8 @@ def make_plan(task: Search, priced: Priced, best: Attempt | None, attempts: Sequ
     return Plan(
         target=task.target.name, threads=task.threads, graph_digest=task.graph.digest, budget=task.budget, seed=task.ctx.seed,
         decisions=decisions, refused=(*priced.refused, *not_chosen), rounds=tuple(attempt.round for attempt in attempts),
-        seconds_before=start.seconds, seconds_after=after.seconds, joules_before=start.joules, joules_after=after.joules,
+        seconds_before=start.seconds, seconds_after=after.seconds, time_scale=task.scale,
+        joules_before=start.joules, joules_after=after.joules,
         offers=tuple(
             Offer(o.text, o.group, o.gain * task.scale, -o.bytes, -o.joules, o.error, id(o) in inside) for o in priced.options
         ),

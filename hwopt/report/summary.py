@@ -49,6 +49,8 @@ def _simulated_lines(found: Mapping[str, Any]) -> list[str]:
     return [
         f"simulated {label}: {one['array_cycles']:,} cycles on the array, {one['stall_cycles']:,} waiting for memory, "
         f"{one['other_cycles']:,} elsewhere, {one['joules'] * 1e6:.3g} uJ"
+        if one["kernels"]
+        else f"simulated {label}: no kernel runs on the array"
         for label, key in (("float", "baseline"), ("optimized", "result")) if (one := found.get(key))
     ]  # fmt: skip
 
