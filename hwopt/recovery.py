@@ -61,7 +61,17 @@ def deepened(job: Job, scorer: Scorer, baseline: np.ndarray, searched: Searched,
         raise failed or BudgetError("no plan keeps the budget", place="plan")
     trained = None if usual[0].graph is job.graph or trainer.over else trainer.train(usual[0], 0)
     option, _ = (None, None) if trained is None else _tried(built, trained)
-    return option or usual
+    return option or _noted(usual, trainer)
+
+
+def _noted(usual: Option, trainer: Trainer) -> Option:
+    """The plan that was not trained, which says so if somebody stopped the training."""
+    found, library = usual
+    if not trainer.interrupted:
+        return usual
+    text = "training was interrupted before a trained plan was better within the budget"
+    plan = dataclasses.replace(found.plan, note="; ".join(filter(None, (found.plan.note, text))))
+    return dataclasses.replace(found, plan=plan), library
 
 
 def _tried(work: Callable[[Any], Option], what: Any) -> tuple[Option | None, BudgetError | None]:

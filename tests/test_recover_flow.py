@@ -175,6 +175,15 @@ def test_a_training_that_was_for_nothing_is_in_the_report(model: Path, tmp_path:
     assert "no training is in it: distill made nothing better that keeps the limits" in notes
 
 
+def test_an_interrupted_training_is_in_the_plan(model: Path) -> None:
+    def stopped(stage: str, done: int, total: int) -> None:
+        if stage.startswith("recovering"):
+            raise KeyboardInterrupt
+
+    found = plan_model(model, budget=Budget(0.02), recover=RECIPE, progress=stopped, **OPTIONS)
+    assert "interrupted" in found.plan.note
+
+
 def test_a_report_says_which_judges_were_teachers_too(model: Path, tmp_path: Path) -> None:
     given = {**OPTIONS, "evaluate": OPTIONS["calibrate"] | {"labels": blobs(320, 1).labels}, "passes": "quantize{weights=int4}"}
     for options, told in ((given, True), ({**given, "evaluate": OPTIONS["evaluate"]}, False)):
