@@ -54,5 +54,5 @@ def open_folder(folder: Path, name: str, key: str) -> dict[str, Any]:
         raise UsageError("damaged", place=str(path), hint="remove it, or name another folder") from error
     if not same:
         hint = "name another folder, or remove it to begin again"
-        raise UsageError("is of another model, target, budget or data", place=str(path), hint=hint)
+        raise UsageError("is of another model, target, budget, data or version of hwopt", place=str(path), hint=hint)
     return dict(found)
