@@ -95,5 +95,5 @@ def test_a_search_with_other_labels_or_other_samples_to_judge_by_is_another_sear
     searched({**options, "recover": None}, tmp_path / "out", 1)
     labels = options["evaluate"]["labels"]
     for other in ({**options["evaluate"], "labels": 3 - labels}, {**options["calibrate"], "labels": labels}):
-        with pytest.raises(UsageError, match="another model, target, budget or data"):
+        with pytest.raises(UsageError, match="another model, target, budget, data or version"):
             searched({**options, "recover": None, "evaluate": other}, tmp_path / "out", 1)

@@ -251,7 +251,7 @@ def test_trials_turn_the_knobs_of_the_families(network: Path, tmp_path: Path) ->
 
 def test_a_folder_of_another_search_is_refused(network: Path, tmp_path: Path) -> None:
     plan_front(job_for(network), "latency", 2, tmp_path)
-    with pytest.raises(UsageError, match="another model, target, budget or data"):
+    with pytest.raises(UsageError, match="another model, target, budget, data or version"):
         plan_front(job_for(network, "10%"), "latency", 2, tmp_path)
     with pytest.raises(UsageError, match="did you mean size"):
         plan_front(job_for(network), "siz", 2, tmp_path)
