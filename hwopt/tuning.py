@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hwopt.errors import UnsupportedError, UsageError
+from hwopt.errors import ToolchainError, UnsupportedError, UsageError
 from hwopt.ir import Graph
 from hwopt.measure import Timing, interleaved
 from hwopt.pipeline import Context
@@ -20,6 +20,7 @@ from hwopt.report.figures import machine
 from hwopt.target import HOST, Target
 
 if TYPE_CHECKING:  # TVM is imported when something is tuned
+    from hwopt.backends.tvm.read import Reading
     from hwopt.backends.tvm.tune.database import Database
     from hwopt.backends.tvm.tune.runner import Runner
     from hwopt.backends.tvm.tune.session import Effort, State
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # TVM is imported when something is tuned
     from hwopt.device.runner import DeviceRunner
 
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+PASS_SECONDS = 60.0  # of one run of a whole model, at most: what takes longer is said to hang
 
 
 def parse_effort(text: str) -> Effort:
@@ -129,7 +131,10 @@ def tune_graph(
     runner: Runner | None = None,
     compact: bool = False,
 ) -> State:
-    """The same for a graph that is ready to compile, without timing the whole of it; `compact` as hwopt.build.build has it."""
+    """The same for a graph that is ready to compile; `compact` as hwopt.build.build has it.
+
+    On this machine what was found must win inside of the whole model, too, or is withdrawn (tune/settle.py).
+    """
     from hwopt.backends.tvm.tune.session import tune
     from hwopt.backends.tvm.tune.task import tasks_of
     from hwopt.backends.tvm.vm import reasons
@@ -141,7 +146,35 @@ def tune_graph(
     if found:
         raise UnsupportedError(f"runs in TVM's virtual machine, whose kernels are not tuned: {found[0]}", place=graph.name)
     tasks = tasks_of(graph, target, threads, compact)
-    return tune(tasks, target, database, effort, executor=executor, seed=seed, watch=watch, runner=runner)
+    state = tune(tasks, target, database, effort, executor=executor, seed=seed, watch=watch, runner=runner)
+    if runner is None and any(database.best(task) for task in tasks):
+        _settle(graph, target, threads, database, state, seed, compact)
+        watch(state)
+    return state
+
+
+def _settle(graph: Graph, target: Target, threads: int, database: Database, state: State, seed: int, compact: bool) -> None:
+    """Withdraw what does not win in the whole model."""
+    from hwopt.backends.tvm.build import reading
+    from hwopt.backends.tvm.tune.runner import Runner
+    from hwopt.backends.tvm.tune.session import machine as cores_for
+    from hwopt.backends.tvm.tune.settle import Noted, settle
+    from hwopt.build import identifier
+
+    def read(choose: Noted) -> Reading:
+        return reading(graph, target, threads, choose, compact)
+
+    _, cores, _ = cores_for(threads)
+    try:
+        with Runner(threads, cores, PASS_SECONDS, seed) as runner:
+            lost = settle(read, identifier(graph.name), target, database, runner)
+    except ToolchainError as error:  # nor could it be timed without tuning
+        for one in state.tasks:
+            one.reason = one.reason or f"not compared in the whole model: {error}"
+        return
+    for one in state.tasks:
+        if one.task in lost:
+            one.withdrawn(database)
 
 
 def _subject(

@@ -52,6 +52,11 @@ class Progress:
     def seconds(self) -> float:
         return self.default * self.ratio
 
+    def withdrawn(self, database: Database) -> None:
+        """Its best schedule was found to be none in the whole model: the next one counts, or the default."""
+        self.best.append(_best(database, self.task))
+        self.reason = "" if self.ratio < 1 else "no schedule was faster in the whole model"
+
     def gain(self, waiting: int = 0) -> float:
         """What one more batch may save, in seconds of the model's run, when `waiting` others are not measured yet.
 
@@ -142,7 +147,7 @@ def tune(
         raise UsageError("tuning without an end", hint="state a number of trials or a time")
     state = State([_progress(task, calls, database, seed) for task, calls in tasks.items()], effort)
     threads = max((task.threads for task in tasks), default=1)
-    workers, cores, ahead = _machine(0 if runner else threads)
+    workers, cores, ahead = machine(0 if runner else threads)
     if not state.tasks or state.done:
         return state
     with Builder(workers, executor, build) as builder, runner or Runner(threads, cores, hang, seed) as measuring:
@@ -154,7 +159,7 @@ def tune(
     return state
 
 
-def _machine(threads: int) -> tuple[int, tuple[int, ...], bool]:
+def machine(threads: int) -> tuple[int, tuple[int, ...], bool]:
     """Workers that build, cores that measure, and whether both can go on at the same time."""
     if not hasattr(os, "sched_getaffinity"):
         return 1, (), False
