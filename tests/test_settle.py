@@ -1,4 +1,4 @@
-"""Tuned schedules that lose between a model's other kernels are withdrawn. Times are told here, not measured: they are certain."""
+"""Tuned schedules that lose between a model's other kernels are withdrawn; times are told here, not measured."""
 
 from __future__ import annotations
 

@@ -17,11 +17,13 @@ from benchmarks.tuning import resnet18_tasks
 from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.kernels.spec import Bias, ConvSpec, MatmulSpec, PoolSpec, Quantize, Scale
 from hwopt.backends.tvm.tune.builder import Builder, Built, build_candidate, cluster
+from hwopt.backends.tvm.tune.child import COLD, HOT, WARM, Arguments
 from hwopt.backends.tvm.tune.database import Database, Trial, Tuned, default_path
 from hwopt.backends.tvm.tune.runner import Kernels, Runner, ratio
 from hwopt.backends.tvm.tune.session import Effort, Progress, State, tune
 from hwopt.backends.tvm.tune.space import Proposer, space_of
 from hwopt.backends.tvm.tune.task import Task, make_task, operations, plain, schedule_from, tasks_of
+from hwopt.backends.tvm.tune.tensors import DLTensor
 from hwopt.build import build
 from hwopt.cli import main
 from hwopt.errors import ToolchainError, UnsupportedError, UsageError
@@ -272,6 +274,19 @@ def test_crashing_hanging_failing_and_wrong_candidates_do_not_harm_the_others(ob
     }  # fmt: skip
     assert found["crashes"].reason == "signal 11"
     assert len(found["twice"].times) == 9 and found["same"].times
+
+
+def test_a_candidate_finds_the_caches_as_other_kernels_leave_them() -> None:
+    """Weights come from the third level, everything else from the second, unless a kernel's peak is asked for."""
+    rows = [
+        ("data", "float32", 10_000, -1.0, 1.0),
+        ("weights", "int8", 100_000, -8.0, 8.0),
+        ("out", "float32", 1 << 20, 0.0, 1.0),
+    ]
+    arguments = Arguments(rows, 0)
+    given = [DLTensor.from_address(slot.value).data for slot in arguments.slots]
+    assert [len({*given[index::3]}) for index in range(3)] == [WARM // 40_000, COLD // 100_000, 1]
+    assert Arguments([(HOT, *row[1:]) for row in rows], 0).sets == 1
 
 
 def test_a_default_schedule_that_does_not_run_is_an_error(objects: dict[str, bytes]) -> None:

@@ -15,6 +15,7 @@ from onnx import parser
 from hwopt.backends import ort
 from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.build import compile_program
+from hwopt.backends.tvm.generic import traced
 from hwopt.backends.tvm.kernels.loops import LoopsSpec, Traced, build_loops, traced_loops
 from hwopt.backends.tvm.run import run_program
 from hwopt.backends.tvm.tune.builder import build_candidate
@@ -136,6 +137,16 @@ def test_a_trace_of_the_database_is_read_and_used(tmp_path: Path) -> None:
     program = compile_program(graph, target, 1, "m", tuned)
     assert tuned.asked[task] == better
     assert [call.symbol for call in program.calls] != [call.symbol for call in compile_program(graph, target, 1, "m").calls]
+
+
+def test_a_trace_chooses_between_the_bits_of_bfloat16() -> None:
+    """As schedules do: TVM would widen both values, wrongly in vectors."""
+    from tvm import te, tirx
+
+    data = te.placeholder((64,), "bfloat16", "data")
+    out = te.compute((64,), lambda i: tirx.if_then_else(i < 32, data[i], data[63 - i]), "out")
+    found = traced(te.create_prim_func([data, out]), "[[], []]").script()
+    assert found.count('T.reinterpret("uint16"') == 2
 
 
 def test_a_trace_that_does_not_fit_is_one_clear_error() -> None:

@@ -35,7 +35,7 @@ def scheduled(function: Any, threads: int, knobs: Knobs | None = None) -> Any:
     import tvm
     from tvm import s_tir, tirx
 
-    function = _choosing_bits(function)
+    function = choosing_bits(function)
     module = tvm.IRModule({"main": function})
     try:
         schedule = s_tir.Schedule(module)
@@ -49,7 +49,7 @@ def scheduled(function: Any, threads: int, knobs: Knobs | None = None) -> Any:
     return schedule.mod["main"].with_attr({"tirx.is_scheduled": True, "hwopt.scalar": wraps})
 
 
-def _choosing_bits(function: Any) -> Any:
+def choosing_bits(function: Any) -> Any:
     """The PrimFunc that chooses between the bits of bfloat16 values: TVM would widen the values for that, wrongly in vectors."""
     import tvm_ffi
     from tvm import ir, tirx
@@ -70,7 +70,7 @@ def traced(function: Any, trace: str) -> Any:
     from tvm import s_tir, tirx
 
     try:
-        schedule = s_tir.Schedule(tvm.IRModule({"main": function}))
+        schedule = s_tir.Schedule(tvm.IRModule({"main": choosing_bits(function)}))
         s_tir.schedule.Trace.apply_json_to_schedule(json.loads(trace), schedule)
     except Exception as error:  # TVM raises kinds of its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

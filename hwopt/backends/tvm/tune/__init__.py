@@ -7,4 +7,5 @@ database  the append-only file of results
 builder   candidates -> object code, in workers that live on
 runner    object code -> seconds, in a child process that may crash or hang (child.py, timing.c)
 session   the loop: which task next, which candidates, until trials or time are spent
+settle    what was found, timed inside of the whole model beside the defaults: what loses there is withdrawn (whole.py)
 """

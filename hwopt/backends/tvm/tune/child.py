@@ -26,29 +26,31 @@ from hwopt.emit.cpu import request_tiles
 
 BFLOAT16 = "bfloat16"  # numpy has none: arrays hold its bits
 COLD = 4 << 20  # bytes of weights to go through before the first ones come again: beyond second level caches
+WARM = 1 << 19  # the same of everything else: beyond first level caches, where the kernels around this one leave their own data
+HOT = "hot"  # the name of a parameter that has one place only
 COPIES = 64
 KEEP = 1.3  # candidates slower than the best by more than that after SIFT rounds are not timed further
 SIFT, FIRST = 4, 3
 
 
 class Arguments:
-    """Random inputs of a kernel, the same for every candidate; weights in several copies, as a model's are cold."""
+    """Random inputs of a kernel, the same for every candidate; in several copies, as other kernels run in between in a model."""
 
     def __init__(self, signature: Sequence[Sequence[Any]], seed: int) -> None:
         generator = np.random.default_rng(seed)
         arrays = [random_array(generator, dtype, size, low, high) for _, dtype, size, low, high in signature]
-        self.out = arrays[-1]
-        weights = next((array.nbytes for array, (name, *_) in zip(arrays, signature, strict=True) if name == "weights"), 0)
-        self.sets = min(COPIES, max(1, COLD // weights)) if weights else 1
-        self._kept: list[Any] = [arrays]
-        tensors = []
-        for copy in range(self.sets):
-            for array, (name, *_) in zip(arrays, signature, strict=True):
-                own = aligned(array) if name == "weights" and copy else array
-                self._kept.append(own)
-                tensors.append(tensor_at(own.ctypes.data, (own.size,), CODES[own.dtype.kind], own.itemsize * 8))
-        self._kept.append(tensors)
-        self.count, self.slots = len(arrays), slots_of(tensors)
+        copies = [_copies(name, array.nbytes) for array, (name, *_) in zip(arrays, signature, strict=True)]
+        self.out, self.count, self.sets = arrays[-1], len(arrays), max(copies)
+        self._kept = [[array, *(aligned(array) for _ in range(1, many))] for array, many in zip(arrays, copies, strict=True)]
+        chosen = (own[number % len(own)] for number in range(self.sets) for own in self._kept)
+        self._tensors = [tensor_at(one.ctypes.data, (one.size,), CODES[one.dtype.kind], one.itemsize * 8) for one in chosen]
+        self.slots = slots_of(self._tensors)
+
+
+def _copies(name: str, size: int) -> int:
+    """Of a parameter of so many bytes."""
+    between = {"weights": COLD, HOT: 0}.get(name, WARM)
+    return min(COPIES, max(1, between // max(size, 1)))
 
 
 def random_array(generator: np.random.Generator, dtype: str, size: int, low: float, high: float) -> np.ndarray:

@@ -15,6 +15,7 @@ from hwopt.backends.tvm.kernels.loops import LoopsSpec
 from hwopt.backends.tvm.kernels.packed import PackedSpec
 from hwopt.backends.tvm.kernels.spec import MatmulSpec, PoolSpec, Quantize
 from hwopt.backends.tvm.tune.builder import Build, Builder, Built, build_candidate
+from hwopt.backends.tvm.tune.child import HOT
 from hwopt.backends.tvm.tune.database import CONFIRM, ROUNDS, Database, Trial
 from hwopt.backends.tvm.tune.runner import HANG_SECONDS, Kernels, Outcome, Runner, ratio
 from hwopt.backends.tvm.tune.space import Proposer
@@ -214,7 +215,7 @@ class Session:
         built = build_candidate(probe, probe.default, "probe")
         if built.reason:
             raise ToolchainError(built.reason, place=probe.name)
-        hot = tuple(("hot" if row[0] == "weights" else row[0], *row[1:]) for row in signature(probe, built.parameters))
+        hot = tuple((HOT, *row[1:]) for row in signature(probe, built.parameters))
         found = self.runner.measure(Kernels({"probe": built.data}, hot), CONFIRM)
         return operations(probe.spec) / min(found["probe"].times)
 

@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from hwopt.backends.tvm.generic import choosing_bits
 from hwopt.backends.tvm.kernels import Schedule
 from hwopt.backends.tvm.kernels.loops import LoopsSpec, Traced, source_of, traced_loops
 from hwopt.backends.tvm.tune.database import Trial
@@ -73,7 +74,7 @@ class Traces:
         import tvm
         from tvm.s_tir.meta_schedule import postproc
 
-        function = source_of(spec).with_attr({"global_symbol": "main", "tirx.noalias": True})
+        function = choosing_bits(source_of(spec)).with_attr({"global_symbol": "main", "tirx.noalias": True})
         self.module = tvm.IRModule({"main": function})
         self.target = tvm.target.Target({**json.loads(description), "num-cores": threads})
         self.threads = threads
