@@ -203,6 +203,7 @@ FUNCTIONS = {
     Activation("hard_sigmoid", (0.3, 0.4)): lambda x: np.clip(0.3 * x + 0.4, 0, 1),
     Activation("sigmoid"): sigmoid,
     Activation("silu"): lambda x: x * sigmoid(x),
+    Activation("scaled_silu", (1.702,)): lambda x: x * sigmoid(1.702 * x),
     Activation("tanh"): np.tanh,
     Activation("gelu"): lambda x: 0.5 * x * (1 + erf(x / np.sqrt(2))),
     Activation("gelu_tanh"): lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),

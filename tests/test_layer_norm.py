@@ -70,3 +70,13 @@ def test_a_mask_is_added_in_the_softmax(mask: str) -> None:
 def test_softmax_in_8_bits(size: int) -> None:
     params = "float s = {0.00392157}, uint8 z = {0}"
     check(f"float[4,{size}] x", f"uint8[4,{size}]", params, f"n = Softmax(x) {BACK}")
+
+
+@pytest.mark.parametrize("eight", [False, True])
+def test_a_row_of_masked_scores_is_0_where_torch_says_so(eight: bool) -> None:
+    """Where(IsNaN(p), 0, p) behind a softmax, as torch exports attention, is part of its kernel."""
+    inf = ", ".join(["-inf"] * 20 + ["0"] * 40)
+    result = "n" if eight else "y"
+    body = f"""a = Add(x, m) p = Softmax <axis = -1> (a) t = IsNaN(p) {result} = Where(t, zero, p) {BACK if eight else ""}"""
+    params = f"float[3,20] m = {{{inf}}}, float zero = {{0}}" + (", float s = {0.005}, uint8 z = {3}" if eight else "")
+    check("float[2,3,20] x", f"{'uint8' if eight else 'float'}[2,3,20]", params, body)

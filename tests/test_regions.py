@@ -40,6 +40,7 @@ def ops(region: Region) -> list[str]:
         ("a = Add(r, h) y = Relu(a)", ["Conv", "Add", "Relu"]),
         ("y = Mul(g, h)", ["Conv", "Mul"]),
         ("a = Sigmoid(h) y = Mul(h, a)", ["Conv", "Sigmoid", "Mul"]),
+        ("b = Mul(s, h) a = Sigmoid(b) y = Mul(h, a)", ["Conv", "Mul", "Sigmoid", "Mul"]),  # CLIP's quick GELU
         (
             "d = Div(h, root) e = Erf(d) p = Add(e, one) m = Mul(h, p) y = Mul(m, half)",
             ["Conv", "Div", "Erf", "Add", "Mul", "Mul"],

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hwopt.analysis.bfloat16 import bfloat16_operands, narrows, widens
+from hwopt.analysis.gates import self_gated
 from hwopt.analysis.memo import remembered
 from hwopt.analysis.qdq import Quantization, dequantized, quantization, quantized_weight
 from hwopt.ir import Graph, Node
@@ -191,7 +192,7 @@ def _epilogue(graph: Graph, anchor: Node, owner: dict[str, int]) -> Iterator[Nod
     """The nodes behind the anchor that its kernel can do on the way out."""
     kind = kind_of(graph, anchor)
     if by_rows(graph, anchor):
-        yield from _quantized(graph, anchor.output, owner)
+        yield from _behind_rows(graph, anchor, owner)
     if kind in ("reduce", "other") or len(anchor.outputs) != 1 or anchor.op == "QuantizeLinear":
         return
     value = anchor.output
@@ -202,7 +203,7 @@ def _epilogue(graph: Graph, anchor: Node, owner: dict[str, int]) -> Iterator[Nod
             return
         value = step[-1].output
         if step[-1].op in ROWS:
-            yield from _quantized(graph, value, owner)
+            yield from _behind_rows(graph, step[-1], owner)
             return
 
 
@@ -215,6 +216,24 @@ def by_rows(graph: Graph, node: Node) -> bool:
     if node.op == "LayerNormalization":
         return all(graph.constant(value) is not None for value in node.inputs[1:] if value)
     return graph.opsets.get("", 0) >= 13 and node.attr("axis", -1) % len(kind.dims) == len(kind.dims) - 1
+
+
+def _behind_rows(graph: Graph, node: Node, owner: dict[str, int]) -> tuple[Node, ...]:
+    """What a row operator's kernel does with its result: nothing for NaN, fewer bits."""
+    guard = nan_guard(graph, node)
+    return (*guard, *_quantized(graph, guard[-1].output if guard else node.output, owner))
+
+
+def nan_guard(graph: Graph, softmax: Node) -> tuple[Node, ...]:
+    """IsNaN and Where of `Where(IsNaN(p), 0, p)`: torch writes so that a softmax of nothing but masked scores is 0; else ()."""
+    users = {user.op: user for user in graph.users.get(softmax.output, ())}
+    test, choice = users.get("IsNaN"), users.get("Where")
+    if softmax.op != "Softmax" or len(users) != 2 or test is None or choice is None or softmax.output in graph.outputs:
+        return ()
+    zero = graph.constant(choice.inputs[1])
+    guards = graph.sole_user(test.output) is choice and choice.inputs[0] == test.output and choice.inputs[2] == softmax.output
+    kept = graph.tensor(choice.output) == graph.tensor(softmax.output)
+    return (test, choice) if guards and kept and zero is not None and not np.any(zero) else ()
 
 
 def _sums_rows(graph: Graph, add: Node, value: str, user: Node) -> bool:
@@ -260,58 +279,6 @@ def _next(graph: Graph, value: str, kind: str, anchor: Node, owner: dict[str, in
     if kind == "elementwise" and _sums_rows(graph, anchor, value, user):
         return (user,)
     return (user,) if kind == "elementwise" and user.op in ELEMENTWISE else ()
-
-
-def self_gated(graph: Graph, value: str) -> tuple[Node, ...]:
-    """The nodes of x * sigmoid(x) or x * 0.5 * (1 + erf(x / sqrt(2))) behind a value, or () if it is not read like that."""
-    users = graph.users.get(value, ())
-    product = next((user for user in users if user.op == "Mul"), None)
-    inner = next((user for user in users if user is not product), None)
-    if len(users) != 2 or product is None or inner is None or value in graph.outputs:
-        return ()
-    if inner.op == "Sigmoid" or _is_hard_swish(inner):
-        return (inner, product) if graph.sole_user(inner.output) is product else ()
-    return _gelu(graph, value, inner, product)
-
-
-def _is_hard_swish(inner: Node) -> bool:
-    """True if x times this node's result is HardSwish."""
-    return inner.op == "HardSigmoid" and abs(inner.attr("alpha", 0.2) - 1 / 6) < 1e-6 and inner.attr("beta", 0.5) == 0.5
-
-
-def _gelu(graph: Graph, value: str, first: Node, product: Node) -> tuple[Node, ...]:
-    """Div|Mul -> Erf -> Add 1 -> Mul by the value [-> Mul 0.5]; the half may stand anywhere among the factors."""
-    chain = [first]
-    while chain[-1] is not product and len(chain) < 6:
-        user = graph.sole_user(chain[-1].output)
-        if user is None:
-            return ()
-        chain.append(user)
-    if chain[-1] is not product or not _is_scaled(graph, first, value, 2**-0.5):
-        return ()
-    inner = [node for node in chain[1:-1] if not _is_scaled(graph, node, "", 0.5)]
-    if [node.op for node in inner] != ["Erf", "Add"] or _number(graph, inner[1]) != 1.0:
-        return ()
-    if len(chain) == 5:
-        return tuple(chain)
-    half = graph.sole_user(product.output)
-    return (*chain, half) if half is not None and _is_scaled(graph, half, product.output, 0.5) else ()
-
-
-def _is_scaled(graph: Graph, node: Node, value: str, factor: float) -> bool:
-    """True if the node multiplies `value` ("" for any) by this number."""
-    number = _number(graph, node)
-    if number is None or node.op not in ("Mul", "Div") or (value and value not in node.inputs):
-        return False
-    if node.op == "Div" and (graph.constant(node.inputs[1]) is None or number == 0):
-        return False
-    return abs((1 / number if node.op == "Div" else number) - factor) < 1e-4  # exporters round sqrt(2) to what they like
-
-
-def _number(graph: Graph, node: Node) -> float | None:
-    """The one-element constant among the inputs of a binary node."""
-    found = [array for array in map(graph.constant, node.inputs) if array is not None and array.size == 1]
-    return float(found[0].reshape(())) if len(found) == 1 and len(node.inputs) == 2 else None
 
 
 def _is_step(graph: Graph, user: Node, value: str, anchor: Node) -> bool:

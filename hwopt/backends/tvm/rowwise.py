@@ -1,4 +1,4 @@
-"""Regions [Add ->] Softmax or LayerNormalization [-> QuantizeLinear, or Cast to bfloat16] -> one call of a row kernel."""
+"""Regions [Add ->] Softmax [-> 0 for NaN] or LayerNormalization [-> QuantizeLinear, or Cast to bfloat16] -> one row kernel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from hwopt.analysis.bfloat16 import widened
 from hwopt.analysis.qdq import dequantized, quantization
-from hwopt.analysis.regions import ROWS, Region, by_rows
+from hwopt.analysis.regions import ROWS, Region, by_rows, nan_guard
 from hwopt.backends.tvm.kernels import layer_norm, softmax
 from hwopt.backends.tvm.kernels.rows import RowsSpec
 from hwopt.backends.tvm.kernels.spec import Add, Quantize
@@ -36,7 +36,11 @@ def emit(lowering: Lowering, region: Region) -> bool:
     """Emit the region; False where it is none of these, or not over axes that lie together."""
     graph, nodes = lowering.graph, (region.anchor, *region.epilogue)
     node = next((one for one in nodes[:2] if one.op in ROWS), None)
-    if node is None or node.name in lowering.constant or len(nodes) > nodes.index(node) + 2:
+    if node is None or node.name in lowering.constant:
+        return False
+    behind = nodes[nodes.index(node) + 1 :]
+    guard = bool(behind) and nan_guard(graph, node)[:1] == behind[:1]
+    if len(behind) > 1 + 2 * guard:
         return False
     last = node.op == "Softmax" and node is region.anchor and lowering.values.is_last(node.inputs[0])
     if not (_over_channels(graph, node) if last else by_rows(graph, node)):
@@ -52,7 +56,7 @@ def emit(lowering: Lowering, region: Region) -> bool:
     axis = len(dims) - 1 if node.op == "Softmax" else node.attr("axis", -1) % len(dims)
     spec = RowsSpec(
         BUILDERS[node.op][0], (*dims[:axis], math.prod(dims[axis:])), add, addend_dims, float(node.attr("epsilon", 1e-5)),
-        graph.tensor(region.output).dtype, steps,
+        graph.tensor(region.output).dtype, steps, guard,
     )  # fmt: skip
     arguments = [data, *([addend] if add else []), *parameters]
     lowering.values.put(region.output, _called(lowering.templates, spec, node, arguments, dims), last)

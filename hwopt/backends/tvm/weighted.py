@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from hwopt.analysis.bfloat16 import narrows, widened
+from hwopt.analysis.gates import gate_slope, self_gated
 from hwopt.analysis.qdq import Quantization, dequantized, quantization
-from hwopt.analysis.regions import IntegerOperands, Region, integer_operands, self_gated
+from hwopt.analysis.regions import IntegerOperands, Region, integer_operands
 from hwopt.backends.tvm import heads, transposed
 from hwopt.backends.tvm.kernels import spec as step
 from hwopt.backends.tvm.kernels.conv_transpose import tap_sums
@@ -282,7 +283,7 @@ def fused_epilogue(graph: Graph, region: Region, values: Values, fused: Fused, c
     while index < len(nodes):
         gated = self_gated(graph, value)
         if gated and gated[0] is nodes[index]:
-            fused.add(_gate(gated))
+            fused.add(_gate(graph, gated))
             index += len(gated)
             value = nodes[index - 1].output
             continue
@@ -291,9 +292,10 @@ def fused_epilogue(graph: Graph, region: Region, values: Values, fused: Fused, c
         value, index = node.output, index + 1
 
 
-def _gate(nodes: Sequence[Node]) -> step.Activation:
-    if nodes[0].op == "Sigmoid":
-        return step.Activation("silu")
+def _gate(graph: Graph, nodes: tuple[Node, ...]) -> step.Activation:
+    if nodes[-2].op == "Sigmoid":
+        slope = gate_slope(graph, nodes)
+        return step.Activation("silu") if slope == 1.0 else step.Activation("scaled_silu", (slope,))
     if nodes[0].op == "HardSigmoid":
         return step.Activation("hard_swish")
     return step.Activation("gelu")

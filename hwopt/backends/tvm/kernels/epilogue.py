@@ -22,7 +22,7 @@ LIMITS = {"uint8": (0, 255), "int8": (-128, 127)}
 HOMOGENEOUS = ("relu", "clip", "leaky_relu")  # gain * f(x) = f'(gain * x) with the bounds of clip scaled
 
 LOST = 0.04  # of a quantization step: an approximation with this error moves one result in fifty, by one step (measured)
-TRANSCENDENTAL = ("sigmoid", "silu", "tanh", "gelu", "gelu_tanh")
+TRANSCENDENTAL = ("sigmoid", "silu", "scaled_silu", "tanh", "gelu", "gelu_tanh")
 
 
 @dataclass(frozen=True)

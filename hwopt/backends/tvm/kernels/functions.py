@@ -151,6 +151,7 @@ FUNCTIONS: dict[str, Callable[..., Value]] = {
     "hard_swish": lambda maths, x: x * maths.hard_sigmoid(x, 1 / 6, 0.5),
     "sigmoid": lambda maths, x: maths.sigmoid(x),
     "silu": lambda maths, x: x * maths.sigmoid(x),
+    "scaled_silu": lambda maths, x, slope: x * maths.sigmoid(maths.name(x * maths.constant(slope))),
     "tanh": lambda maths, x: maths.tanh(x),
     "gelu": lambda maths, x: x * maths.fma(maths.erf(x * maths.constant(0.70710678)), maths.constant(0.5), maths.constant(0.5)),
     "gelu_tanh": _gelu_tanh,

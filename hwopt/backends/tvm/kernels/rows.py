@@ -23,7 +23,8 @@ Body = Callable[[Code, Value, int], None]  # code, offset in the row, lanes
 class RowsSpec:
     """`function` (softmax or layer_norm) over the last of `dims`; everything else counts as rows.
 
-    With an `addend`, a tensor of `addend_dims` (each 1 or that of `dims`, the last one whole) is added first.
+    With an `addend`, a tensor of `addend_dims` (each 1 or that of `dims`, the last one whole) is added first. With `guard`,
+    a row of the softmax that would be NaN is 0.
     """
 
     function: str
@@ -33,6 +34,7 @@ class RowsSpec:
     epsilon: float = 0.0
     out_dtype: str = "float32"
     epilogue: tuple[Step, ...] = ()
+    guard: bool = False
 
     @property
     def size(self) -> int:

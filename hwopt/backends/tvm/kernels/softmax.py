@@ -16,7 +16,7 @@ from hwopt.target import MicroKernel
 def build(spec: RowsSpec, micro: MicroKernel, threads: int, symbol: str) -> tirx.PrimFunc:
     """PrimFunc(data [, mask], scale [1], *epilogue tensors, out): softmax(data * scale + mask).
 
-    A row of nothing but -inf, or with a NaN, becomes NaN. (TVM takes a function of one tensor for a reshape.)
+    A row of nothing but -inf, or with a NaN, becomes NaN, or 0 if the spec says so. (TVM takes a function of one tensor for a reshape.)
     """
     rows, code = Rows(spec, micro, threads), Code()
     rows.scale = tirx.decl_buffer((1,), "float32", "scale")
@@ -32,9 +32,15 @@ def build(spec: RowsSpec, micro: MicroKernel, threads: int, symbol: str) -> tirx
 
         total = rows.reduced(inner, tirx.Add, 0.0, exponential)
         factor = inner.bind("factor", tirx.Div(tirx.const(1.0, "float32"), total))
-        rows.sweep(
-            inner, lambda some, at, lanes: rows.store(some, number, at, load(space, at, lanes) * splat(factor, lanes), lanes)
-        )
+
+        def share(some: Code, at: Value, lanes: int) -> None:
+            rows.store(some, number, at, load(space, at, lanes) * splat(factor, lanes), lanes)
+
+        def nothing(some: Code, at: Value, lanes: int) -> None:
+            rows.store(some, number, at, splat(0.0, lanes), lanes)
+
+        guarded = tirx.isnan(total) if spec.guard else False
+        inner.when(guarded, lambda some: rows.sweep(some, nothing), lambda some: rows.sweep(some, share))
 
     rows.each(code, row)
     masks = [rows.addend] if spec.addend else []

@@ -43,7 +43,10 @@ class Multiply:
 
 @dataclass(frozen=True)
 class Activation:
-    """relu, clip(low, high), leaky_relu(slope), hard_swish, hard_sigmoid(alpha, beta), sigmoid, silu, tanh, gelu, gelu_tanh."""
+    """relu, clip(low, high), leaky_relu(slope), hard_swish, hard_sigmoid(alpha, beta), sigmoid, silu, tanh, gelu, gelu_tanh.
+
+    scaled_silu(a) is x * sigmoid(a x).
+    """
 
     function: str
     parameters: tuple[float, ...] = ()
