@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.layer_shares import units
 from benchmarks.layout import Row, lower_is_better, result
 from benchmarks.models import (
     PEAK,
@@ -289,12 +290,3 @@ def peak_shares(found: Findings) -> dict[str, float]:
 
 def _number(word: str) -> int:
     return int(word[1:])
-
-
-def units(dtype: str) -> str:
-    """What multiplies in this precision on this machine: amx, vnni, ... or the dtype where it has no name."""
-    from hwopt.plugins import find_target
-
-    names = " ".join((micro.intrinsic, *micro.features) if (micro := find_target("host").microkernels.get(PEAK[dtype])) else ())
-    known = {"amx": "amx", "tdp": "amx", "vpdpbusd": "vnni", "dpbf16": "bf16", "fma": "fma", "mmla": "mmla", "dot": "dot"}
-    return next((unit for word, unit in known.items() if word in names), dtype)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from benchmarks import layer_shares
 from benchmarks.layout import Row, lower_is_better, result
 from benchmarks.zoo import ZOO, Case, Missing
 from hwopt.errors import HwoptError, UsageError, did_you_mean
@@ -31,7 +32,8 @@ STEPS = 4.0  # of 255 over the range of the outputs
 ROUNDS, QUICK_ROUNDS, SETTLE = 40, 5, 0.004
 OURS, TUNED = "hwopt", "hwopt tuned"
 SCHEDULES = {"latency": "default", "latency_tuned": "tuned"}  # which ones a row's metric is about
-PEAK = {"f32": "float32", "int8": "int8", "bf16": "bfloat16"}
+SHARES = ("f32", "int8")  # precisions whose large convolutions are held against the peak
+PEAK = layer_shares.KINDS
 
 
 @dataclass
@@ -84,7 +86,19 @@ def run(
             found.add(Findings(failures=[f"{name} {count}t: {one}"]) if isinstance(one, str) else one)
     if plot is not None:
         draw(found.rows, plot)
-    return result("models", [*_peak_rows(options.peaks), *found.rows], summary(found), notes=[*found.notes, *found.failures])
+    figures = summary(found)
+    if "int8" in kinds and "amx_peak_share" not in figures:
+        found.notes.append(f"amx_peak_share: {absent(figures)}")
+    return result("models", [*_peak_rows(options.peaks), *found.rows], figures, notes=[*found.notes, *found.failures])
+
+
+def absent(figures: Mapping[str, float]) -> str:
+    """Why there is no share of the peak of AMX."""
+    unit = layer_shares.units("int8")
+    if unit == "amx":
+        return "no model that was measured with one thread has 3 x 3 convolutions of 128 and more channels"
+    share = figures.get(f"{unit}_peak_share")
+    return "this processor has no AMX" + (f"; {unit}_peak_share is {share:.2f}" if share else "")
 
 
 def chosen_names(text: str | None, known: Iterable[str]) -> tuple[str, ...]:
@@ -181,6 +195,8 @@ def _measure_precision(
             rows, wrong = compared(label, dtype, artifact.run(case.feeds), oracle, exact)
             if wrong:
                 return Findings(rows, failures=[f"{label}: {wrong}"])
+        if threads == 1 and case.batch == 1 and dtype in SHARES:
+            rows += layer_shares.rows_of(label, graph, job.target, options.peaks.get(PEAK[dtype]))
         runners, notes = _peers(case, model, dtype, threads, label, not options.quick)
         ours = {name: artifact.runner(case.feeds) for name, artifact in made.items()}
         times = interleaved({**ours, **runners}, _rounds(options), SETTLE)
@@ -292,6 +308,7 @@ def summary(found: Findings) -> dict[str, float]:
     made: dict[str, float] = {"failures": len(found.failures)}
     for group, values in groups.items():
         made |= {group: geometric_mean(values), f"{group}_worst": min(values), f"{group}_models": len(values)}
+    made |= layer_shares.summary(found.rows, {dtype: layer_shares.units(dtype) for dtype in SHARES})
     for row in found.rows:  # tuned where something was tuned: those rows come last
         if row.metric in SCHEDULES and row.case == "resnet18 b1 int8 1t" and "openvino int8" in row.peers:
             made["resnet18_int8_vs_openvino"] = row.peers["openvino int8"] / row.ours

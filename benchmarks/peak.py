@@ -36,6 +36,8 @@ def operations_per_second(micro: MicroKernel, target: Target) -> float:
 
 def operations(micro: MicroKernel) -> float:
     """Of one run of the loop."""
+    if is_tile(micro):
+        return amx.operations(micro)
     return 2.0 * micro.lanes * micro.depth * accumulators(micro) * STEPS
 
 
@@ -44,7 +46,7 @@ def loop(micro: MicroKernel, target: Target) -> Callable[[], float]:
     import tvm
 
     if is_tile(micro):
-        return amx.operations_per_second(micro, target)
+        return amx.loop(micro, target)
     library: Any = load_objects((object_code({"peak": peak_kernel(micro)}, target.tvm, target.name),))
     count, size = accumulators(micro), micro.lanes * micro.depth
     arrays = (

@@ -9,15 +9,18 @@ import zipfile
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from onnx import parser
 
-from benchmarks import kernels, models, networks, peers, run, torch_graph, zoo
+from benchmarks import kernels, layer_shares, models, networks, peers, run, torch_graph, zoo
 from benchmarks.layout import Row, lower_is_better
 from hwopt.analysis.workload import workloads
 from hwopt.backends.ort import Session
 from hwopt.errors import HwoptError
 from hwopt.io.onnx import load
-from hwopt.io.proto import to_model
-from hwopt.job import prepare, quiet
+from hwopt.io.proto import from_model, to_model
+from hwopt.job import clean, prepare, quiet
+from hwopt.pipeline import Context
+from hwopt.plugins import find_target
 
 
 def macs(model):
@@ -162,6 +165,18 @@ def test_summary_is_the_geometric_mean_over_the_models_of_the_issue():
     assert made["failures"] == 1
 
 
+def test_shares_of_the_peak_are_those_of_large_convolutions_where_they_run():
+    text = "g (float[1,128,9,9] x) => (float[1,128,9,9] y) <int64[4] size = {128,128,3,3}> "
+    body = "{ w = ConstantOfShape<value = float[1] {0.01}>(size) a = Conv<pads=[1,1,1,1]>(x, w) y = Relu(a) }"
+    model = parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]> {text}{body}')
+    graph = clean(from_model(model), Context(find_target("host")))
+    mean, least = layer_shares.rows_of("resnet18 b1 int8 1t", graph, find_target("host"), 1e12)
+    assert 0 < least.ours < 1 and mean.ours == pytest.approx(least.ours)
+    assert layer_shares.rows_of("mlp b1 f32 1t", graph, find_target("host"), None) == []
+    made = layer_shares.summary([mean, least], {"int8": "amx", "f32": "fma"})
+    assert made == {"amx_peak_share": mean.ours, "amx_peak_share_worst": least.ours}
+
+
 def test_the_plot_is_a_png(tmp_path):
     pytest.importorskip("matplotlib")
     models.draw([lower_is_better("mlp b1 f32 1t", "latency", "s", 1.0, {"a": 2.0})], tmp_path / "plot.png")
@@ -245,11 +260,12 @@ def test_the_peak_kernel_does_the_work_it_is_timed_for():
 
     from benchmarks import levels, peak
     from hwopt.backends.tvm.build import object_code
+    from hwopt.backends.tvm.kernels.amx_schedule import is_tile
     from hwopt.backends.tvm.run import load_objects
     from hwopt.plugins import find_target
 
     targets = [find_target("host"), *levels.levels().values()]
-    for target, micro in [(one, micro) for one in targets for micro in one.microkernels.values()]:
+    for target, micro in [(one, micro) for one in targets for micro in one.microkernels.values() if not is_tile(micro)]:
         count, size = peak.accumulators(micro), micro.lanes * micro.depth
         out = tvm.runtime.tensor(np.zeros(count * micro.lanes, micro.accumulator))
         data = np.ones(peak.words(micro) * micro.depth, micro.activation or micro.dtype)
@@ -257,6 +273,14 @@ def test_the_peak_kernel_does_the_work_it_is_timed_for():
         library = load_objects((object_code({"peak": peak.peak_kernel(micro)}, target.tvm, target.name),))
         library["peak"](tvm.runtime.tensor(data), tvm.runtime.tensor(weights), out)
         assert (out.numpy() == peak.STEPS * micro.depth).all()
+
+
+def test_the_peak_of_a_matrix_unit_is_that_of_its_own_loop(monkeypatch):
+    from benchmarks import amx, peak
+    from targets._isa_x86 import AMX_INT8
+
+    monkeypatch.setattr(amx, "loop", lambda micro, target: lambda: 0.5)
+    assert peak.operations_per_second(AMX_INT8, find_target("sapphire-rapids")) == 2 * 16 * 16 * 64 * 4 * amx.STEPS / 0.5
 
 
 def test_every_level_of_this_processor_is_measured_against_its_own_peak():
