@@ -1,4 +1,4 @@
-"""Linear layers over tokens, written as a Gemm between reshapes, become products over the whole tensor; ONNX Runtime is the oracle."""
+"""Linear layers over tokens, written as a Gemm between reshapes, become one product; ONNX Runtime is the oracle."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from hwopt.ir import Graph, Node
 
 
 def self_gated(graph: Graph, value: str) -> tuple[Node, ...]:
-    """The nodes of x * sigmoid(a x), HardSwish or x * 0.5 * (1 + erf(x / sqrt(2))) behind a value, or () if it is read otherwise."""
+    """The nodes of x * sigmoid(a x), HardSwish or x * 0.5 * (1 + erf(x / sqrt(2))) behind a value; () if others read it."""
     users = graph.users.get(value, ())
     if len(users) != 2 or value in graph.outputs:
         return ()

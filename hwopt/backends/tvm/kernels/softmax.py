@@ -16,7 +16,8 @@ from hwopt.target import MicroKernel
 def build(spec: RowsSpec, micro: MicroKernel, threads: int, symbol: str) -> tirx.PrimFunc:
     """PrimFunc(data [, mask], scale [1], *epilogue tensors, out): softmax(data * scale + mask).
 
-    A row of nothing but -inf, or with a NaN, becomes NaN, or 0 if the spec says so. (TVM takes a function of one tensor for a reshape.)
+    A row of nothing but -inf, or with a NaN, becomes NaN, or 0 with `spec.guard`. (TVM takes a function of one tensor for a
+    reshape.)
     """
     rows, code = Rows(spec, micro, threads), Code()
     rows.scale = tirx.decl_buffer((1,), "float32", "scale")
