@@ -187,8 +187,9 @@ def _measure_precision(
 
     with tempfile.TemporaryDirectory(prefix="hwopt-bench-") as folder:
         made = {OURS: build(graph, job.target, threads, Path(folder) / "default").artifact}
-        if options.tune:
-            made[TUNED] = build(graph, job.target, threads, Path(folder) / "tuned", _tuned(graph, job, threads, options)).artifact
+        database = _tuned(graph, job, threads, options) if options.tune else None
+        if database is not None:
+            made[TUNED] = build(graph, job.target, threads, Path(folder) / "tuned", database).artifact
         oracle, exact = (Session(one).run(case.feeds) for one in (graph, job.graph))
         rows: list[Row] = []
         for artifact in made.values():
@@ -200,16 +201,17 @@ def _measure_precision(
         runners, notes = _peers(case, model, dtype, threads, label, not options.quick)
         ours = {name: artifact.runner(case.feeds) for name, artifact in made.items()}
         times = interleaved({**ours, **runners}, _rounds(options), SETTLE)
+        if options.tune and database is None:
+            times[TUNED] = times[OURS]  # the same code
     return Findings([*_timed(label, times), *rows, *_share(label, dtype, graph, times[OURS].median, threads, options)], notes)
 
 
 def _tuned(graph: Any, job: Any, threads: int, options: Options) -> Any:
-    """The database after a search for this graph's kernels."""
+    """The database after a search for this graph's kernels; None where no schedule beats a default one."""
     from hwopt.tuning import open_database, parse_effort, tune_graph
 
     database = open_database(options.database, job.target)
-    tune_graph(graph, job.target, threads, database, parse_effort(options.tune))
-    return database
+    return database if tune_graph(graph, job.target, threads, database, parse_effort(options.tune)).gained else None
 
 
 def _rounds(options: Options) -> int:

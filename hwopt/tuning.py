@@ -105,8 +105,21 @@ def tune_model(
         state = tune_graph(
             graph, hardware, count, database, effort, executor=chosen, seed=seed, watch=watch, runner=runner, compact=compact
         )
-    times = _compared(graph, hardware, count, database, device, compact)
-    return Result(state, times["default"], times["tuned"], database.path)
+    times = _compared(graph, hardware, count, database if state.gained else None, device, compact)
+    before, after = times["default"], times["tuned"]
+    if device and after.median > before.median:
+        _withdraw_all(state, database, after.median / before.median)
+        after = before
+    return Result(state, before, after, database.path)
+
+
+def _withdraw_all(state: State, database: Database, ratio: float) -> None:
+    """The whole model is slower on the device, where kernels are not timed inside of it: all run as the defaults do."""
+    from hwopt.backends.tvm.tune.settle import withdraw
+
+    for one in state.tasks:
+        withdraw(database, one.task, ratio, f"the whole model takes {ratio:.3f} times as long with it and others", every=True)
+        one.withdrawn(database)
 
 
 def _device_runner(device: Address, target: Target, threads: int, seed: int) -> DeviceRunner:
@@ -147,7 +160,7 @@ def tune_graph(
         raise UnsupportedError(f"runs in TVM's virtual machine, whose kernels are not tuned: {found[0]}", place=graph.name)
     tasks = tasks_of(graph, target, threads, compact)
     state = tune(tasks, target, database, effort, executor=executor, seed=seed, watch=watch, runner=runner)
-    if runner is None and any(database.best(task) for task in tasks):
+    if runner is None and state.gained:
         _settle(graph, target, threads, database, state, seed, compact)
         watch(state)
     return state
@@ -206,22 +219,25 @@ def _is_compact(artifact: Path) -> bool:
 
 
 def _compared(
-    graph: Graph, target: Target, threads: int, database: Database, device: Address | None = None, compact: bool = False
+    graph: Graph, target: Target, threads: int, database: Database | None, device: Address | None = None, compact: bool = False
 ) -> dict[str, Timing]:
-    """The whole model with default and with tuned schedules, in turns."""
+    """The whole model with default and with tuned schedules, in turns; without a database both are the same code, timed once."""
     from hwopt.build import build
 
+    chosen = {"default": None, **({} if database is None else {"tuned": database})}
     with tempfile.TemporaryDirectory(prefix="hwopt-") as folder:
         built = {
-            name: build(graph, target, threads, Path(folder) / name, chosen, compact=compact).artifact
-            for name, chosen in (("default", None), ("tuned", database))
+            name: build(graph, target, threads, Path(folder) / name, one, compact=compact).artifact
+            for name, one in chosen.items()
         }
         if device:
             from hwopt.device.bench import bench
 
-            return bench({name: artifact.path for name, artifact in built.items()}, device)
-        feeds = built["default"].random_inputs()
-        return interleaved({name: artifact.runner(feeds) for name, artifact in built.items()})
+            times = bench({name: artifact.path for name, artifact in built.items()}, device)
+        else:
+            feeds = built["default"].random_inputs()
+            times = interleaved({name: artifact.runner(feeds) for name, artifact in built.items()})
+    return {"default": times["default"], "tuned": times.get("tuned", times["default"])}
 
 
 def progress_line(state: State) -> str:
@@ -252,8 +268,9 @@ def report_data(result: Result) -> dict[str, Any]:
     ]  # fmt: skip
     before, after, state = result.before.median, result.after.median, result.state
     failures = "".join(f", {count} {status}" for status, count in sorted(state.failures.items()))
+    gained = f"{after * 1e3:.4g} ms after ({before / after:.3f} times as fast)" if state.gained else "no schedule was faster"
     summary = (
-        f"whole model: {before * 1e3:.4g} ms before, {after * 1e3:.4g} ms after ({before / after:.3f} times as fast); "
+        f"whole model: {before * 1e3:.4g} ms before, {gained}; "
         f"{state.trials} trials in {state.elapsed:.0f} s{failures}; kept in {result.path}"
     )
     return {

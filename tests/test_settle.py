@@ -12,10 +12,12 @@ import pytest
 from hwopt.backends.tvm.build import reading
 from hwopt.backends.tvm.tune.database import CONFIRM, Database, Trial
 from hwopt.backends.tvm.tune.runner import Runner
+from hwopt.backends.tvm.tune.session import Effort, Progress, State
 from hwopt.backends.tvm.tune.settle import SLOWER, settle
 from hwopt.backends.tvm.tune.task import Task, tasks_of
 from hwopt.errors import ToolchainError
 from hwopt.plugins import find_target
+from hwopt.tuning import _withdraw_all
 from tests.test_compiler import small_net
 
 HOST = find_target("host")
@@ -108,3 +110,12 @@ def test_a_model_is_timed_call_by_call_in_a_process_of_its_own(tmp_path: Path) -
         lost = settled(database, runner)
     assert set(lost) <= set(tasks)
     assert all(database.best(task) is None for task in lost if SLOWER in {one.status for one in database.trials(task)})
+
+
+def test_where_the_whole_model_is_slower_on_a_device_all_schedules_are_withdrawn(tmp_path: Path) -> None:
+    database, tasks = tuned(tmp_path)
+    state = State([Progress(task, 1, None, best=[0.5]) for task in tasks], Effort(trials=1))
+    assert state.gained
+    _withdraw_all(state, database, 1.02)
+    assert not state.gained and not any(database.best(task) for task in tasks)
+    assert {one.reason for one in state.tasks} == {"no schedule was faster in the whole model"}

@@ -118,6 +118,11 @@ class State:
         return min(1.0, max(shares))
 
     @property
+    def gained(self) -> bool:
+        """Whether some schedule beats a default one."""
+        return any(one.ratio < 1 for one in self.tasks)
+
+    @property
     def done(self) -> bool:
         return self.share >= 1 or all(one.exhausted or one.proposer is None for one in self.tasks)
 

@@ -72,6 +72,14 @@ class Found:
     def wins(self) -> bool:
         return self.saved > ERRORS * self.error
 
+    @property
+    def ratio(self) -> float:
+        return 1 - self.saved / self.before if self.before else 1.0
+
+    @property
+    def reason(self) -> str:
+        return f"{self.ratio:.3f} times the default's seconds there" if self.before else "the model fails with it"
+
 
 def settle(read: Read, name: str, target: Target, database: Database, runner: Runner) -> list[Task]:
     """Withdraw the tuned schedules that do not win in the model that `read` reads; returns their tasks.
@@ -86,8 +94,8 @@ def settle(read: Read, name: str, target: Target, database: Database, runner: Ru
         compared = _compared(plain, tuned, target, runner)
         losers = [task for task, found in compared.items() if not found.wins]
         for task in losers:
-            again = number + 1 == ROUNDS or task in withdrawn
-            _withdraw(database, task, compared[task], again)
+            found = compared[task]
+            withdraw(database, task, found.ratio, found.reason, number + 1 == ROUNDS or task in withdrawn)
         withdrawn += losers
         if not losers:
             break
@@ -140,11 +148,9 @@ def _found(before: np.ndarray, after: np.ndarray) -> Found:
     return Found(*difference(slower, faster), float(np.median(slower)))
 
 
-def _withdraw(database: Database, task: Task, found: Found, every: bool) -> None:
-    """The best schedule of a task, or every one that beats the default, counts no more."""
-    ratio = 1 - found.saved / found.before if found.before else 1.0
+def withdraw(database: Database, task: Task, ratio: float, reason: str, every: bool) -> None:
+    """The best schedule of a task, or every one that beats the default, counts no more; `ratio` is to the default's time."""
     while (winner := database.winner(task)) is not None:
-        reason = f"{ratio:.3f} times the default's seconds there" if found.before else "the model fails with it"
         database.add(task, [dataclasses.replace(winner, status=SLOWER, ratio=max(ratio, winner.ratio), reason=reason)])
         if not every:
             return
