@@ -1,43 +1,45 @@
-"""Suite `accuracy`: what compression costs on real tasks, on the libraries that ship (never in another runtime).
+"""Suite `accuracy`: what compression costs on real tasks and what recovery gives back, on the libraries that ship.
 
-EfficientNet-Lite0 names ImageNet pictures, MiniLM judges the likeness of texts as people do, the demo model names clothes.
+EfficientNet-Lite0 names ImageNet pictures, MiniLM judges the likeness of texts as people do, the demo model names clothes; then
+palettes with and without training, and each way of training against its naive counterpart. Everything is scored on data
+that nothing was calibrated with, trained on or chosen by, beside the float model, with 95 % intervals of the difference.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from benchmarks import texts
+from benchmarks import texts, trainings
 from benchmarks.fashion import dataset
-from benchmarks.layout import Row, higher_is_better, result
+from benchmarks.findings import FLOAT, Findings, Setting
+from benchmarks.layout import higher_is_better, result
+from benchmarks.recovered import recovered as recovered_demo
 from benchmarks.zoo import ZOO, Case, Missing
 from hwopt.artifact import Artifact
 from hwopt.compiler import compile_model
 from hwopt.demo import SHAPES, demo_data, run_demo
 from hwopt.errors import UsageError, did_you_mean
-from hwopt.evaluate import compare
 
-PLAIN = {"float": "none", "int8": "quantize{}"}
-PICTURE_FORMS = {**PLAIN, "int8_auto": "quantize{calibrator=auto}"}
-FOUR_BITS = {
-    "float": "none",
-    "nearest": "quantize{weights=int4,correct_bias=false}",
-    "bias_corrected": "quantize{weights=int4}",
-    "equalized": "equalize{},quantize{weights=int4}",
-    "smooth": "smooth{},quantize{weights=int4}",
-    "adaround": "quantize{weights=int4,rounding=adaround}",
-    "reconstruction": "quantize{weights=int4,rounding=block}",
+PLAIN = {FLOAT: "none", "int8": "quantize{}"}
+PICTURE_FORMS = {
+    **PLAIN,
+    "int8_auto": "quantize{calibrator=auto}",
+    "int4_nearest": "quantize{weights=int4,correct_bias=false}",
+    "int4_bias_corrected": "quantize{weights=int4}",
+    "int4_equalized": "equalize{},quantize{weights=int4}",
+    "int4_smooth": "smooth{},quantize{weights=int4}",
+    "int4_adaround": "quantize{weights=int4,rounding=adaround}",
+    "int4_reconstruction": "quantize{weights=int4,rounding=block}",
 }
+NEAREST = "int4_nearest"
 TEXTS = {
-    "float": "none",
-    "int8": "quantize{}",
+    **PLAIN,
     "int8_smooth": "smooth{},quantize{}",
     "int8_dynamic": "quantize{dynamic=true}",
     "int4_nearest": "quantize-weights{bits=4}",
@@ -45,76 +47,54 @@ TEXTS = {
     "int4_groups_nearest": "quantize-weights{bits=4,group=32}",
     "int4_groups_gptq": "quantize-weights{bits=4,group=32,method=gptq,act_order=true}",
 }
+PAIRS = {"int4_gptq": "int4_nearest", "int4_groups_gptq": "int4_groups_nearest"}  # of the same size
+QUICK_FORMS = (FLOAT, "int8", "int8_smooth", "int4_nearest", "int4_gptq", "int4_adaround")
+CALIBRATING = 10  # of the pictures' classes those divisible by it: a fifth of the 500 even ones
 RESAMPLES = 1000
 PICTURES = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet_sample"
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian: dataset-fashion-mnist
 Arrays = Mapping[str, np.ndarray]
 
 
-@dataclass(frozen=True)
-class Setting:
-    """Where the data lie, where artifacts may be written, and with how many threads they run."""
-
-    pictures: Path
-    scratch: Path
-    threads: int | None
-
-
-@dataclass
-class Findings:
-    rows: list[Row] = field(default_factory=list)
-    summary: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def top_one(self, name: str, right: Mapping[str, np.ndarray]) -> None:
-        """Rows and paired comparisons with `float` of every variant, given 1 or 0 for each sample."""
-        base = right["float"]
-        for variant, found in right.items():
-            if variant == "float":
-                continue
-            pair = compare("top-1 accuracy", base, found)
-            self.rows.append(higher_is_better(f"{name} {variant}", pair.metric, "1", pair.score, {"hwopt float": pair.baseline}))
-            low, high = pair.interval or (None, None)
-            figures = {
-                "drop": pair.drop, "drop_low": low, "drop_high": high, "samples": pair.samples,
-                "right_to_wrong": pair.right_to_wrong, "wrong_to_right": pair.wrong_to_right, "mcnemar_p": pair.mcnemar_p,
-            }  # fmt: skip
-            self.summary |= {f"{name}_{variant}_{key}": value for key, value in figures.items() if value is not None}
-
-
-def run(threads: int | None = None, models: str | None = None, data: Path | None = None) -> dict[str, Any]:
-    """`models`: only these, joined by commas; `data`: the folder of ImageNet pictures named by their class."""
-    chosen = models.split(",") if models else list(TASKS)
+def run(threads: int | None = None, models: str | None = None, data: Path | None = None, quick: bool = False) -> dict[str, Any]:
+    """`models`: only these parts, joined by commas; `data`: the folder of ImageNet pictures named by their class, or that of
+    Fashion-MNIST's four files. A part that cannot be had, or that fails, is noted, and the others go on.
+    """
+    chosen = models.split(",") if models else list(PARTS)
     for name in chosen:
-        if name not in TASKS:
-            raise UsageError(f"unknown model {name!r}", place="--models", hint=did_you_mean(name, TASKS))
+        if name not in PARTS:
+            raise UsageError(f"unknown part {name!r}", place="--models", hint=did_you_mean(name, PARTS))
+    clothes = data is not None and any(data.glob("t10k-*"))
+    pictures, fashion = (PICTURES, data) if clothes else (data, FASHION)
     findings = Findings()
     for name in chosen:
+        findings.say(f"--- {name}: {(PARTS[name].__doc__ or '').partition(chr(10))[0]}")
         with tempfile.TemporaryDirectory(prefix="hwopt-accuracy-") as scratch:
-            try:
-                TASKS[name](findings, Setting(data or PICTURES, Path(scratch), threads))
-            except Missing as error:
-                findings.notes.append(f"{name} is left out: {error}")
+            attempt(name, findings, Setting(pictures or PICTURES, fashion or FASHION, Path(scratch), threads, quick))
     return result("accuracy", findings.rows, findings.summary, findings.notes)
 
 
-def artifacts(
-    case: Case,
-    calibrate: Arrays,
-    evaluate: Arrays,
-    setting: Setting,
-    variants: Mapping[str, str] = PLAIN,
-    *,
-    measure: bool = True,
-) -> dict[str, Artifact]:
-    """The model compiled once for each variant, name -> passes: as it is, and with everything quantized that can be."""
-    return {
-        name: compile_model(
-            case.model, out=setting.scratch / name, shapes=case.shapes, calibrate=calibrate, evaluate=evaluate, passes=passes,
-            threads=setting.threads, measure=measure,
-        )
-        for name, passes in variants.items()
-    }  # fmt: skip
+def attempt(name: str, findings: Findings, setting: Setting) -> None:
+    """One part; what it found until it failed stays."""
+    try:
+        PARTS[name](findings, setting)
+    except Missing as error:
+        findings.note(f"{name} is left out: {error}")
+    except Exception as error:  # whatever it is: hours of other parts must not be lost
+        findings.note(f"{name} failed: {type(error).__name__}: {error}")
+        findings.summary[f"{name}_failed"] = 1
+
+
+def forms(all_of_them: Mapping[str, str], quick: bool) -> dict[str, str]:
+    return {name: text for name, text in all_of_them.items() if not quick or name in QUICK_FORMS}
+
+
+def compiled(case: Case, name: str, passes: str, calibrate: Arrays, evaluate: Arrays, setting: Setting) -> Artifact:
+    """The model with these passes as stated; nothing is timed."""
+    return compile_model(
+        case.model, out=setting.scratch / name, shapes=case.shapes, calibrate=calibrate, evaluate=evaluate, passes=passes,
+        threads=setting.threads, measure=False,
+    )  # fmt: skip
 
 
 def outputs(artifact: Artifact, arrays: Arrays, batch: int = 1) -> np.ndarray:
@@ -132,43 +112,44 @@ def top_one(artifact: Artifact, arrays: Arrays, labels: np.ndarray) -> np.ndarra
 
 
 def imagenet(setting: Setting) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pictures, their classes, and which of them count: those of every fourth class calibrate. Raises Missing."""
+    """Pictures, their classes, and which of them count: every fifth one calibrates, all others are scored. Raises Missing."""
     files = sorted(setting.pictures.glob("*.jpg"))
     if not files:
         raise Missing("there are no pictures", place=str(setting.pictures), hint="give --data FOLDER with NNNN.jpg by class")
     labels = np.array([int(path.stem) for path in files])
-    return read_pictures(files), labels, labels % 4 != 0
+    return read_pictures(files), labels, labels % CALIBRATING != 0
 
 
 def efficientnet(findings: Findings, setting: Setting) -> None:
-    """The whole network in 8 bits."""
+    """EfficientNet-Lite0 in 8 bits; and with 4-bit weights: what each method takes back of what rounding to nearest costs."""
     pictures, labels, judged = imagenet(setting)
-    case = ZOO["efficientnet_lite0"](1)
-    few = {"inputs": pictures[judged][:8]}
-    built = artifacts(case, {"inputs": pictures[~judged]}, few, setting, PICTURE_FORMS)
-    right = {name: top_one(one, {"inputs": pictures[judged]}, labels[judged]) for name, one in built.items()}
-    findings.top_one("efficientnet_lite0", right)
-    layers = [layer for layer in built["int8"].report["layers"] if layer["op"] == "Conv"]
-    integer = [layer for layer in layers if layer["dtype"] == "int8"]
-    findings.summary |= {"efficientnet_lite0_convs": len(layers), "efficientnet_lite0_integer_convs": len(integer)}
-    findings.rows.append(
-        higher_is_better("efficientnet_lite0 int8", "integer convs", "kernels", len(integer), {"convs": len(layers)})
-    )
+    few, case, right = {"inputs": pictures[judged][:8]}, ZOO["efficientnet_lite0"](1), {}
+    for name, passes in forms(PICTURE_FORMS, setting.quick).items():
+        built = compiled(case, name, passes, {"inputs": pictures[~judged]}, few, setting)
+        right[name] = top_one(built, {"inputs": pictures[judged]}, labels[judged])
+        if name != FLOAT:
+            findings.top_one("efficientnet_lite0", {FLOAT: right[FLOAT], name: right[name]})
+        if name == "int8":
+            integer_layers(findings, "efficientnet_lite0", built, ("Conv",))
+        if name.startswith("int4") and name != NEAREST:
+            share(findings, name, right)
 
 
-def efficientnet_int4(findings: Findings, setting: Setting) -> None:
-    """Weights in 4 bits, activations in 8: what each method takes back of what rounding to the nearest costs."""
-    pictures, labels, judged = imagenet(setting)
-    few = {"inputs": pictures[judged][:8]}
-    case = ZOO["efficientnet_lite0"](1)
-    built = artifacts(case, {"inputs": pictures[~judged]}, few, setting, FOUR_BITS, measure=False)
-    right = {name: top_one(one, {"inputs": pictures[judged]}, labels[judged]) for name, one in built.items()}
-    findings.top_one("efficientnet_lite0_int4", right)
-    for name in (name for name in FOUR_BITS if name not in ("float", "nearest")):
-        share = recovered(right["float"], right["nearest"], right[name])
-        if share is not None:
-            found = dict(zip(("recovered", "recovered_low", "recovered_high"), share, strict=True))
-            findings.summary |= {f"efficientnet_lite0_int4_{name}_{key}": value for key, value in found.items()}
+def integer_layers(findings: Findings, model: str, built: Artifact, kinds: tuple[str, ...]) -> None:
+    """How many of a model's layers are computed in integers."""
+    layers = [layer for layer in built.report["layers"] if layer["op"] in kinds]
+    integer = sum(layer["dtype"] == "int8" for layer in layers)
+    findings.summary |= {f"{model}_layers": len(layers), f"{model}_integer_layers": integer}
+    findings.add(higher_is_better(f"{model} int8", f"integer {' and '.join(kinds)}", "kernels", integer, {"all": len(layers)}))
+
+
+def share(findings: Findings, name: str, right: Mapping[str, np.ndarray]) -> None:
+    """Of what rounding to nearest loses."""
+    found = recovered(right[FLOAT], right[NEAREST], right[name])
+    if found is not None:
+        keys = [f"efficientnet_lite0_{name}_{key}" for key in ("recovered", "recovered_low", "recovered_high")]
+        findings.summary |= dict(zip(keys, found, strict=True))
+        findings.say(f"efficientnet_lite0 {name}: takes back {found[0]:.2f} ({found[1]:.2f} to {found[2]:.2f}) of the drop")
 
 
 def recovered(before: np.ndarray, nearest: np.ndarray, found: np.ndarray) -> tuple[float, float, float] | None:
@@ -196,29 +177,37 @@ def read_pictures(files: list[Path]) -> np.ndarray:
 
 
 def minilm(findings: Findings, setting: Setting) -> None:
-    """Correlation of the embeddings' cosines with what people said, calibrated on other texts."""
+    """MiniLM: correlation of the embeddings' cosines with what people said, calibrated on other texts."""
     encode, (lee, background), words = texts.encoder(), texts.lee50(), texts.wordsim353()
-    case = ZOO["minilm"](1)
-    built = artifacts(case, encode(texts.calibration(background)), encode(lee.texts[:8]), setting, TEXTS, measure=False)
-    for name, judgements, measures in (
-        ("lee50", lee, {"pearson": stats.pearsonr, "spearman": stats.spearmanr}),
-        ("wordsim353", words, {"spearman": stats.spearmanr}),
-    ):
-        cosines = {key: judgements.cosines(outputs(one, encode(judgements.texts))) for key, one in built.items()}
-        for measure, correlation in measures.items():
-            value = {key: float(correlation(found, judgements.likeness).statistic) for key, found in cosines.items()}
-            findings.summary |= {f"minilm_{key}_{name}_{measure}": one for key, one in value.items()}
-            for key, found in cosines.items():
-                if key == "float":
-                    continue
-                row = higher_is_better(f"minilm {key}", f"{name} {measure}", "1", value[key], {"hwopt float": value["float"]})
-                findings.rows.append(row)
-                low, high = drop_interval(cosines["float"], found, judgements.likeness, correlation)
-                drop = {"drop": value["float"] - value[key], "drop_low": low, "drop_high": high}
-                findings.summary |= {f"minilm_{key}_{name}_{measure}_{what}": one for what, one in drop.items()}
-    layers = [layer for layer in built["int8"].report["layers"] if layer["op"] in ("MatMul", "Gemm")]
-    findings.summary["minilm_products"] = len(layers)
-    findings.summary["minilm_integer_products"] = sum(layer["dtype"] == "int8" for layer in layers)
+    case, chosen = ZOO["minilm"](1), forms(TEXTS, setting.quick)
+    tasks = {"lee50 pearson": (lee, stats.pearsonr), "lee50 spearman": (lee, stats.spearmanr),
+             "wordsim353 spearman": (words, stats.spearmanr)}  # fmt: skip
+    cosines: dict[str, dict[str, np.ndarray]] = {}
+    for name, passes in chosen.items():
+        built = compiled(case, name, passes, encode(texts.calibration(background)), encode(lee.texts[:8]), setting)
+        cosines[name] = {data.texts[0]: data.cosines(outputs(built, encode(data.texts))) for data in (lee, words)}
+        findings.summary[f"minilm_{name}_weight_bytes"] = built.report["result"]["weight_bytes"]
+        for task, (data, correlation) in tasks.items():
+            before, after = (cosines[one][data.texts[0]] for one in (FLOAT, name))
+            likeness(findings, f"minilm_{name}", task, (before, after, data.likeness), correlation)
+            if name in PAIRS:
+                nearest = cosines[PAIRS[name]][data.texts[0]]
+                likeness(findings, f"minilm_{name}_over_nearest", task, (nearest, after, data.likeness), correlation)
+        if name == "int8":
+            integer_layers(findings, "minilm", built, ("MatMul", "Gemm"))
+
+
+def likeness(
+    findings: Findings, name: str, task: str, sides: tuple[np.ndarray, np.ndarray, np.ndarray], correlation: Callable[..., Any]
+) -> None:
+    """Correlation with what people said: a row, and the drop from the first of the sides to the second with its interval."""
+    before, after = (float(correlation(one, sides[2]).statistic) for one in sides[:2])
+    low, high = drop_interval(*sides, correlation)
+    key = f"{name}_{task.replace(' ', '_')}"
+    findings.summary |= {key: after, f"{key}_drop": before - after, f"{key}_drop_low": low, f"{key}_drop_high": high}
+    if not name.endswith(FLOAT):
+        findings.add(higher_is_better(name.replace("_", " ", 1), task, "1", after, {"before": before}))
+        findings.say(f"    drop {before - after:+.4f} ({low:+.4f} to {high:+.4f})")
 
 
 def drop_interval(
@@ -236,20 +225,24 @@ def drop_interval(
 
 
 def demo(findings: Findings, setting: Setting) -> None:
-    """The embedded model, quantized only and as the whole plan makes it: on the embedded images, on the whole test set, and on
+    """The demo model: joint plan and distillation, beside the same untrained and each family; and as `make demo` ships it."""
+    recovered_demo(findings, setting)
+    if not setting.quick:
+        embedded(findings, setting)
+
+
+def embedded(findings: Findings, setting: Setting) -> None:
+    """The demo model, quantized only and as the whole plan makes it: on the embedded images, on the whole test set, and on
     that part of it by which nothing was chosen."""
     calibrate, evaluate = demo_data()
     labels = evaluate["labels"]
     case = Case("demo", ZOO["demo"](1).model, SHAPES, calibrate)
-    built = artifacts(case, calibrate, evaluate, setting)
+    built = {name: compiled(case, name, passes, calibrate, evaluate, setting) for name, passes in PLAIN.items()}
     run_demo(setting.scratch / "plan", threads=setting.threads)
     built["plan"] = Artifact(setting.scratch / "plan")
     images = {"image": evaluate["image"]}
     findings.top_one("demo_4000", {name: top_one(one, images, labels) for name, one in built.items()})
-    if not FASHION.is_dir():
-        findings.notes.append(f"demo on 10,000 images is left out: there is no {FASHION}")
-        return
-    pixels, labels = dataset(FASHION, "t10k")
+    pixels, labels = dataset(setting.fashion, "t10k")
     images = {"image": pixels[:, None].astype(np.float32) / 255}
     right = {name: top_one(one, images, labels) for name, one in built.items()}
     findings.top_one("demo_10000", right)
@@ -257,6 +250,7 @@ def demo(findings: Findings, setting: Setting) -> None:
     findings.top_one("demo_6000_unseen", {name: found[unseen] for name, found in right.items()})
 
 
-TASKS: Mapping[str, Callable[[Findings, Setting], None]] = {
-    "efficientnet_lite0": efficientnet, "efficientnet_lite0_int4": efficientnet_int4, "minilm": minilm, "demo": demo,
+PARTS: Mapping[str, Callable[[Findings, Setting], None]] = {
+    "efficientnet_lite0": efficientnet, "minilm": minilm, "demo": demo,
+    "palettes": trainings.palettes, "methods": trainings.methods,
 }  # fmt: skip

@@ -27,8 +27,6 @@ SUITES = {
     "planner": "planner",
     "transfer": "transfer",
     "sensitivity": "sensitivity",
-    "recover": "recover",
-    "recovery-methods": "recovery_methods",
     "overhead": "overhead",
 }
 
@@ -37,13 +35,18 @@ SUITES = {
 @click.argument("suite", type=click.Choice(list(SUITES)))
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the result here.")
 @click.option("--threads", type=click.IntRange(1), default=None)
-@click.option("--models", default=None, help="Only these, joined by commas.")
+@click.option("--models", default=None, help="Only these models, or parts of the suite, joined by commas.")
 @click.option("--batches", default=None, help="Batch sizes, joined by commas.")
 @click.option("--dtypes", default=None, help="Precisions, joined by commas: f32, int8.")
 @click.option("--quick", is_flag=True, default=None, help="Few turns, and the smallest sizes only.")
 @click.option("--tune", default=None, help="Also with schedules tuned so long for each model, precision and threads: 5m.")
 @click.option("--plot", type=click.Path(path_type=Path), default=None, help="Draw the ratios into this PNG file.")
-@click.option("--data", type=click.Path(path_type=Path), default=None, help="Folder of ImageNet pictures named by their class.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="ImageNet pictures named by their class, or Fashion-MNIST.",
+)
 def main(suite: str, file: Path | None, **options: object) -> None:
     """Measure one SUITE on this machine."""
     work = importlib.import_module(f"benchmarks.{SUITES[suite]}").run

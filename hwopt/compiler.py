@@ -31,7 +31,7 @@ from hwopt.plan.search import Found
 from hwopt.plugins import find_passes
 from hwopt.prove import CHECKS
 from hwopt.recover import Recipe
-from hwopt.recovery import retrained
+from hwopt.recovery import retrained, settled
 from hwopt.report.outcome import estimated_report, measured_report
 from hwopt.target import Target
 from hwopt.tuning import open_database, read_database, tune_graph
@@ -87,7 +87,8 @@ def compile_model(
     faster without them: all, the doubtful ones or none. `preprocess` (`mean=..,std=..,layout=nhwc`) becomes the first part of
     the model, which then takes pixels, as do the data. `recover` trains the changed model (`distill{epochs=3}`, see
     hwopt.recover) on `train`: data as above (those of calibration if not given) or a loader, with a `loss` of yours if given;
-    unfinished training is kept in the folder `checkpoints`. Raises HwoptError with the reason and the next step.
+    unfinished training is kept in the folder `checkpoints` until the artifact is there. Raises HwoptError with the reason and
+    the next step.
     """
     _check_options(tune is not None, measure, check)
     check_destination(out)
@@ -105,7 +106,7 @@ def compile_model(
         if not measure:
             found = decided(job, replay)
             result = _build(found.graph, job, folder / "result", form)
-            return result.write(out, found.plan, estimated_report(job, found, result) | origin)
+            return _written(job, result, out, found.plan, estimated_report(job, found, result) | origin)
         baseline = _build(job.graph, job, folder / "baseline")
 
         def built(found: Found) -> Built:
@@ -120,7 +121,13 @@ def compile_model(
         found, result = decided_and_built(job, replay, baseline, built)
         report = measured_report(job, found, baseline, result) | origin
         delivered = result if form == FORM else _build(found.graph, job, folder / "delivered", form)
-        return delivered.write(out, found.plan, report)
+        return _written(job, delivered, out, found.plan, report)
+
+
+def _written(job: Job, built: Built, out: Path | str, plan: Plan, report: dict[str, Any]) -> Artifact:
+    artifact = built.write(out, plan, report)
+    settled(job)
+    return artifact
 
 
 def _database(path: Path | str | None, tuned: bool, measure: bool, target: Target) -> Database | None:
@@ -155,7 +162,10 @@ def _watching(progress: Progress) -> Callable[[State], None]:
 def plan_model(model: Any, **options: Any) -> Found:
     """The decisions only, with the score of the graph they make; nothing is compiled. Takes compile_model's arguments."""
     training = [options.get(name) for name in ("recover", "train", "loss", "checkpoints")]
-    return decided(with_training(_job(model, options), *training), None)
+    job = with_training(_job(model, options), *training)
+    found = decided(job, None)
+    settled(job)
+    return found
 
 
 @one_blas_thread
@@ -165,7 +175,9 @@ def apply_model(model: Any, *, plan: Plan | Path | str | None = None, **options:
     if plan is not None:
         stated = read_plan(plan)
         job = with_training(job, None, options.get("train"), options.get("loss"), options.get("checkpoints"), stated)
-        return retrained(job, stated, apply_plan(job.graph, stated, job.ctx, find_passes()).graph)[0], job.ctx.refused
+        graph, _ = retrained(job, stated, apply_plan(job.graph, stated, job.ctx, find_passes()).graph)
+        settled(job)
+        return graph, job.ctx.refused
     if options.get("passes") is None:
         raise UsageError("nothing to apply", hint="give --plan plan.json or --passes name{option=value}")
     named = tuple(one for one, _ in parse_list(options["passes"], find_passes()))

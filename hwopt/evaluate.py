@@ -86,10 +86,25 @@ class TopOne:
         if labels is None:
             raise DataError("top-1 accuracy needs labels", place=self.samples.source)
         found = first_output(self.graph, self.samples, run, self.workers)
-        classes = found.reshape(len(found), -1).shape[1]
-        if labels.max(initial=0) >= classes:
-            raise DataError(f"label {labels.max()} for a model with {classes} classes", place=self.samples.source)
+        check_range(labels, found.reshape(len(found), -1).shape[1], self.samples.source)
         return (found.reshape(len(found), -1).argmax(1) == labels[: len(found)]).astype(np.float64)
+
+
+def check_labels(graph: Graph, labels: np.ndarray | None, source: str) -> None:
+    """Raise DataError for labels that the first output has no class for, before anything is run; sizes must be known."""
+    shape = graph.tensor(graph.outputs[0]).shape or ()
+    if labels is not None and len(shape) > 1 and all(isinstance(dim, int) for dim in shape[1:]):
+        check_range(labels, math.prod(dim for dim in shape[1:] if isinstance(dim, int)), source)
+
+
+def check_range(labels: np.ndarray, classes: int, source: str) -> None:
+    if labels.dtype.kind not in "biuf":
+        raise DataError(f"labels are {labels.dtype}, not numbers of classes", place=source)
+    wrong = np.unique(labels[(labels < 0) | (labels >= classes)])
+    if len(wrong):
+        more = f" and {len(wrong) - 1} others" if len(wrong) > 1 else ""
+        hint = f"labels are places in the first output, 0 to {classes - 1}"
+        raise DataError(f"label {wrong[-1]}{more} for a model with {classes} classes", place=source, hint=hint)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from hwopt.plan.store import PLAN
 from hwopt.plan.trials import Trained, search_knobs
 from hwopt.recover.data import source_of
 from hwopt.recover.knobs import recovery_knobs
-from hwopt.recovery import data_of, trial
+from hwopt.recovery import data_of, settled, trial
 from hwopt.report.outcome import plan_report
 from hwopt.report.page import page
 
@@ -69,6 +69,7 @@ def planned(
     else:
         found = plan_once(job, tie=tie)
         write_whole(out, found.plan.to_json())
+    settled(job)
     if found is None:
         hint = f"all points are in {out / FRONT}; relax --max-drop or the limits"
         raise BudgetError("no point of the front is within the budget", place=str(out), hint=hint)

@@ -13,6 +13,7 @@ from hwopt.analysis.workload import workloads
 from hwopt.backends.tvm.tune.database import Database
 from hwopt.emit.products import Form
 from hwopt.errors import UsageError
+from hwopt.evaluate import check_labels
 from hwopt.io.preprocess import Preprocess, folded, parse_preprocess
 from hwopt.ir import Graph
 from hwopt.pipeline import Context, Pass, PassManager, Phase, parse_list
@@ -20,8 +21,8 @@ from hwopt.plan.budget import Budget
 from hwopt.plan.options import Progress
 from hwopt.plan.plan import Plan, plan_from_json
 from hwopt.plugins import find_passes, find_target
-from hwopt.recover import Recipe, Training, parse_recipe, require
-from hwopt.recover.data import source_of
+from hwopt.recover import Checkpoints, Recipe, Training, parse_recipe, require
+from hwopt.recover.data import some_labels, source_of
 from hwopt.samples import Samples
 from hwopt.sources import is_scoring, samples_from
 from hwopt.target import Cost, Target, total
@@ -86,6 +87,8 @@ def prepare(
     scorer = evaluate if isinstance(evaluate, str) and is_scoring(evaluate) else None
     evaluation = None if scorer else _samples(evaluate, graph)
     calibration, evaluation = _disjoint(_samples(calibrate, graph), evaluation, scorer)
+    if evaluation is not None:
+        check_labels(graph, evaluation.labels, evaluation.source)
     return Job(
         graph=graph, ctx=Context(hardware, calibration, seed), target=hardware, threads=threads or hardware.cores,
         budget=budget or Budget(), families=families, fixed=fixed, evaluation=evaluation, user_score=scorer, progress=progress,
@@ -122,22 +125,25 @@ def with_training(
     data = _samples(train, job.graph) if stored else train
     if data is None and job.ctx.calibration is None:
         raise UsageError("there are no data to train on", place="--recover", hint="give --train or --calibrate")
-    _check_training(job, recipe, job.ctx.calibration if data is None else data)
+    _check_training(job, recipe, job.ctx.calibration if data is None else data, own_loss=loss is not None)
     if recipe is not None and not recipe.seed:
         recipe = replace(recipe, seed=job.ctx.seed)
-    training = Training(recipe, data, loss, None if checkpoints is None else Path(checkpoints))
+    training = Training(recipe, data, loss, None if checkpoints is None else Checkpoints(Path(checkpoints)))
     return replace(job, training=training)
 
 
-def _check_training(job: Job, recipe: Recipe | None, data: Any) -> None:
-    """Raise UsageError for data that can be read only once, a loss that is not there, and labels that are missing."""
+def _check_training(job: Job, recipe: Recipe | None, data: Any, *, own_loss: bool) -> None:
+    """Raise UsageError for data that can be read only once, a loss that is not there, and labels that are missing; DataError for
+    labels that fit no class, in a loader those of its first batch."""
     from hwopt.recover.torch.losses import user_loss
 
-    source_of(job.graph, data)
+    source = source_of(job.graph, data)
     if recipe is not None and recipe.loss:
         user_loss(recipe.loss)
     if recipe is not None and recipe.hard and recipe.logits and isinstance(data, Samples) and data.labels is None:
         raise UsageError(f"hard={recipe.hard} needs labels", place=str(recipe), hint="leave hard out, or give data with labels")
+    if recipe is not None and recipe.hard and not recipe.loss and not own_loss:
+        check_labels(job.graph, some_labels(source), "training data")
 
 
 def preprocessed(graph: Graph, preprocess: Preprocess | str | None) -> Graph:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -95,6 +95,7 @@ class Trainer:
     baseline: np.ndarray | None
     spent: float = 0.0
     interrupted: bool = False
+    done: dict[str, Found | None] = field(default_factory=dict)  # by the graph that was trained: none is trained twice
 
     @property
     def over(self) -> bool:
@@ -104,6 +105,11 @@ class Trainer:
 
     def train(self, found: Found, others: int) -> Found | None:
         """The plan with its training on record, None if that made nothing better; `others` more may need time, too."""
+        if found.graph.digest not in self.done:
+            self.done[found.graph.digest] = self._train(found, others)
+        return self.done[found.graph.digest]
+
+    def _train(self, found: Found, others: int) -> Found | None:
         recipe, started = recipe_of(self.job), time.perf_counter()
         if recipe.minutes:
             left = max(recipe.minutes - self.spent / 60, 1 / 60)
@@ -112,6 +118,8 @@ class Trainer:
         seconds = time.perf_counter() - started
         self.spent += seconds
         self.interrupted = outcome.interrupted
+        if outcome.interrupted and self.job.training.checkpoints:
+            self.job.training.checkpoints.used.clear()  # what is found there goes on
         return None if outcome.graph is found.graph else self._recorded(found, outcome, seconds)
 
     def _recorded(self, found: Found, outcome: Outcome, seconds: float) -> Found | None:
@@ -159,6 +167,12 @@ def trial(job: Job, task: Search, knobs: Mapping[str, Any], watch: Callable[[Che
     return deepened(chosen, task.scorer, priced.baseline, searched, faster, lambda found: (found, None))[0]
 
 
+def settled(job: Job) -> None:
+    """All is done: nothing needs the checkpoints of its trainings any more."""
+    if job.training.checkpoints:
+        job.training.checkpoints.clear()
+
+
 def retrained(job: Job, plan: Plan, graph: Graph) -> tuple[Graph, str]:
     """The graph after the training that a plan has on record, and what a reader must know of it."""
     if plan.recovery is None:
@@ -190,4 +204,4 @@ def case_of(job: Job, graph: Graph, plan: Plan) -> Case:
     )  # fmt: skip
 
 
-__all__: Sequence[str] = ["Trainer", "deepened", "relaxed", "retrained", "trained_as_stated"]
+__all__: Sequence[str] = ["Trainer", "deepened", "relaxed", "retrained", "settled", "trained_as_stated"]

@@ -9,7 +9,7 @@ batches nor automatic differentiation: the result depends on nothing but the dat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -209,13 +209,24 @@ def _pairs(graph: Graph, node: Node, quantized: Graph, layer: Node, samples: Sam
             yield data.reshape(-1, 1, data.shape[-1]), answer.reshape(-1, 1, answer.shape[-1])
 
 
-def only(graph: Graph, *values: str) -> Session:
+class Part(Session):
+    """A part of a model, which reads what it needs of the whole model's inputs."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(graph)
+        self.inputs = graph.inputs
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return super().run({name: feeds[name] for name in self.inputs})
+
+
+def only(graph: Graph, *values: str) -> Part:
     """What computes these values and nothing else."""
     nodes = in_order(graph.nodes, values)
     read = {name for node in nodes for name in node.reads}
     params = MappingProxyType({name: array for name, array in graph.params.items() if name in read})
     inputs = tuple(name for name in graph.inputs if name in read)
-    return Session(replace(graph, nodes=tuple(nodes), params=params, inputs=inputs, outputs=values))
+    return Part(replace(graph, nodes=tuple(nodes), params=params, inputs=inputs, outputs=values))
 
 
 def _patches(node: Node, data: np.ndarray, answer: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks import accuracy, fashion, texts, zoo
+from benchmarks import accuracy, fashion, findings, texts, zoo
 from hwopt.demo import SHAPES, demo_data
 from hwopt.errors import UsageError
 from hwopt.pipeline import parse_list
@@ -17,19 +17,30 @@ from hwopt.plugins import find_passes
 
 
 def test_variants_are_compared_with_float_sample_by_sample():
-    findings = accuracy.Findings()
-    findings.top_one("net", {"float": np.array([1.0, 1, 0, 1]), "int8": np.array([0.0, 1, 1, 0])})
-    (row,) = findings.rows
+    found = findings.Findings()
+    found.top_one("net", {"float": np.array([1.0, 1, 0, 1]), "int8": np.array([0.0, 1, 1, 0])})
+    (row,) = found.rows
     assert (row.case, row.ours, row.peers) == ("net int8", 0.5, {"hwopt float": 0.75})
-    assert findings.summary["net_int8_drop"] == 0.25
-    assert (findings.summary["net_int8_right_to_wrong"], findings.summary["net_int8_wrong_to_right"]) == (2, 1)
-    assert findings.summary["net_int8_mcnemar_p"] == 1.0
+    assert found.summary["net_int8_drop"] == 0.25
+    assert (found.summary["net_int8_right_to_wrong"], found.summary["net_int8_wrong_to_right"]) == (2, 1)
+    assert found.summary["net_int8_mcnemar_p"] == 1.0
 
 
 def test_missing_pictures_are_a_note_with_the_folder(tmp_path):
     found = accuracy.run(models="efficientnet_lite0", data=tmp_path)
     assert found["rows"] == []
     assert str(tmp_path) in found["notes"][0]
+
+
+def test_a_part_that_fails_is_told_and_the_others_go_on(monkeypatch, tmp_path):
+    def broken(found, setting):
+        found.summary["before"] = 1.0
+        raise RuntimeError("out of paper")
+
+    monkeypatch.setattr(accuracy, "PARTS", {"one": broken, "two": lambda found, setting: found.summary.update(after=2.0)})
+    found = accuracy.run()
+    assert found["summary"] == {"before": 1.0, "one_failed": 1, "after": 2.0}
+    assert "out of paper" in found["notes"][0]
 
 
 def test_an_unknown_model_is_named_before_anything_runs():
@@ -51,7 +62,9 @@ def test_the_shipped_library_is_what_is_scored(tmp_path):
     calibrate, evaluate = demo_data()
     few = {name: array[:40] for name, array in evaluate.items()}
     case = zoo.Case("demo", zoo.ZOO["demo"](1).model, SHAPES, calibrate)
-    built = accuracy.artifacts(case, {"image": calibrate["image"][:32]}, few, accuracy.Setting(tmp_path, tmp_path, 1))
+    setting = findings.Setting(tmp_path, tmp_path, tmp_path, 1)
+    calibration = {"image": calibrate["image"][:32]}
+    built = {name: accuracy.compiled(case, name, text, calibration, few, setting) for name, text in accuracy.PLAIN.items()}
     assert built["float"].plan["decisions"] == []
     assert (
         built["int8"].report["result"]["score"] == accuracy.top_one(built["int8"], {"image": few["image"]}, few["labels"]).mean()
@@ -70,7 +83,7 @@ def test_intervals_of_correlations_are_those_of_pairs_resampled_together():
 
 
 def test_every_variant_is_passes_that_exist():
-    for variants in (accuracy.PLAIN, accuracy.FOUR_BITS, accuracy.TEXTS):
+    for variants in (accuracy.PICTURE_FORMS, accuracy.TEXTS):
         assert variants["float"] == "none"
         for passes in variants.values():
             assert passes == "none" or parse_list(passes, find_passes())

@@ -122,6 +122,30 @@ def test_patches_times_weights_are_the_convolution(attrs: dict[str, object]) -> 
     np.testing.assert_allclose(np.einsum("rgk,gnk->rgn", inputs, rows), outputs, atol=1e-4)
 
 
+@pytest.mark.parametrize("rounding", ["adaround", "block"])
+def test_inputs_that_come_in_later_are_no_obstacle(rounding: str) -> None:
+    """An embedding's mask, say, which the first layer does not read."""
+    random = np.random.default_rng(3)
+    params = {name: frozen(random.standard_normal((12, 12)).astype(np.float32)) for name in ("w1", "w2")}
+    nodes = (
+        Node("MatMul", ("x", "w1"), ("h",), "one"), Node("Mul", ("h", "mask"), ("m",), "masked"),
+        Node("MatMul", ("m", "w2"), ("y",), "two"),
+    )  # fmt: skip
+    types = MappingProxyType({name: TensorType("float32", (1, 12)) for name in ("x", "mask")})
+    graph = infer_types(Graph("masked", ("x", "mask"), ("y",), nodes, types, MappingProxyType(params), {"": 21}))
+    data = {"x": random.standard_normal((64, 12)), "mask": random.random((64, 12)) > 0.5}
+    samples = Samples({name: array.astype(np.float32) for name, array in data.items()})
+    changed = [
+        parse(f"quantize{{weights=int4,rounding={way}}}", find_passes()).run(graph, Context(HOST, samples))
+        for way in ("nearest", rounding)
+    ]
+    errors = [
+        sum(float(np.square(run(one, feeds)["y"] - run(graph, feeds)["y"]).sum()) for feeds in samples.feeds(graph))
+        for one in changed
+    ]
+    assert errors[1] < errors[0]
+
+
 def test_unknown_roundings_are_refused() -> None:
     with pytest.raises(PassError, match="adaround"):
         quantized("rounding=adaruond")

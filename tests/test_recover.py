@@ -15,6 +15,7 @@ from hwopt.errors import DataError, PassError, ToolchainError, UsageError
 from hwopt.ir import of_op
 from hwopt.pipeline import Context, run_pass
 from hwopt.recover import Case, Distill, Qat, parse_recipe, recover, recovered
+from hwopt.recover.data import divided, source_of
 from passes.prune_channels import PruneChannels
 from passes.quantize import Quantize
 from passes.share_weights import ShareWeights
@@ -206,12 +207,38 @@ def test_the_users_own_loader_and_loss_train() -> None:
     )
     for loader in loaders:
         asked.clear()
-        once, again = (recover(student, teacher, loader, SHORT, loss=loss) for _ in range(2))
+        once, again = (recover(student, teacher, loader, f"{SHORT[:-1]},holdout=0.3}}", loss=loss) for _ in range(2))
         assert once.digest == again.digest != student.digest
         assert divergence(once, teacher, samples(teacher, 48, seed=9)) < divergence(
             student, teacher, samples(teacher, 48, seed=9)
         )
         assert (asked[0] is None) == callable(loader)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_what_chooses_of_a_loader_is_never_trained_on(shuffle: bool) -> None:
+    from hwopt.recover.data import names_of
+
+    teacher = net()
+    images = torch.from_numpy(np.array(samples(teacher, 60).arrays[teacher.inputs[0]]))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, torch.arange(60)), batch_size=6, shuffle=shuffle)
+    rest, judged = divided(source_of(teacher, loader), None, 0.2, 6, 1, 0)
+    held = {name for batch in judged for name in names_of(batch)}
+    assert len(held) == 12 and rest.steps(6) == 8
+    seen = [batch for epoch in range(3) for batch in rest.epoch(epoch, 6, 0)]
+    assert len(seen) == 24 and all(len(batch) == 6 for batch in seen)
+    assert not held & {name for batch in seen for name in names_of(batch)}
+    for batch in seen:  # labels stay with their samples
+        assert batch.labels is not None and np.array_equal(batch.feeds[teacher.inputs[0]], images.numpy()[batch.labels])
+
+
+def test_a_loader_that_repeats_one_batch_leaves_nothing_to_train_on() -> None:
+    teacher = net()
+    batch = {name: array[:8] for name, array in samples(teacher).arrays.items()}
+    with pytest.raises(DataError, match="among those that are held out"):
+        recover(quantized(teacher), teacher, [batch] * 4)
+    rest, judged = divided(source_of(teacher, [batch]), None, 0.2, 8, 1, 0)
+    assert rest.steps(8) == 1 and not judged
 
 
 def test_data_that_cannot_be_trained_on_are_refused() -> None:
@@ -225,7 +252,7 @@ def test_data_that_cannot_be_trained_on_are_refused() -> None:
     with pytest.raises(DataError, match="shape"):
         recover(student, teacher, [{name: one[:, :2]}])
     with pytest.raises(DataError, match="no torch number"):
-        recover(student, teacher, [{name: one}] * 4, loss=lambda found, wanted, labels: 1.0)
+        recover(student, teacher, [{name: one}, {name: one + 1}], loss=lambda found, wanted, labels: 1.0)
 
 
 def test_training_that_explodes_never_writes_numbers_that_mean_nothing() -> None:

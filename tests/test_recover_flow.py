@@ -17,15 +17,16 @@ from hwopt.compiler import apply_model, plan_model
 from hwopt.decide import replayed
 from hwopt.delivery import _key
 from hwopt.depends import dependencies
-from hwopt.errors import BudgetError, UnsupportedError, UsageError
-from hwopt.io.onnx import read, save
+from hwopt.errors import BudgetError, DataError, UnsupportedError, UsageError
+from hwopt.io.onnx import load, read, save
 from hwopt.io.proto import to_model
 from hwopt.job import prepare, quiet, with_training
 from hwopt.plan.budget import Budget
 from hwopt.plan.explain import explain
 from hwopt.plan.plan import Plan, Recovery, plan_from_json
-from hwopt.recover import Lottery
-from hwopt.recovery import relaxed
+from hwopt.plan.search import Found
+from hwopt.recover import Lottery, Outcome
+from hwopt.recovery import Trainer, relaxed
 from hwopt.samples import write_npz
 from tests._recover import blobs, trained_net
 from tests.random_graphs import Builder
@@ -132,6 +133,31 @@ def test_recipes_are_checked_before_any_long_work(model: Path, tmp_path: Path) -
         hwopt.compile(model, out=tmp_path / "a", train=data(8, 1), **OPTIONS)
 
 
+def test_labels_that_fit_no_class_are_named_before_any_long_work(model: Path, tmp_path: Path) -> None:
+    stages: list[str] = []
+    wrong = data(48, 2, True) | {"labels": np.full(48, 7)}
+    for options in (
+        {"evaluate": wrong},
+        {"recover": "qat", "train": wrong},
+        {"recover": "qat", "train": [(data(16, 1), [-1] * 16)]},
+    ):
+        with pytest.raises(DataError, match=r"label (7|-1) for a model with \d classes"):
+            hwopt.compile(model, out=tmp_path / "a", progress=lambda *at: stages.append(at[0]), **{**OPTIONS, **options})
+    with pytest.raises(DataError, match="labels are <U3, not numbers"):
+        hwopt.compile(model, out=tmp_path / "a", **{**OPTIONS, "evaluate": data(48, 2) | {"labels": np.full(48, "cat")}})
+    assert set(stages) == {"loading"}
+
+
+def test_no_graph_is_trained_twice(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[str] = []
+    same = lambda case, recipe: trained.append(case.graph.digest) or Outcome(case.graph, recipe, 0.0)  # noqa: E731
+    monkeypatch.setattr("hwopt.recovery.recovered", same)
+    job = prepare(model, "host", None, None, data(32, 1), None, None, None, 1, 0, quiet)
+    trainer, graph = Trainer(with_training(job, "distill"), None, None), load(model)
+    found = [Found(Plan("host", 1, "", Budget(0.01), 0), graph, None)] * 2
+    assert [trainer.train(one, 0) for one in found] == [None, None] and len(trained) == 1
+
+
 def test_a_model_without_gradients_is_refused_before_any_long_work(tmp_path: Path) -> None:
     build = Builder()
     build.outputs.append(build.op("Multinomial", [build.input((1, 4))], (1, 1), dtype=6))
@@ -152,7 +178,7 @@ def test_the_command_line_trains(model: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     found = CliRunner().invoke(cli, words, catch_exceptions=False)
     assert found.exit_code == 0, found.output
-    assert list((tmp_path / "kept").glob("*.pt"))
+    assert list((tmp_path / "kept").iterdir()) == []  # removed when all was done
     recovery = json.loads(found.stdout)["recovery"]
     assert recovery and recovery["score_after"] >= recovery["score_before"]
 

@@ -12,7 +12,7 @@ import pytest
 from hwopt.backends.ort import observing, run
 from hwopt.errors import DataError
 from hwopt.ir import Graph, of_op
-from hwopt.recover import Case, Outcome, recovered
+from hwopt.recover import Case, Checkpoints, Outcome, recovered
 from tests._recover import net, quantized, samples
 from tests.random_graphs import Builder
 
@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch")
 RECIPE = "distill{epochs=6,batch=16,lr=0.003,threads=1,checks=5,patience=0}"
 
 
-def case(checkpoints: Path | None = None, **options: Any) -> Case:
+def case(checkpoints: Path | Checkpoints | None = None, **options: Any) -> Case:
     teacher = net()
     return Case(quantized(teacher, weights="int4"), teacher, samples(teacher), checkpoints=checkpoints, **options)
 
@@ -47,20 +47,29 @@ def test_an_interrupted_training_keeps_its_best_state() -> None:
 def test_a_resumed_training_ends_with_the_same_bits(tmp_path: Path) -> None:
     whole = recovered(case(), RECIPE)
     cut = interrupted_at(4, case(tmp_path))
+    assert cut.interrupted and len(list(tmp_path.glob("*.pt"))) == 1
     steps: list[int] = []
     resumed = recovered(case(tmp_path, progress=lambda stage, done, total: steps.append(done)), RECIPE)
-    assert cut.interrupted and len(list(tmp_path.glob("*.pt"))) == 1
     assert resumed.graph.digest == whole.graph.digest and resumed.checks == whole.checks
     assert min(done for done in steps if done not in (0, 256)) > whole.checks[2].step
 
 
-def test_a_finished_training_is_found_again_and_another_one_is_not_mistaken_for_it(tmp_path: Path) -> None:
-    first = recovered(case(tmp_path), RECIPE)
+def test_a_finished_training_of_a_job_is_found_again_and_another_one_is_not_mistaken_for_it(tmp_path: Path) -> None:
+    job = Checkpoints(tmp_path)
+    first = recovered(case(job), RECIPE)
     shown: list[str] = []
-    again = recovered(case(tmp_path, progress=lambda stage, done, total: shown.append(stage)), RECIPE)
+    again = recovered(case(job, progress=lambda stage, done, total: shown.append(stage)), RECIPE)
     assert again.graph.digest == first.graph.digest and not shown
-    other = recovered(case(tmp_path), RECIPE.replace("0.003", "0.002"))
+    other = recovered(case(job), RECIPE.replace("0.003", "0.002"))
     assert other.graph.digest != first.graph.digest and len(list(tmp_path.glob("*.pt"))) == 2
+
+
+def test_checkpoints_are_removed_when_all_is_done_and_other_files_stay(tmp_path: Path) -> None:
+    (tmp_path / "other.pt").write_bytes(b"not ours")
+    interrupted_at(2, case(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2
+    recovered(case(tmp_path), RECIPE)
+    assert [path.name for path in tmp_path.iterdir()] == ["other.pt"]
 
 
 def test_a_checkpoint_that_fails_half_way_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,10 +160,11 @@ def test_another_loss_and_other_batches_of_a_loader_begin_anew(tmp_path: Path) -
     def loss(found: Any, wanted: Any, _: Any) -> Any:
         return sum((found[name] - wanted[name]).abs().mean() for name in wanted)
 
-    batches = [{name: array[:16] for name, array in case().data.arrays.items()}] * 2
+    job = Checkpoints(tmp_path)
+    batches = [{name: array[i : i + 16] for name, array in case().data.arrays.items()} for i in (0, 16)]
     others = [{name: -array for name, array in one.items()} for one in batches]
-    loaders = [dataclasses.replace(case(tmp_path), data=one) for one in (batches, others)]
-    for one in (case(tmp_path), case(tmp_path, loss=loss), *loaders):
+    loaders = [dataclasses.replace(case(job), data=one) for one in (batches, others)]
+    for one in (case(job), case(job, loss=loss), *loaders):
         kept = len(list(tmp_path.glob("*.pt")))
         recovered(one, "distill{steps=2,threads=1}")
         assert len(list(tmp_path.glob("*.pt"))) == kept + 1

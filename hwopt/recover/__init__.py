@@ -8,12 +8,14 @@ integers. `train` is one training, of which schedules are made.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 from hwopt.errors import ToolchainError
 from hwopt.ir import Graph
-from hwopt.recover.case import Case, Check, Outcome, Training
+from hwopt.recover.case import Case, Check, Checkpoints, Outcome, Training
 from hwopt.recover.dkm import Dkm
 from hwopt.recover.netadapt import NetAdapt
 from hwopt.recover.recipe import Distill, Qat, Recipe
@@ -21,8 +23,8 @@ from hwopt.recover.registry import RECIPES, parse_recipe
 from hwopt.recover.schedules import Gradual, Lottery
 
 __all__ = [
-    "RECIPES", "Case", "Check", "Distill", "Dkm", "Gradual", "Lottery", "NetAdapt", "Outcome", "Qat", "Recipe", "Training",
-    "parse_recipe", "recover", "recovered", "require",
+    "RECIPES", "Case", "Check", "Checkpoints", "Distill", "Dkm", "Gradual", "Lottery", "NetAdapt", "Outcome", "Qat", "Recipe",
+    "Training", "parse_recipe", "recover", "recovered", "require",
 ]  # fmt: skip
 
 
@@ -37,9 +39,18 @@ def recover(graph: Graph, teacher: Graph, data: Any, recipe: str | Recipe = "dis
 
 
 def recovered(case: Case, recipe: str | Recipe = "distill") -> Outcome:
-    """The same with what was seen on the way, and the recipe that makes it again."""
+    """The same with what was seen on the way, and the recipe that makes it again.
+
+    Files in a folder of checkpoints are removed when it is done; after an interrupt, or an error, they stay.
+    """
     require()
-    return parse_recipe(recipe).recover(case)
+    if not isinstance(case.checkpoints, Path):
+        return parse_recipe(recipe).recover(case)
+    checkpoints = Checkpoints(case.checkpoints)
+    outcome = parse_recipe(recipe).recover(dataclasses.replace(case, checkpoints=checkpoints))
+    if not outcome.interrupted:
+        checkpoints.clear()
+    return outcome
 
 
 def require() -> None:

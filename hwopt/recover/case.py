@@ -28,15 +28,34 @@ def unwatched(check: Check) -> None:
     """What nobody does with a check."""
 
 
+@dataclass(eq=False)
+class Checkpoints:
+    """A folder of unfinished trainings. Those of one job stay until all of it is over: it may be killed in any of them."""
+
+    folder: Path
+    used: set[Path] = dataclasses.field(default_factory=set)  # written or found again
+
+    def file(self, name: str) -> Path:
+        path = self.folder / name
+        self.used.add(path)
+        return path
+
+    def clear(self) -> None:
+        """Remove them, and nothing else that is in the folder."""
+        for path in self.used:
+            path.unlink(missing_ok=True)
+        self.used.clear()
+
+
 @dataclass(frozen=True, eq=False)
 class Case:
     """`graph` is trained to be like `teacher` on `data` (Samples, arrays by name, or a loader).
 
     `held_out` (Samples or arrays) chooses the best state instead of a part of the data, `score` (higher is better, given
     run({input: array})) instead of the loss. `loss` is the user's: loss(outputs, teacher's outputs, labels) -> torch number.
-    `checkpoints` is a folder where unfinished training is kept and found again. `ctx` is what passes need that a schedule runs,
-    `passes` are those that made the graph of the teacher, for schedules that do them step by step. `watch` sees every check of
-    the held-out samples; what it raises ends the training.
+    `checkpoints` is a folder where unfinished training is kept and found again; its file is removed when all is done. `ctx` is
+    what passes need that a schedule runs, `passes` are those that made the graph of the teacher, for schedules that do them step
+    by step. `watch` sees every check of the held-out samples; what it raises ends the training.
     """
 
     graph: Graph
@@ -46,7 +65,7 @@ class Case:
     score: Callable[[Run], float | np.ndarray] | None = None
     loss: Callable[..., Any] | None = None
     progress: Progress = quiet
-    checkpoints: Path | None = None
+    checkpoints: Path | Checkpoints | None = None
     ctx: Context = dataclasses.field(default_factory=Context)
     passes: tuple[Pass, ...] = ()
     watch: Callable[[Check], None] = unwatched
@@ -63,7 +82,7 @@ class Training:
     recipe: Recipe | None = None
     data: Any = None
     loss: Callable[..., Any] | None = None
-    checkpoints: Path | None = None
+    checkpoints: Checkpoints | None = None
     watch: Callable[[Check], None] = unwatched
 
 

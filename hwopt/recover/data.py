@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -95,6 +96,59 @@ class Loader:
         return self.loader(number) if inspect.isroutine(self.loader) else self.loader
 
 
+@dataclass(frozen=True, eq=False)
+class Rest:
+    """What is trained on of a loader whose first batches are held out: the others, without the samples that are held out.
+
+    A loader that shuffles brings those back in later epochs: they are known by their bytes, and other samples of the same batch
+    take their places, so that every epoch has as many steps. What a loader changes at random each time is not known again: give
+    held-out samples of your own then.
+    """
+
+    loader: Loader
+    count: int  # of batches that are held out
+    held: frozenset[bytes]
+    digest: str = ""
+
+    def steps(self, batch: int) -> int:
+        return self.loader.steps(batch) - self.count
+
+    def epoch(self, number: int, batch: int, seed: int) -> Iterator[Batch]:
+        last, missing = None, 0
+        for place, one in enumerate(self.loader.epoch(number, batch, seed)):
+            found = self._without(one) if place >= self.count else None
+            missing += place >= self.count and found is None
+            if found is not None:
+                last = found
+                yield found
+        if last is None:
+            hint = "give held_out samples, or holdout=0 in the recipe"
+            raise DataError("every sample is among those that are held out", place="training data", hint=hint)
+        for _ in range(missing):
+            yield last
+
+    def _without(self, batch: Batch) -> Batch | None:
+        kept = [row for row, name in enumerate(names_of(batch)) if name not in self.held]
+        if not kept:
+            return None
+        return batch if len(kept) == len(batch) else rows_of(batch, np.resize(kept, len(batch)))
+
+
+def names_of(batch: Batch) -> Iterator[bytes]:
+    """A digest of each sample's inputs."""
+    for row in range(len(batch)):
+        digest = hashlib.sha256()
+        for array in batch.feeds.values():
+            digest.update(array[row].tobytes())
+        yield digest.digest()
+
+
+def rows_of(batch: Batch, rows: Any) -> Batch:
+    """Some of a batch's samples."""
+    labels, places = (None if one is None else one[rows] for one in (batch.labels, batch.rows))
+    return Batch({name: array[rows] for name, array in batch.feeds.items()}, labels, places)
+
+
 def source_of(graph: Graph, data: Any) -> Source:
     """Samples, arrays by input name (with `labels`), or a loader. Raises UsageError for what can be read only once."""
     if isinstance(data, Samples):
@@ -109,6 +163,14 @@ def source_of(graph: Graph, data: Any) -> Source:
     if not isinstance(data, Iterable) and not isinstance(data, Callable):  # type: ignore[arg-type]
         raise UsageError(f"{type(data).__name__} is no training data", hint="give Samples, arrays by name or a loader")
     return Loader(graph, data)
+
+
+def some_labels(source: Source) -> np.ndarray | None:
+    """All labels of arrays, of a loader those of its first batch."""
+    if isinstance(source, Arrays):
+        return source.samples.labels
+    batch = next(iter(source.epoch(0, 1, 0)), None)
+    return batch.labels if batch else None
 
 
 def as_batch(graph: Graph, item: Any) -> Batch:
@@ -148,10 +210,7 @@ def pieces(batch: Batch, size: int) -> Iterator[Batch]:
     if len(batch) % size:
         raise DataError(f"{len(batch)} samples for a model with the batch {size}", place="training data")
     for start in range(0, len(batch), size):
-        part = slice(start, start + size)
-        feeds = {name: array[part] for name, array in batch.feeds.items()}
-        labels, rows = (None if one is None else one[part] for one in (batch.labels, batch.rows))
-        yield Batch(feeds, labels, rows)
+        yield rows_of(batch, slice(start, start + size))
 
 
 def first(batches: Iterable[Batch], count: int) -> list[Batch]:
@@ -168,16 +227,31 @@ def in_order(source: Source, batch: int) -> list[Batch]:
 
 
 def divided(source: Source, held_out: Source | None, share: float, batch: int, own: int, seed: int) -> tuple[Source, list[Batch]]:
-    """What is trained on, and the batches that are only looked at: held-out ones that are given, else a share of the arrays.
+    """What is trained on, and the batches that are only looked at: held-out ones that are given, else a share of the data.
 
-    Of a loader the first batches are looked at, and trained on as well. `own` is the graph's batch.
+    Of arrays evenly spread samples are held out, of a loader its first batches, at least one if there are two: the last ones
+    would take a pass over everything. `own` is the graph's batch.
     """
     if held_out is not None:
         return source, in_order(held_out, batch)
+    if isinstance(source, Loader):
+        return _beginning(source, share, batch, seed)
     if not isinstance(source, Arrays):
-        return source, first(source.epoch(0, batch, seed), math.ceil(source.steps(batch) * share))
+        return source, []
     learned, judged = split(source.samples, share, own)
     return Arrays(learned), in_order(Arrays(judged), batch) if judged is not None else []
+
+
+def _beginning(loader: Loader, share: float, batch: int, seed: int) -> tuple[Source, list[Batch]]:
+    steps = loader.steps(batch) if share else 0
+    judged: list[Batch] = []
+    for one in first(loader.epoch(0, batch, seed), min(math.ceil(steps * share), steps - 1)):
+        if sum(map(len, judged)) >= CHECKED:
+            break
+        judged.append(one)
+    if not judged:
+        return loader, []
+    return Rest(loader, len(judged), frozenset(name for one in judged for name in names_of(one)), loader.digest), judged
 
 
 def split(samples: Samples, share: float, batch: int) -> tuple[Samples, Samples | None]:

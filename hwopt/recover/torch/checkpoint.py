@@ -11,7 +11,7 @@ import torch
 
 from hwopt.errors import DataError
 from hwopt.files import replacing
-from hwopt.recover.case import Case
+from hwopt.recover.case import Case, Checkpoints
 from hwopt.recover.data import Arrays, Source, first, source_of
 from hwopt.recover.recipe import Recipe
 from hwopt.recover.torch.losses import loss_name
@@ -26,7 +26,8 @@ def checkpoint_path(case: Case, recipe: Recipe, data: Source) -> Path | None:
     judged = [loss_name(one) if one else "" for one in (case.loss, case.score)]
     facts = [case.graph.digest, case.teacher.digest, type(recipe).__name__, str(recipe), _digest(data, recipe)]
     facts += [_digest(held_out, recipe), *judged] if held_out or any(judged) else []
-    return case.checkpoints / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:20]}.pt"
+    name = f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:20]}.pt"
+    return case.checkpoints.file(name) if isinstance(case.checkpoints, Checkpoints) else case.checkpoints / name
 
 
 def _digest(data: Source | None, recipe: Recipe) -> str:

@@ -12,8 +12,9 @@ import torch
 
 from hwopt.backends.torch import to_array
 from hwopt.errors import DataError, UsageError
+from hwopt.evaluate import check_labels
 from hwopt.recover.case import Case, Check, Outcome
-from hwopt.recover.data import Arrays, Batch, divided, first, pieces, source_of
+from hwopt.recover.data import Arrays, Batch, divided, first, pieces, some_labels, source_of
 from hwopt.recover.recipe import Recipe
 from hwopt.recover.torch import checkpoint
 from hwopt.recover.torch.judge import Judge
@@ -107,6 +108,8 @@ class _Training:
         if batch.labels is None and self.recipe.hard and self.recipe.logits:
             hint = "leave hard out, or give data with labels"
             raise UsageError(f"hard={self.recipe.hard} needs labels, the data have none", place=str(self.recipe), hint=hint)
+        if self.recipe.hard:
+            check_labels(self.case.teacher, some_labels(self.source), "training data")
         outputs = self.teacher(batch)
         kinds = kinds_of({name: to_array(one) for name, one in outputs.items()}, self.case.teacher)
         return Distance(self.recipe, kinds, shared_features(self.case.graph, self.case.teacher) if self.recipe.features else ())
