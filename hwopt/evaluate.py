@@ -98,8 +98,6 @@ def check_labels(graph: Graph, labels: np.ndarray | None, source: str) -> None:
 
 
 def check_range(labels: np.ndarray, classes: int, source: str) -> None:
-    if labels.dtype.kind not in "biuf":
-        raise DataError(f"labels are {labels.dtype}, not numbers of classes", place=source)
     wrong = np.unique(labels[(labels < 0) | (labels >= classes)])
     if len(wrong):
         more = f" and {len(wrong) - 1} others" if len(wrong) > 1 else ""

@@ -143,8 +143,6 @@ def test_labels_that_fit_no_class_are_named_before_any_long_work(model: Path, tm
     ):
         with pytest.raises(DataError, match=r"label (7|-1) for a model with \d classes"):
             hwopt.compile(model, out=tmp_path / "a", progress=lambda *at: stages.append(at[0]), **{**OPTIONS, **options})
-    with pytest.raises(DataError, match="labels are <U3, not numbers"):
-        hwopt.compile(model, out=tmp_path / "a", **{**OPTIONS, "evaluate": data(48, 2) | {"labels": np.full(48, "cat")}})
     assert set(stages) == {"loading"}
 
 
