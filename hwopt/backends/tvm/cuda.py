@@ -13,7 +13,7 @@ from hwopt.backends.tvm.build import named
 from hwopt.backends.tvm.fold import folded
 from hwopt.backends.tvm.lower import Lowering
 from hwopt.backends.tvm.read import Reading, read
-from hwopt.backends.tvm.support import needs_runtime, refuse, refuse_unsupported
+from hwopt.backends.tvm.support import needs_runtime, refuse, refuse_unsupported, sorts_here
 from hwopt.emit.cuda import CudaProgram, Launch
 from hwopt.emit.program import Program
 from hwopt.errors import HwoptError, UnsupportedError
@@ -38,7 +38,8 @@ def compile_cuda(graph: Graph, target: Target, name: str) -> CudaProgram:
     """The graph's kernels as CUDA C with their launches, in order; raises UnsupportedError that names what cannot be one."""
     refuse_unsupported(graph)
     graph = folded(graph)
-    refuse(graph, needs_runtime(graph), "compile it for a processor")
+    sorting = [(node, "sorts") for node in graph.nodes if sorts_here(graph, node)]
+    refuse(graph, [*sorting, *needs_runtime(graph)], "compile it for a processor")
     integers = [node.name for node in (*of_op(graph, "QuantizeLinear"), *of_op(graph, "DequantizeLinear"))]
     if integers:
         hint = "leave out quantize: --passes prune-channels,low-rank"

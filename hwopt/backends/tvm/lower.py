@@ -10,7 +10,7 @@ from typing import Any
 
 from hwopt.analysis import bfloat16
 from hwopt.analysis.regions import ELEMENTWISE, Region, constant_nodes, regions
-from hwopt.backends.tvm import bfloat16_pools, convert, integer, kernels, pooling, resizing, rowwise, table
+from hwopt.backends.tvm import bfloat16_pools, convert, integer, kernels, padding, pooling, resizing, rowwise, sorting, table
 from hwopt.backends.tvm.coded import coded_kernel, expanded_because
 from hwopt.backends.tvm.fold import constant_values, folded
 from hwopt.backends.tvm.functions import is_deep
@@ -110,9 +110,11 @@ class Lowering:
                 last,
             )
             return
-        if pooling.emit(self.graph, node, self.values, self.builder):
+        if pooling.emit(self.graph, node, self.values, self.builder) or padding.emit(self.graph, node, self.values, self.builder):
             return
-        if resizing.emit(self.graph, node, self.values, self.templates):
+        if resizing.emit(self.graph, node, self.values, self.templates) or sorting.emit(
+            self.graph, node, self.values, self.templates
+        ):
             return
         if node.op == "Transpose" and self.values.is_last(node.inputs[0]):
             self._transpose(node)

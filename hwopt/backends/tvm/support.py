@@ -45,9 +45,19 @@ def unsupported(graph: Graph) -> list[tuple[Node, str]]:
     return [(node, reason) for node in graph.nodes if (reason := _reason(graph, node))]
 
 
+def sorts_here(graph: Graph, node: Node) -> bool:
+    """True for a TopK whose sizes are known: the processor's kernels have one."""
+    if node.op != "TopK" or len(node.inputs) < 2:
+        return False
+    data, count = graph.tensor(node.inputs[0]), graph.constant(node.inputs[1])
+    known = data.static and all(graph.tensor(value).static for value in node.outputs if value)
+    return known and data.dtype == "float32" and count is not None and 0 not in (*data.dims, int(count[0]))
+
+
 def needs_runtime(graph: Graph) -> list[tuple[Node, str]]:
     """The nodes that only TVM's runtime can execute: no plain C driver, the Relax VM instead."""
-    found = [(node, RUNTIME[node.op]) for node in graph.nodes if node.op in RUNTIME and node.domain == ""]
+    chosen = (node for node in graph.nodes if node.op in RUNTIME and node.domain == "" and not sorts_here(graph, node))
+    found = [(node, RUNTIME[node.op]) for node in chosen]
     for node in graph.nodes:
         loose = [value for value in (*node.inputs, *node.outputs) if value and not graph.tensor(value).static]
         if loose and all(node is not known for known, _ in found):
