@@ -1,4 +1,4 @@
-"""Pad nodes that repeat what lies at the borders (reflect, edge, wrap): every result reads one element, in either order of axes."""
+"""Pad nodes that repeat what lies at the borders (reflect, edge, wrap), in either order of axes."""
 
 from __future__ import annotations
 
@@ -50,9 +50,7 @@ def _padded(data: Any, pads: Sequence[tuple[int, int]], dims: Sequence[int], mod
 
     def element(*indices: Any) -> Any:
         places = zip(indices, pads, dims, strict=True)
-        return data(
-            *(_source(index, before, size, mode) if before or after else index for index, (before, after), size in places)
-        )
+        return data(*(_source(index, pair[0], size, mode) if any(pair) else index for index, pair, size in places))
 
     return te.compute(shape, element, f"pad_{mode}")
 

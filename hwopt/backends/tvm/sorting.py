@@ -44,8 +44,7 @@ def _called(templates: Templates, spec: topk.TopkSpec, data: Expr, shape: list[i
         built = topk.build(spec, symbol).with_attr({"hwopt.template": 1, **OPAQUE})
         templates.row_kernels[spec] = builder.add_func(built, symbol)
     results = [relax.TensorType(shape, dtype) for dtype in ("float32", "int64")]
-    found = builder.emit(
-        relax.call_tir(templates.row_kernels[spec], relax.Tuple([data, constant(np.zeros(1, np.int32))]), results), label
-    )
+    arguments = relax.Tuple([data, constant(np.zeros(1, np.int32))])
+    found = builder.emit(relax.call_tir(templates.row_kernels[spec], arguments, results), label)
     templates.labels[found.name] = label
     return [builder.emit(relax.TupleGetItem(found, index)) for index in (0, 1)]
