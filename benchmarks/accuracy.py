@@ -18,7 +18,7 @@ from scipy import stats
 from benchmarks import texts, trainings
 from benchmarks.fashion import dataset
 from benchmarks.findings import FLOAT, Findings, Setting
-from benchmarks.layout import higher_is_better, result
+from benchmarks.layout import higher_is_better, lower_is_better, result
 from benchmarks.recovered import recovered as recovered_demo
 from benchmarks.zoo import ZOO, Case, Missing
 from hwopt.artifact import Artifact
@@ -47,6 +47,7 @@ TEXTS = {
     "int4_groups_nearest": "quantize-weights{bits=4,group=32}",
     "int4_groups_gptq": "quantize-weights{bits=4,group=32,method=gptq,act_order=true}",
 }
+CORRELATIONS = {"lee50": {"pearson": stats.pearsonr, "spearman": stats.spearmanr}, "wordsim353": {"spearman": stats.spearmanr}}
 PAIRS = {"int4_gptq": "int4_nearest", "int4_groups_gptq": "int4_groups_nearest"}  # of the same size
 QUICK_FORMS = (FLOAT, "int8", "int8_smooth", "int4_nearest", "int4_gptq", "int4_adaround")
 CALIBRATING = 10  # of the pictures' classes those divisible by it: a fifth of the 500 even ones
@@ -177,37 +178,56 @@ def read_pictures(files: list[Path]) -> np.ndarray:
 
 
 def minilm(findings: Findings, setting: Setting) -> None:
-    """MiniLM: correlation of the embeddings' cosines with what people said, calibrated on other texts."""
+    """MiniLM: correlation of the embeddings' cosines with what people said, calibrated on other texts; distance from float."""
     encode, (lee, background), words = texts.encoder(), texts.lee50(), texts.wordsim353()
-    case, chosen = ZOO["minilm"](1), forms(TEXTS, setting.quick)
-    tasks = {"lee50 pearson": (lee, stats.pearsonr), "lee50 spearman": (lee, stats.spearmanr),
-             "wordsim353 spearman": (words, stats.spearmanr)}  # fmt: skip
+    case, judged = ZOO["minilm"](1), {"lee50": lee, "wordsim353": words}
     cosines: dict[str, dict[str, np.ndarray]] = {}
-    for name, passes in chosen.items():
+    for name, passes in forms(TEXTS, setting.quick).items():
         built = compiled(case, name, passes, encode(texts.calibration(background)), encode(lee.texts[:8]), setting)
-        cosines[name] = {data.texts[0]: data.cosines(outputs(built, encode(data.texts))) for data in (lee, words)}
+        cosines[name] = {key: data.cosines(outputs(built, encode(data.texts))) for key, data in judged.items()}
         findings.summary[f"minilm_{name}_weight_bytes"] = built.report["result"]["weight_bytes"]
-        for task, (data, correlation) in tasks.items():
-            before, after = (cosines[one][data.texts[0]] for one in (FLOAT, name))
-            likeness(findings, f"minilm_{name}", task, (before, after, data.likeness), correlation)
+        for key, data in judged.items():
+            before, after = cosines[FLOAT][key], cosines[name][key]
+            correlated(findings, name, key, data.likeness, {FLOAT: before, name: after})
             if name in PAIRS:
-                nearest = cosines[PAIRS[name]][data.texts[0]]
-                likeness(findings, f"minilm_{name}_over_nearest", task, (nearest, after, data.likeness), correlation)
+                nearest = cosines[PAIRS[name]][key]
+                correlated(findings, name, key, data.likeness, {PAIRS[name]: nearest, name: after})
+                nearer(findings, name, key, (before, nearest, after))
         if name == "int8":
             integer_layers(findings, "minilm", built, ("MatMul", "Gemm"))
 
 
-def likeness(
-    findings: Findings, name: str, task: str, sides: tuple[np.ndarray, np.ndarray, np.ndarray], correlation: Callable[..., Any]
-) -> None:
-    """Correlation with what people said: a row, and the drop from the first of the sides to the second with its interval."""
-    before, after = (float(correlation(one, sides[2]).statistic) for one in sides[:2])
-    low, high = drop_interval(*sides, correlation)
-    key = f"{name}_{task.replace(' ', '_')}"
-    findings.summary |= {key: after, f"{key}_drop": before - after, f"{key}_drop_low": low, f"{key}_drop_high": high}
-    if not name.endswith(FLOAT):
-        findings.add(higher_is_better(name.replace("_", " ", 1), task, "1", after, {"before": before}))
-        findings.say(f"    drop {before - after:+.4f} ({low:+.4f} to {high:+.4f})")
+def correlated(findings: Findings, name: str, data: str, likeness: np.ndarray, sides: Mapping[str, np.ndarray]) -> None:
+    """Correlation with what people said, and how much less than the first of the sides, with its interval."""
+    (other, before), after = next(iter(sides.items())), sides[name]
+    for measure, correlation in CORRELATIONS[data].items():
+        first, second = (float(correlation(one, likeness).statistic) for one in (before, after))
+        key, over = f"minilm_{name}_{data}_{measure}", "" if other == FLOAT else f"_from_{other}"
+        findings.summary[key] = second
+        if name == FLOAT:
+            continue
+        low, high = drop_interval(before, after, likeness, correlation)
+        drop = {"drop": first - second, "drop_low": low, "drop_high": high}
+        findings.summary |= {f"{key}{over}_{what}": value for what, value in drop.items()}
+        findings.add(higher_is_better(f"minilm {name}", f"{data} {measure}", "1", second, {other: first}))
+        findings.say(f"    drop {first - second:+.4f} ({low:+.4f} to {high:+.4f})")
+
+
+def nearer(findings: Findings, name: str, data: str, cosines: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    """Root mean square distance of the pairs' cosines from the float model's: a method's beside that of rounding to nearest.
+
+    People's judgements are few and noisy, and errors may agree with them by luck: this says what rounding did.
+    """
+    exact, nearest, found = cosines
+    squares = np.stack([(nearest - exact) ** 2, (found - exact) ** 2])
+    random = np.random.default_rng(0)
+    rows = [random.integers(0, len(exact), len(exact)) for _ in range(RESAMPLES)]
+    ratios = [float(np.sqrt(np.divide(*squares[:, one].mean(1)))) for one in rows]
+    errors, (low, high) = np.sqrt(squares.mean(1)), np.percentile(ratios, (2.5, 97.5))
+    key = f"minilm_{name}_{data}"
+    findings.add(lower_is_better(f"minilm {name}", f"{data} rms error", "1", float(errors[1]), {PAIRS[name]: float(errors[0])}))
+    ratio = {"times_nearer": float(errors[0] / errors[1]), "times_nearer_low": float(low), "times_nearer_high": float(high)}
+    findings.summary |= {f"{key}_{what}": value for what, value in ratio.items()}
 
 
 def drop_interval(

@@ -82,6 +82,23 @@ def test_intervals_of_correlations_are_those_of_pairs_resampled_together():
     assert accuracy.drop_interval(good, good, likeness, stats.pearsonr) == (0, 0)
 
 
+def test_texts_are_judged_by_people_and_by_the_distance_from_float():
+    random, found = np.random.default_rng(2), findings.Findings()
+    exact = random.standard_normal(300)
+    likeness = exact + random.standard_normal(300)
+    near, far = (exact + noise * random.standard_normal(300) for noise in (0.1, 0.2))
+    accuracy.correlated(found, "int4_gptq", "wordsim353", likeness, {"float": exact, "int4_gptq": near})
+    accuracy.correlated(found, "int4_gptq", "wordsim353", likeness, {"int4_nearest": far, "int4_gptq": near})
+    accuracy.nearer(found, "int4_gptq", "wordsim353", (exact, far, near))
+    summary, key = found.summary, "minilm_int4_gptq_wordsim353"
+    before, after, other = (stats.spearmanr(one, likeness).statistic for one in (exact, near, far))
+    assert summary[f"{key}_spearman"] == pytest.approx(after)
+    assert summary[f"{key}_spearman_drop"] == pytest.approx(before - after)
+    assert summary[f"{key}_spearman_from_int4_nearest_drop"] == pytest.approx(other - after)
+    assert 1.6 < summary[f"{key}_times_nearer_low"] < summary[f"{key}_times_nearer"] < summary[f"{key}_times_nearer_high"] < 2.4
+    assert [row.metric for row in found.rows] == ["wordsim353 spearman"] * 2 + ["wordsim353 rms error"]
+
+
 def test_every_variant_is_passes_that_exist():
     for variants in (accuracy.PICTURE_FORMS, accuracy.TEXTS):
         assert variants["float"] == "none"
