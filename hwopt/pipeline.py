@@ -8,7 +8,7 @@ import json
 import re
 import time
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -66,6 +66,7 @@ class Pass:
     exact: ClassVar[bool] = False  # True if outputs stay equal to float rounding
     saves: ClassVar[frozenset[str]] = frozenset({"seconds", "bytes"})  # what a family can make less of
     knobs: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({})  # fields for --search, the usual value first
+    each: ClassVar[tuple[str, ...]] = ()  # fields that may hold one value for every name in `site`
     order: ClassVar[int] = 50  # among the passes of one phase that run together: low numbers first, then by name
 
     site: tuple[str, ...] = ()
@@ -240,9 +241,29 @@ def run_pass(one: Pass, graph: Graph, ctx: Context) -> Graph:
 
 
 def merged(passes: Iterable[Pass]) -> tuple[Pass, ...]:
-    """Passes in phase order, equal ones with different sites joined into one that runs once."""
-    sites: dict[Pass, list[str]] = {}
+    """Passes in phase order, equal ones with different sites joined into one that runs once.
+
+    Equal but for the fields that hold a value for each site: these are put one behind the other.
+    """
+    alike: dict[Pass, list[Pass]] = {}
     for one in passes:
-        sites.setdefault(dataclasses.replace(one, site=()), []).extend(one.site)
-    joined = [dataclasses.replace(one, site=tuple(dict.fromkeys(names))) for one, names in sites.items()]
+        blank = dict.fromkeys(one.each, ()) if one.site else {}
+        alike.setdefault(dataclasses.replace(one, site=(), **blank), []).append(one)
+    joined = [_joined(members) for members in alike.values()]
     return tuple(sorted(joined, key=lambda one: one.phase))
+
+
+def _joined(members: Sequence[Pass]) -> Pass:
+    """One for all of them; of a site that is named twice the first counts."""
+    first = members[0]
+    values: dict[str, tuple[Any, ...]] = {}
+    for one in members:
+        for place, name in enumerate(one.site):
+            values.setdefault(name, tuple(at_site(getattr(one, option), place) for option in one.each))
+    columns = dict(zip(first.each, zip(*values.values(), strict=True), strict=True)) if values else {}
+    return dataclasses.replace(first, site=tuple(values), **columns)
+
+
+def at_site(values: tuple[T, ...], place: int) -> T | None:
+    """The value for the site at this place: its own, or the one for all; None if there is none."""
+    return values[place if len(values) > 1 else 0] if values else None

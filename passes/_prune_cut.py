@@ -41,8 +41,11 @@ class Cut:
 
     def number(self, node: Node, index: int, numbers: list[int] | np.ndarray) -> None:
         """Give a node another integer operand, of its own: sizes and bounds may be shared with nodes that are not cut."""
-        name = self.edit.param(f"{node.name}_{node.op.lower()}", np.asarray(numbers, np.int64))
-        inputs = self._now.get(node.name, node).inputs
+        self.reads(node, index, self.edit.param(f"{node.name}_{node.op.lower()}", np.asarray(numbers, np.int64)))
+
+    def reads(self, node: Node, index: int, name: str) -> None:
+        """Give a node another operand, or one that it did not have."""
+        inputs = self.now(node).inputs
         padded = (*inputs, *[""] * (index + 1 - len(inputs)))
         self.change(node, inputs=(*padded[:index], name, *padded[index + 1 :]))
 
@@ -50,15 +53,19 @@ class Cut:
         self.change(node, attrs=MappingProxyType({**node.attrs, **attrs}))
 
     def reads_instead(self, node: Node, old: str, new: str) -> None:
-        inputs = self._now.get(node.name, node).inputs
+        inputs = self.now(node).inputs
         self.change(node, inputs=tuple(new if value == old else value for value in inputs))
+
+    def now(self, node: Node) -> Node:
+        """The node as the cut has changed it so far."""
+        return self._now.get(node.name, node)
 
     def change(self, node: Node, **changes: Any) -> None:
         self._now[node.name] = self.edit.replace(node, **changes)
 
 
-def cut(graph: Graph, coupling: Coupling, kept: np.ndarray, by: str) -> Graph:
-    """The graph without the elements that are not kept; `kept` comes from Coupling.kept."""
+def cut(graph: Graph, coupling: Coupling, kept: np.ndarray, by: str, repair: Callable[[Cut], None] | None = None) -> Graph:
+    """The graph without the elements that are not kept; `kept` comes from Coupling.kept. `repair` may change what is left."""
     work = Cut(graph, coupling, kept)
     if kept.all():
         return graph
@@ -70,6 +77,8 @@ def cut(graph: Graph, coupling: Coupling, kept: np.ndarray, by: str) -> Graph:
         fix = FIXES.get(node.op)
         if fix and any(work.cut_axes(value) for value in (*node.outputs, *node.inputs[:1]) if value):
             fix(work, node)
+    if repair:
+        repair(work)
     return work.edit.finish(by)
 
 

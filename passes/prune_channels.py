@@ -12,13 +12,21 @@ import numpy as np
 from hwopt.analysis.coupling import Group, analyse, coupling
 from hwopt.errors import PassError, UsageError, did_you_mean
 from hwopt.ir import Graph
-from hwopt.pipeline import Context, Pass, Phase, Refusal
+from hwopt.pipeline import Context, Pass, Phase, Refusal, at_site
 from hwopt.target import Target
 from passes._prune_criteria import CRITERIA
 from passes._prune_cut import cut
+from passes._prune_repair import repair
 
-SEARCHED = ("activation", "taylor", "fisher", "l2", "fpgm")  # the gradient criteria need torch: without it such trials fail
-STEPS = 8  # candidates keep 1/8 .. 7/8 of a group, where that lies on the target's granule
+SEARCHED = (
+    "obs",
+    "activation",
+    "taylor",
+    "fisher",
+    "l2",
+    "fpgm",
+)  # the gradient criteria need torch: without it such trials fail
+REMOVED = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)  # shares of a group, on the target's granule
 
 
 @dataclass(frozen=True)
@@ -26,29 +34,37 @@ class PruneChannels(Pass):
     """conv1[64] -> relu -> conv2[.., 64] becomes conv1[48] -> relu -> conv2[.., 48].
 
     `site` names coupling groups (see hwopt.analysis.coupling), each by the first node that writes it; none means all groups.
-    `keep` units stay in each of them, or `ratio` of the units goes. The least important ones by `criterion` are removed:
-    magnitude (l1), l2, activation, fpgm, random, or by gradients taylor, fisher, obd (these need torch; labels if there are).
-    The result equals the model in which all who read these units multiply them by zero.
+    `keep` units stay in each of them (one number for all, or one for each), or `ratio` of the units goes. The least important
+    ones by `criterion` are removed: magnitude (l1), l2, activation, fpgm, random, obs, or by gradients taylor, fisher, obd
+    (these need torch; labels if there are). The result equals the model in which all who read these units multiply them by
+    zero; with calibration data those who read them are then fitted to what they computed before (see passes._prune_repair),
+    unless refit=false.
     """
 
     name: ClassVar[str] = "prune-channels"
     summary: ClassVar[str] = "remove the least important channels, heads or groups, in all layers that share them"
     phase: ClassVar[Phase] = Phase.PRUNE
     knobs: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"criterion": SEARCHED})
+    each: ClassVar[tuple[str, ...]] = ("keep",)
 
-    keep: int = 0
+    keep: tuple[int, ...] = ()
     ratio: float = 0.0
     criterion: str = "l2"
+    refit: bool = True
 
     def __post_init__(self) -> None:
         if self.criterion not in CRITERIA:
             raise UsageError(
                 f"unknown criterion {self.criterion!r}", place=str(self), hint=did_you_mean(self.criterion, CRITERIA)
             )
-        if self.keep < 0 or not 0 <= self.ratio < 1:
+        keep = (self.keep,) if isinstance(self.keep, int) else tuple(self.keep)
+        object.__setattr__(self, "keep", keep[:1] if len(set(keep)) < 2 else keep)
+        if min(self.keep, default=1) < 1 or not 0 <= self.ratio < 1:
             raise UsageError("keep must be at least 1 and ratio in [0, 1)", place=str(self))
         if self.keep and self.ratio:
             raise UsageError("state keep or ratio, not both", place=str(self))
+        if len(self.keep) > 1 and len(self.keep) != len(self.site):
+            raise UsageError(f"{len(self.keep)} widths for {len(self.site)} groups", place=str(self), hint="state one for each")
 
     def run(self, graph: Graph, ctx: Context) -> Graph:
         found = analyse(graph)
@@ -61,7 +77,8 @@ class PruneChannels(Pass):
             if len(stay) == group.size:
                 ctx.refuse(self, group.name, "some value would lose its last channel")
             removed.append((group, np.setdiff1d(np.arange(group.size), stay)))
-        return cut(graph, found, found.kept(removed), str(self))
+        samples = ctx.calibration if self.refit else None
+        return cut(graph, found, found.kept(removed), str(self), None if samples is None else lambda work: repair(work, samples))
 
     def _chosen(self, graph: Graph, groups: tuple[Group, ...], ctx: Context) -> Iterator[Group]:
         """The groups that the site names and that may be cut; every other one is refused."""
@@ -81,23 +98,23 @@ class PruneChannels(Pass):
     def _wanted(self, group: Group, ctx: Context) -> int:
         """Units to keep; a ratio is rounded up to the granule of the target, if there is one."""
         if self.keep:
-            return self.keep
+            return at_site(self.keep, self.site.index(group.name) if group.name in self.site else 0) or 0
         wanted = max(1, round(group.size * (1 - self.ratio)))
         widths = [] if ctx.target is None else granular(group, ctx.target)
         return min((width for width in widths if width >= wanted), default=wanted if not widths else group.size)
 
     @classmethod
     def candidates(cls, graph: Graph, target: Target) -> Iterator[Pass | Refusal]:
-        """For each group the widths on the target's granule that lie nearest to the eighths; a planner has calibration data."""
+        """For each group the widths on the target's granule that lie nearest to these shares; a planner has calibration data."""
         for group in coupling(graph):
             widths = granular(group, target)
             if group.frozen or not widths:
                 reason = group.frozen or f"none of its {group.size} units can go without leaving the target's granule"
                 yield Refusal(cls.name, group.name, reason)
                 continue
-            eighths = [group.size * step / STEPS for step in range(1, STEPS)]
-            nearest = {min(widths, key=lambda width: abs(width - eighth)) for eighth in eighths}
-            yield from (cls(site=(group.name,), keep=width, criterion="activation") for width in sorted(nearest, reverse=True))
+            wanted = [group.size * (1 - removed) for removed in REMOVED]
+            nearest = {min(widths, key=lambda width: abs(width - one)) for one in wanted}
+            yield from (cls(site=(group.name,), keep=(width,), criterion="obs") for width in sorted(nearest, reverse=True))
 
 
 def granular(group: Group, target: Target) -> list[int]:

@@ -35,7 +35,7 @@ RECIPES = {
     "gradual": f"gradual{{{EFFORT},{HALF},stages=3}}",
     "gradual sparse": f'gradual{{{EFFORT},passes="sparsify{{ratio=0.9}}",stages=2}}',
     "lottery": f"lottery{{{EFFORT},{HALF},stages=2}}",
-    "netadapt": f"netadapt{{{EFFORT},latency=0.8,share=0.1,short=1,drop=0.1}}",
+    "netadapt": f"netadapt{{{EFFORT},latency=0.5,share=0.2,short=1,drop=0.1}}",
 }
 
 
@@ -91,8 +91,8 @@ def test_a_schedule_that_makes_everything_worse_gives_back_what_it_was_given(cas
     wild = RECIPES[name].replace("lr=0.003", "lr=30,warmup=0,patience=0").replace("drop=0.1", "drop=0")
     stated = _spoiled(wild)
     found = recovered(case, stated)
-    if name == "netadapt":
-        assert found.graph is case.graph
+    if name == "netadapt":  # a cut alone may do no harm
+        assert found.before and found.after and (found.after.score or 0) >= (found.before.score or 0)
     else:
         whole = run_pass(PruneChannels(ratio=0.5), case.graph, case.ctx)
         before = _value(case, whole)
@@ -192,7 +192,7 @@ def test_a_plan_has_the_schedule_on_record_and_replays_it(case: Case, recipe: st
 
 def test_rewinding_finds_the_survivors_of_a_cut_by_their_numbers(case: Case) -> None:
     """Weights that say where they come from are cut as the graph was."""
-    pruned = run_pass(PruneChannels(ratio=0.5, criterion="random"), case.graph, case.ctx)
+    pruned = run_pass(PruneChannels(ratio=0.5, criterion="random", refit=False), case.graph, case.ctx)
     again = follow(case.graph, pruned, case.graph.params)
     assert {n for n in case.graph.params if n in pruned.params} == set(again) and sizes(pruned) != sizes(case.graph)
     for name, array in again.items():

@@ -16,8 +16,9 @@ from hwopt.errors import DataError
 from hwopt.ir import Graph, Node, frozen
 from hwopt.samples import Samples, batch_of
 
-# A [k, k] moment needs a few times k rows; images and texts give hundreds of rows a sample, so more samples only cost time.
-SAMPLES = 128
+# A [k, k] moment needs a few times k rows, and the pixels of one image say nearly the same: 250 images lost a third less than
+# 128 where it decided (channels of EfficientNet-Lite0).
+SAMPLES = 256
 
 
 class View(NamedTuple):
@@ -47,14 +48,26 @@ def channel_moments(
     return _asked(graph, samples, nodes, others, single=True)
 
 
+def moments_and_means(
+    graph: Graph, samples: Samples, nodes: Iterable[Node], others: Iterable[Node] = ()
+) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
+    """Node name -> (second moment, mean of every channel) of the data input of each, from one sweep."""
+    nodes, others = tuple(nodes), tuple(others)
+    second = _asked(graph, samples, nodes, others, single=False, means=True)
+    singles = _asked(graph, samples, nodes, others, single=True)
+    return {node.name: (second[node.name], singles[node.name][0]) for node in nodes}
+
+
 def _asked(
-    graph: Graph, samples: Samples, nodes: Iterable[Node], others: Iterable[Node], *, single: bool
+    graph: Graph, samples: Samples, nodes: Iterable[Node], others: Iterable[Node], *, single: bool, means: bool = False
 ) -> Mapping[str, np.ndarray]:
     known = _known(graph, samples)
     views = {node.name: _view(graph, node, single) for node in nodes}
     missing = dict.fromkeys(view for view in views.values() if view not in known)
     if missing and any(view.single == single for view in known):
         missing.update((view, None) for view in (_view(graph, node, single) for node in others) if view not in known)
+    if means:
+        missing.update((view._replace(single=True), None) for view in list(missing))
     if missing:
         known.update(_measured(graph, samples.head(max(SAMPLES, batch_of(graph))), tuple(missing)))
     return {name: known[view] for name, view in views.items()}

@@ -37,6 +37,7 @@ def search(task: Search, priced: Priced) -> Found:
         _uniform(task, priced, attempts)
         _rounds(task, priced, attempts)
         _one_dtype(task, priced, attempts)
+        _extremes(task, priced, attempts)
         _polish(task, priced, attempts)
         _single_family(task, priced, attempts)
     except KeyboardInterrupt:
@@ -63,6 +64,15 @@ def _one_dtype(task: Search, priced: Priced, attempts: list[Attempt]) -> None:
     forms = priced.forms if task.budget.latency_seconds is not None else ()
     for form in forms if len(forms) > 1 else ():
         _rounds(task, priced.in_form(form), attempts)
+
+
+def _extremes(task: Search, priced: Priced, attempts: list[Attempt]) -> None:
+    """What keeps each limit best of all, where nothing else keeps them: sums may be far off near the edge of what can be done."""
+    if all(task.exceeded(attempt.amounts) for attempt in attempts):
+        for name in task.first_limits().stated():
+            solution = solve(priced.base, priced.options, priced.pairs, Limits(), aim=name, tie=task.tie)
+            if solution is not None and _known(attempts, solution) is None:
+                attempts.append(measured(task, priced, solution, solution.error))
 
 
 def _polish(task: Search, priced: Priced, attempts: list[Attempt]) -> None:

@@ -141,6 +141,7 @@ class Stepwise(Schedule):
             case.progress("the plan has nothing to do step by step: one training", 0, 1)
             return run.better(given, run.train(given, 1.0))
         earlier = self.earlier(case, graph)
+        stages = stages.unfitted if earlier else stages  # what goes back is found by its numbers
         for stage in range(1, self.stages + 1):
             before, last = graph, stage == self.stages
             graph = stages.at(graph, stage / self.stages, type(self).left)

@@ -49,14 +49,20 @@ class Stages:
 
     def at(self, graph: Graph, progress: float, left: Remaining) -> Graph:
         """The graph with as much taken away as is due."""
-        for one in self.widths:
-            keep = max(round(left(one.first, one.last, progress)), one.last)
-            if keep < _sizes(graph).get(one.group, 0):
-                graph = run_pass(_narrower(one, keep), graph, self.ctx)
+        due = {one: max(round(left(one.first, one.last, progress)), one.last) for one in self.widths}
+        sizes = _sizes(graph)
+        cuts = (_narrower(one, keep) for one, keep in due.items() if keep < sizes.get(one.group, 0))
+        graph = PassManager(merged(cuts)).run(graph, self.ctx).graph
         for by in self.sparse:
             ratio = 1 - left(1.0, 1 - _ratio(by), progress)
             graph = _with_zeros(graph, dataclasses.replace(by, ratio=ratio), self.ctx)  # type: ignore[call-arg]
         return graph
+
+    @property
+    def unfitted(self) -> Stages:
+        """The same with cuts that leave the numbers of all other weights alone."""
+        widths = (dataclasses.replace(one, by=_unfitted(one.by)) for one in self.widths)
+        return dataclasses.replace(self, widths=tuple(widths))
 
     def finish(self, graph: Graph) -> Graph:
         """With the passes that cannot be done in parts."""
@@ -102,6 +108,10 @@ def _narrowed(by: Pass, before: Graph, after: Graph) -> Iterator[Width]:
 
 def _narrower(one: Width, keep: int) -> Pass:
     return dataclasses.replace(one.by, site=(one.group,), keep=keep, ratio=0.0)  # type: ignore[call-arg]
+
+
+def _unfitted(by: Pass) -> Pass:
+    return dataclasses.replace(by, refit=False) if _has(by, "refit") else by  # type: ignore[call-arg]
 
 
 def _with_zeros(graph: Graph, by: Pass, ctx: Context) -> Graph:
