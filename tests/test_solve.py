@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,7 +19,7 @@ from hwopt.pipeline import Pass, Phase
 from hwopt.plan.lagrange import solve_by_prices
 from hwopt.plan.options import Base, Option, Pair
 from hwopt.plan.problem import Problem, solve_exactly
-from hwopt.plan.solve import Limits, predicted, solve
+from hwopt.plan.solve import Limits, predicted, solve, solve_problem
 
 BASE = Base({}, 10.0, 1000, 100, 5.0)
 RESOURCES = ("seconds", "bytes", "peak_bytes", "joules")
@@ -177,3 +178,25 @@ def test_an_answer_that_breaks_a_limit_is_an_internal_error(monkeypatch: pytest.
     monkeypatch.setattr(solver, "solve_problem", lambda *_: ((1,), (0.0, "milp")))
     with pytest.raises(HwoptError, match="the solver's choice has error 5 of 1"):
         solve(BASE, [harsh], [], Limits(1.0))
+
+
+def test_what_the_solver_prints_by_itself_is_not_the_commands_output(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    def talks(*_: object, **__: object) -> object:
+        ctypes.CDLL(None).puts(b"HiGHS says")  # as C does, into a buffer
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(problem_module, "milp", talks)
+    problem = Problem((2,), {"seconds": [np.array([0.0, -1.0])]})
+    print("before")
+    with pytest.raises(ZeroDivisionError):
+        solve_exactly(problem, {"seconds": 1.0}, {})
+    print("behind", flush=True)
+    assert capfd.readouterr().out == "before\nbehind\n"
+
+
+def test_prices_that_prove_enough_are_not_branched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solver, "solve_exactly", lambda *_: pytest.fail("branched"))
+    problem = Problem((2, 2), {"seconds": [np.array([0.0, -1.0]), np.array([0.0, -2.0])]})
+    assert solve_problem(problem, {"seconds": 1.0}, {})[0] == (1, 1)

@@ -5,9 +5,14 @@ A multiple-choice knapsack with pairwise terms. Choice 0 of every group keeps it
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -133,14 +138,39 @@ def _marginals(rows: _Rows, table: np.ndarray, start: int, classes: np.ndarray) 
         rows.add(np.concatenate([line, members]), np.concatenate([np.ones(len(line)), -np.ones(len(members))]), 0, 0)
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """HiGHS has lines of its own that no option keeps from the process's standard output: a plan in JSON may be written there."""
+    sys.stdout.flush()
+    _flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no standard output
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        try:
+            yield
+        finally:
+            _flush()
+            os.dup2(kept, 1)
+            os.close(kept)
+
+
+def _flush() -> None:
+    """What C holds back of its output."""
+    ctypes.CDLL(None).fflush(None)
+
+
 def _highs(problem: Problem, cost: np.ndarray, rows: _Rows, integral: int, starts: np.ndarray) -> tuple[Choice | None, float]:
     largest = float(np.abs(cost).max(initial=0.0)) or 1.0
     integrality = np.zeros(len(cost))
     integrality[:integral] = 1
     options = {"node_limit": NODES, "time_limit": SAFETY_SECONDS, "mip_rel_gap": 1e-4}
-    found = milp(
-        cost / largest, integrality=integrality, bounds=Bounds(0, 1), constraints=rows.constraint(len(cost)), options=options
-    )
+    constraints = rows.constraint(len(cost))
+    with _silent():
+        found = milp(cost / largest, integrality=integrality, bounds=Bounds(0, 1), constraints=constraints, options=options)
     if found.x is None:
         return None, np.inf if found.status == 2 else -np.inf  # 2: proven infeasible
     values = [found.x[starts[g] : starts[g + 1]] for g in range(len(problem.sizes))]

@@ -1,4 +1,4 @@
-"""The solver: one option for each group, the best within the limits; HiGHS proves it, prices on the limits where it is too large.
+"""The solver: one option for each group, the best within the limits; prices on the limits prove it, or HiGHS where they do not.
 
 Two options that change the same kernel, or conversions between the same two layers, have a price together: a `Pair`.
 """
@@ -16,7 +16,8 @@ from hwopt.plan.lagrange import solve_by_prices
 from hwopt.plan.options import Base, Option, Pair
 from hwopt.plan.problem import RESOURCES, Choice, Problem, solve_exactly
 
-GAP = 1e-3  # a solution this close to the bound needs no second solver
+GAP = 1e-3  # of the whole model: what deciding groups that look alike together may lose
+CLOSE = 1e-4  # what HiGHS, too, is asked for
 ROUNDING = 1e-6  # relative, of recomputed sums
 
 
@@ -140,15 +141,16 @@ def _room(base: Base, limits: Limits) -> dict[str, float]:
 def solve_problem(
     problem: Problem, weights: Mapping[str, float], room: Mapping[str, float]
 ) -> tuple[Choice | None, tuple[float, str]]:
+    """(the cheapest choice, (a proven bound, by which solver)). Where prices prove enough nothing is branched on."""
+    other, second = solve_by_prices(problem, weights, room)
+    cost = problem.weighted(weights)
+    if other is not None:
+        found = cost.amount("cost", other)
+        if found - second <= CLOSE * abs(found):
+            return other, (second, "lagrangian")
     choice, bound = solve_exactly(problem, weights, room)
     if bound == np.inf:  # proven: nothing keeps the limits
         return None, (bound, "milp")
-    cost = problem.weighted(weights)
-    if choice is not None and problem.keeps(choice, room):
-        found = cost.amount("cost", choice)
-        if found - bound <= GAP * max(1.0, abs(found)):
-            return choice, (bound, "milp")
-    other, second = solve_by_prices(problem, weights, room)
     kept = [(c, by) for c, by in ((choice, "milp"), (other, "lagrangian")) if c is not None and problem.keeps(c, room)]
     if not kept:
         return None, (max(bound, second), "lagrangian")
