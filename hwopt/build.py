@@ -158,7 +158,7 @@ def _machine_library(graph: Graph, target: Target, threads: int, folder: Path) -
 
     name = identifier(graph.name)
     folder.mkdir(parents=True)
-    (folder / f"{name}.so").write_bytes(compile_vm(graph, target))
+    (folder / f"{name}.so").write_bytes(compile_vm(graph, target, threads))
     peak, size = peak_activation_bytes(graph), weight_bytes(graph)
     return Library(
         name=name, folder=folder, files=(f"{name}.so",), shared=f"{name}.so", machine=host_machine(),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hwopt.backends.tvm.resize_tables import tables_of
+from hwopt.backends.tvm.suppression import wrong_suppression
 from hwopt.errors import UnsupportedError
 from hwopt.ir import Graph, Node, TensorType
 
@@ -114,6 +115,8 @@ def wrong_in_tvm(graph: Graph, node: Node) -> str:
         return "TVM takes another maximum"
     if node.op == "SpaceToDepth" and node.attr("mode", "DCR") != "DCR":
         return "TVM has another order of channels"
+    if node.op == "NonMaxSuppression":
+        return wrong_suppression(graph, node)
     return _resize(graph, node) if node.op in ("Resize", "Upsample") else ""
 
 
