@@ -72,7 +72,7 @@ def test_an_input_that_only_the_second_half_reads_may_have_any_size() -> None:
 
 
 def test_a_suppression_that_tvm_gets_wrong_is_refused() -> None:
-    text = """<ir_version: 10, opset_import: ["" : 21]> 
+    text = """<ir_version: 10, opset_import: ["" : 21]>
     agraph (float[1,9,4] b, float[1,2,9] s, float[1] t) => (int64[n,3] y, int64[m,3] z)
     <int64 k = {5}, float h = {0.5}> { y = NonMaxSuppression(b, s, k, h) e = Exp(s) z = NonMaxSuppression(b, e, k, t) }"""
     reasons = [reason for _, reason in unsupported(from_model(parser.parse_model(text)))]
