@@ -18,6 +18,7 @@ from hwopt.recover import Case, Distill, Qat, parse_recipe, recover, recovered
 from hwopt.recover.data import divided, source_of
 from passes.prune_channels import PruneChannels
 from passes.quantize import Quantize
+from passes.quantize_weights import QuantizeWeights
 from passes.share_weights import ShareWeights
 from tests._recover import divergence, net, quantized, samples, shape_of
 from tests.random_graphs import Builder, random_samples
@@ -112,6 +113,31 @@ def test_an_untrained_student_writes_the_graph_back_as_it_was() -> None:
     teacher = net()
     for graph in (quantized(teacher), quantized(teacher, weights="int4", reduce_range=True)):
         assert written(graph, Student(graph).arrays(), "test") is graph
+
+
+def test_integers_of_three_bits_are_trained_though_they_are_stored_as_codes() -> None:
+    from hwopt.recover.torch.coded import CodedStudent
+    from hwopt.recover.torch.student import written
+
+    teacher = net()
+    graph = run_pass(QuantizeWeights(bits=3), teacher, Context())
+    student = CodedStudent(graph)
+    assert {(one.low, one.high) for one in student.quantizers.masters.values()} == {(-3, 3)}
+    assert written(graph, student.arrays(), "test") is graph
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for one in student.parameters():
+            one.mul_(1 + 0.4 * torch.randn(one.shape, generator=random, dtype=one.dtype).clamp(-1, 1))
+    after = written(graph, student.arrays(), "test")
+    feeds = next(iter(samples(teacher, 1, seed=3).feeds(teacher)))
+    with torch.no_grad():
+        found = student(feeds)[graph.outputs[0]].numpy()
+    np.testing.assert_allclose(found, run(after, feeds)[graph.outputs[0]], rtol=1e-4, atol=1e-5)
+    assert [one.op for one in after.nodes] == [one.op for one in graph.nodes]
+    assert np.abs(found - run(graph, feeds)[graph.outputs[0]]).max() > 1e-3
+    trained = recover(graph, teacher, samples(teacher, 128), SHORT)
+    judged = samples(teacher, 48, seed=9)
+    assert divergence(trained, teacher, judged) < 0.8 * divergence(graph, teacher, judged)
 
 
 def test_step_sizes_get_the_gradient_of_learned_step_sizes() -> None:

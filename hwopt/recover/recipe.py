@@ -60,9 +60,9 @@ class Recipe:
 
     def student(self, case: Case) -> Student:
         """The case's graph as it is trained."""
-        from hwopt.recover.torch.student import Student
+        from hwopt.recover.torch.coded import CodedStudent
 
-        return Student(case.graph, scales=self.scales, keep_zeros=self.keep_zeros)
+        return CodedStudent(case.graph, scales=self.scales, keep_zeros=self.keep_zeros)
 
     def conditions(self) -> tuple[tuple[str, bool], ...]:
         """Options of a subclass, and whether their values mean something."""

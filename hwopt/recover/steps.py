@@ -61,9 +61,9 @@ class Steps:
     learned: Mapping[str, float]
 
 
-def steps_of(graph: Graph, *, learn: bool = True) -> Steps:
-    """What there is to learn; without `learn` every step size stays as it is."""
-    masters = {one.name: one for one in _masters(graph)}
+def steps_of(graph: Graph, *, learn: bool = True, limits: Mapping[str, tuple[int, int]] | None = None) -> Steps:
+    """What there is to learn; without `learn` every step size stays as it is. `limits` are ranges narrower than the type's."""
+    masters = {one.name: one for one in _masters(graph, limits or {})}
     tied = dict(_tied(graph))
     products, stuck = _products(graph, masters)
     if not learn:
@@ -90,7 +90,7 @@ def _source(graph: Graph, value: str) -> str:
     return value
 
 
-def _masters(graph: Graph) -> Iterator[Master]:
+def _masters(graph: Graph, limits: Mapping[str, tuple[int, int]]) -> Iterator[Master]:
     """Integer parameters that reach a DequantizeLinear as they are, or looked up in as codebooks."""
     readers: dict[str, list[Node]] = {}
     for node in of_op(graph, "DequantizeLinear"):
@@ -102,7 +102,7 @@ def _masters(graph: Graph) -> Iterator[Master]:
         alone = all(user in nodes or user.op in MOVES for user in graph.users[name])
         if alone:
             unit = 0.0 if direct else float(np.mean(graph.params[nodes[0].inputs[1]]))
-            yield Master(name, nodes[0], *_limits(graph.params[name]), unit)
+            yield Master(name, nodes[0], *(limits.get(name) or _limits(graph.params[name])), unit)
 
 
 def _limits(array: np.ndarray) -> tuple[int, int]:

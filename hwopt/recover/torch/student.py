@@ -6,6 +6,7 @@ Forward, the student computes what the graph with its written-back parameters wi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from hwopt.ir import Graph
 from hwopt.recover.steps import Master, steps_of
 
 NARROW = (torch.bfloat16, torch.float16)  # too coarse for small steps: trained as float32
+NOTHING: Mapping[str, tuple[int, int]] = MappingProxyType({})
 SMALLEST = 2.0**-10  # of its first value that a step size may become
 
 
@@ -29,9 +31,12 @@ class Student(Module):
     what is trained is what ships. `keep_zeros` leaves weights at zero that are zero.
     """
 
-    def __init__(self, graph: Graph, *, scales: bool = True, keep_zeros: bool = False) -> None:
+    def __init__(
+        self, graph: Graph, *, scales: bool = True, keep_zeros: bool = False,
+        limits: Mapping[str, tuple[int, int]] = NOTHING,
+    ) -> None:  # fmt: skip
         super().__init__(graph, scales=scales, integers=True)
-        self.quantizers = steps_of(graph, learn=scales)
+        self.quantizers = steps_of(graph, learn=scales, limits=limits)
         self.zeros: dict[str, Tensor] = {}
         self._narrow: dict[str, torch.dtype] = {}
         self._settle()
