@@ -84,7 +84,7 @@ def _trained(job: Job) -> Trained | None:
         return None
     data = data_of(job)
     what = f"{recipe} {source_of(job.graph, data).digest or type(data).__name__}"
-    plan = lambda task, knobs, report: trial(job, task, knobs, lambda check: report(check.score))  # noqa: E731
+    plan = lambda task, knobs, report: trial(job, task, knobs, lambda check, depth: report(check.score, depth))  # noqa: E731
     return Trained(what, recovery_knobs(recipe), plan)
 
 

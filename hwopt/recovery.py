@@ -154,7 +154,7 @@ def trained_as_stated(job: Job, found: Found, scorer: Scorer | None, baseline: n
     return Trainer(job, scorer, baseline).train(found, 0) or found
 
 
-def trial(job: Job, task: Search, knobs: Mapping[str, Any], watch: Callable[[Check], None]) -> Found:
+def trial(job: Job, task: Search, knobs: Mapping[str, Any], watch: Callable[[Check, int], None]) -> Found:
     """One whole plan of a search over knobs, trained with a recipe that they turn; nothing is built. `watch` sees all checks."""
     training = dataclasses.replace(job.training, recipe=turned(recipe_of(job), knobs), watch=watch)
     priced = price(task)
@@ -198,9 +198,10 @@ def data_of(job: Job) -> Any:
 def case_of(job: Job, graph: Graph, plan: Plan) -> Case:
     """What is trained in a job: the model before the plan's changes is the teacher."""
     training = job.training
+    depth = sum(one.max_drop > plan.budget.max_drop for one in relaxed(job.budget))
     return Case(
         graph, job.graph, data_of(job), loss=training.loss, progress=job.progress, checkpoints=training.checkpoints, ctx=job.ctx,
-        passes=plan.passes(find_passes()), watch=training.watch,
+        passes=plan.passes(find_passes()), watch=lambda check: training.watch(check, depth),
     )  # fmt: skip
 
 

@@ -79,14 +79,37 @@ def test_a_trial_that_is_worse_than_the_others_ends_early(
         asked.append(0)
         for step in range(4):
             asked[-1] += 1
-            watch(Check(step, 0.0, 1.0 - len(asked)))
-        found[:] = found or [real(job, task, knobs, lambda _: None)]
+            watch(Check(step, 0.0, 1.0 - len(asked)), 0)
+        found[:] = found or [real(job, task, knobs, lambda *_: None)]
         return found[0]
 
     monkeypatch.setattr(hwopt.explore, "trial", trial)
     table = searched(options, tmp_path / "out", 6)
     assert asked == [4, 4, 4, 4, 2, 2] and [one["value"] is None for one in table] == [False] * 4 + [True] * 2
     assert "worse at a check" in table[-1]["reason"]
+
+
+def test_trials_are_compared_with_those_that_train_as_deep_a_plan(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last trial, and only that one, has a plan as deep that is worse: a shallow one that scores higher says nothing."""
+    import hwopt.explore
+    from hwopt.recover.case import Check
+
+    real, numbers, found, depths = hwopt.explore.trial, iter(range(7)), [], set()
+
+    def trial(job: Any, task: Any, knobs: Any, watch: Any) -> Found:
+        number = next(numbers)
+        for step in range(3):
+            watch(Check(step, 0.0, {4: 0.4, 5: 0.5, 6: 0.3}.get(number, 0.9)), int(number < 4))
+        if not found:
+            found.append(real(job, task, knobs, lambda _, depth: depths.add(depth)))
+        return found[0]
+
+    monkeypatch.setattr(hwopt.explore, "trial", trial)
+    table = searched(options, tmp_path / "out", 7)
+    assert [one["value"] is None for one in table] == [False] * 6 + [True]
+    assert depths <= {0, 1, 2} and depths
 
 
 def test_a_search_with_other_labels_or_other_samples_to_judge_by_is_another_search(

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     import optuna
 
 STARTUP = 4  # trials before any is ended early
+CHECKS = 10_000  # more than there are at one depth
 METHODS = ("bayesian", "random", "grid")
 TRIALS, JOURNAL = "trials.json", "trials.journal"
 
 
-Report = Callable[[float], None]  # of the score at a check; raises what ends the trial
+Report = Callable[[float, int], None]  # of the score at a check, and how deep the plan is (0: most); raises what ends the trial
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,13 +136,16 @@ def trained_worth(found: Found) -> float:
 
 
 def _reporting(trial: optuna.Trial) -> Report:
-    """Tells Optuna the score of each check; ends a trial that is worse than half of the others were there."""
+    """Tells Optuna the score of each check; ends a trial that is worse than half of the others were there.
+
+    There: at that check of a plan that is as deep. Deeper ones come first in each trial, and not every trial has all.
+    """
     import optuna
 
-    checks = itertools.count()
+    checks: dict[int, Iterator[int]] = {}
 
-    def report(score: float) -> None:
-        trial.report(-score, next(checks))
+    def report(score: float, depth: int) -> None:
+        trial.report(-score, next(checks.setdefault(depth, itertools.count(depth * CHECKS))))
         if trial.should_prune():
             trial.set_user_attr("reason", "worse at a check than half of the other trials")
             raise optuna.TrialPruned

@@ -24,7 +24,7 @@ def quiet(stage: str, done: int, total: int) -> None:
     """The progress of nobody who looks."""
 
 
-def unwatched(check: Check) -> None:
+def unwatched(check: Check, depth: int = 0) -> None:
     """What nobody does with a check."""
 
 
@@ -77,13 +77,16 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Training:
-    """What a job knows of recovery: the recipe (None: a plan's own, if it has one), the data (None: those of calibration)."""
+    """What a job knows of recovery: the recipe (None: a plan's own, if it has one), the data (None: those of calibration).
+
+    `watch` sees every check, and how deep the plan is that is trained: 0 the deepest.
+    """
 
     recipe: Recipe | None = None
     data: Any = None
     loss: Callable[..., Any] | None = None
     checkpoints: Checkpoints | None = None
-    watch: Callable[[Check], None] = unwatched
+    watch: Callable[[Check, int], None] = unwatched
 
 
 @dataclass(frozen=True)
