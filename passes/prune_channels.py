@@ -26,7 +26,7 @@ SEARCHED = (
     "l2",
     "fpgm",
 )  # the gradient criteria need torch: without it such trials fail
-REMOVED = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)  # shares of a group, on the target's granule
+REMOVED = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)  # shares of a group, on the granule of the target
 
 
 @dataclass(frozen=True)

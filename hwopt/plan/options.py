@@ -20,7 +20,7 @@ from hwopt.samples import batch_of
 from hwopt.target import Cost, Target, Workload, total
 
 CONVERSIONS = {"QuantizeLinear", "DequantizeLinear", "Cast"}
-PER_GROUP = 9  # options of one family that are measured for one group: enough for a convex staircase
+PER_GROUP = 6  # options of one family that are measured for one group: enough for a convex staircase
 Progress = Callable[[str, int, int], None]
 Work = Mapping[str, tuple[Workload, ...]]  # the kernels at each place: several where a layer was factored
 
