@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
+from hwopt.backends.tvm.kernels.balance import Work, divided
 from hwopt.backends.tvm.kernels.code import Value
 from hwopt.backends.tvm.kernels.geometry import Geometry
 from hwopt.target import MicroKernel
@@ -117,24 +118,18 @@ def _blocked(shape: Geometry, micro: MicroKernel, cores: int, tile: Schedule) ->
     tiles = -(-shape.vectors(micro.lanes) // tile.vectors)
     work = cycles(shape, micro, tile.tile_rows, tile.tile_columns, tile.vectors) * shape.images * shape.groups
     parallel = parallel_pays(work, cores)
-    wanted = 4 * cores if parallel else 1
     block_rows = round_up(shape.rows, tile.tile_rows)
     if shape.padded:
         block_rows = _rows_in_workspace(shape, tile.tile_rows)
-    row_blocks = shape.images * -(-shape.rows // block_rows)
     block_columns = round_up(shape.columns, tile.tile_columns)
-    if parallel and row_blocks < wanted:
-        if shape.rows > 1:
-            share = -(-shape.rows * shape.images // wanted)
-            block_rows = min(block_rows, round_up(max(share, 1), tile.tile_rows))
-        elif not shape.padded and not shape.computed:
-            share = -(-shape.columns * shape.images // wanted)
-            block_columns = round_up(max(share, 1), tile.tile_columns)
-    found = shape.images * -(-shape.rows // block_rows) * -(-shape.columns // block_columns)
-    pieces = max(1, min(tiles, wanted // found)) if parallel and shape.groups == 1 else 1
-    return Schedule(
-        tile.tile_rows, tile.tile_columns, tile.vectors, tile.unroll, block_rows, block_columns, -(-tiles // pieces), parallel
-    )
+    if parallel and shape.rows > 1:
+        block_rows, tiles = divided(Work(shape, work, "rows", tile.tile_rows, block_rows, tiles), cores)
+    elif parallel:
+        along = "" if shape.padded or shape.computed else "columns"
+        size, most = (tile.tile_columns, block_columns) if along else (tile.tile_rows, block_rows)
+        found, tiles = divided(Work(shape, work, along, size, most, tiles), cores)
+        block_columns = found if along else block_columns
+    return Schedule(tile.tile_rows, tile.tile_columns, tile.vectors, tile.unroll, block_rows, block_columns, tiles, parallel)
 
 
 def round_up(size: int, tile: int) -> int:
