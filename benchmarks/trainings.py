@@ -2,9 +2,9 @@
 
 Palettes of 2 and 4 bits without training, with trained entries (distill) and with trained codes too (dkm): size, score and the
 measured time of the library. Then distillation against labels alone, quantization-aware training against rounding after as
-much training, gradual pruning and lottery rewinding against pruning at once and fine-tuning (on a network that is trained here
-from nothing, so that its checkpoint is known), and NetAdapt against one uniform cut to the same predicted latency. A method that
-does not win is said not to win.
+much training, gradual pruning against pruning at once, lottery rewinding against fine-tuning and against new weights (on a
+network that is trained here from nothing, so that its checkpoint is known), and NetAdapt against one uniform cut to the same
+predicted latency. A method that does not win is said not to win.
 
 A few steps are timed first: the time that all will take is told, and where it is longer than is allowed, every training gets
 fewer steps, methods and counterparts alike.
@@ -26,23 +26,11 @@ import psutil
 from scipy import stats
 from threadpoolctl import threadpool_limits
 
+from benchmarks import ways
 from benchmarks.findings import FLOAT, Findings, Setting
 from benchmarks.layout import higher_is_better, lower_is_better
 from benchmarks.recovered import Images, sizes, slug
-from benchmarks.ways import (
-    FEW,
-    PIECE,
-    QUICK,
-    TRAIN,
-    Bench,
-    Effort,
-    Scores,
-    distillation,
-    netadapt,
-    palette,
-    pruning,
-    quantization,
-)
+from benchmarks.ways import FEW, INT4, PIECE, QUICK, THREE_BITS, TRAIN, Bench, Effort, Scores
 from hwopt.backends.ort import Session
 from hwopt.compiler import compile_model
 from hwopt.demo import MODEL, SHAPES
@@ -65,7 +53,7 @@ class Experiment:
 
 PALETTES = tuple(
     Experiment(
-        f"palette {bits} bits", partial(palette, bits=bits), lambda effort: 2.5 * effort.palette,
+        f"palette {bits} bits", partial(ways.palette, bits=bits), lambda effort: 2.5 * effort.palette,
         {"trained entries": ("not trained",), "dkm": ("not trained", "trained entries")},
     )
     for bits in (2, 4)
@@ -73,17 +61,23 @@ PALETTES = tuple(
 METHODS = (
     *(
         Experiment(
-            f"distillation, {images} images", partial(distillation, images=images), lambda effort: effort.distill,
+            f"distillation, {images} images", partial(ways.distillation, images=images), lambda effort: effort.distill,
             {"distillation": ("hard labels",)},
         )
         for images in (FEW, TRAIN)
     ),
-    Experiment("int4", quantization, lambda effort: 0.5 * effort.distill + 0.6 * effort.qat, {"qat": ("ptq",)}),
-    Experiment(
-        "sparse", pruning, lambda effort: 0.25 * (effort.first + effort.base + 4 * effort.prune),
-        {"gradual": ("one-shot",), "lottery": ("one-shot", "started anew")},
+    *(
+        Experiment(
+            case, partial(ways.quantization, passes=passes), lambda effort: 2.5 * effort.qat, {"qat": ("ptq", "rounded at once")}
+        )
+        for case, passes in (("3 bits", THREE_BITS), ("int4", INT4))
     ),
-    Experiment("faster", netadapt, lambda effort: 4 * effort.adapt, {"netadapt": ("uniform",)}),
+    Experiment("sparse", ways.gradually, lambda effort: 2 * effort.gradual, {"gradual": ("one-shot",)}),
+    Experiment(
+        "ticket", ways.rewinding, lambda effort: 0.25 * (effort.first + effort.base + 3 * effort.prune),
+        {"lottery": ("one-shot", "started anew")},
+    ),
+    Experiment("faster", ways.netadapt, lambda effort: 4 * effort.adapt, {"netadapt": ("uniform",)}),
 )  # fmt: skip
 
 

@@ -33,9 +33,9 @@ from hwopt.target import total
 
 CALIBRATE, TRAIN, FEW = 256, 20000, 2000  # training images: to calibrate, to train on, and where there are few
 PIECE = 250  # held-out images at once
-SPARSE = "sparsify{ratio=0.9}"  # of the network that is trained here
+SPARSE, TICKET = "sparsify{ratio=0.9}", "sparsify{ratio=0.8}"  # of the demo model, and of the small one that is trained here
 HALF, QUARTER = "prune-channels{ratio=0.5}", "prune-channels{ratio=0.75}"  # of the demo model's widths go
-INT4 = "quantize{weights=int4}"
+THREE_BITS, INT4 = "quantize-weights{bits=3}", "quantize{weights=int4}"
 HARD: Mapping[str, Any] = {"logits": 0, "hard": 1}
 SOFT: Mapping[str, Any] = {"temperature": 4}  # Hinton et al. and most of those who followed
 
@@ -46,17 +46,18 @@ class Effort:
 
     palette: int = 150
     distill: int = 300
-    qat: int = 200
+    qat: int = 150
+    gradual: int = 240
     first: int = 200  # until the checkpoint that is gone back to
     base: int = 1200  # from there to the trained network
-    prune: int = 500
+    prune: int = 400
     adapt: int = 200
     tested: int = 10000
     held_out: int = 1000
     checks: int = 4
 
     def times(self, share: float) -> Effort:
-        steps = ("palette", "distill", "qat", "first", "base", "prune", "adapt")
+        steps = ("palette", "distill", "qat", "gradual", "first", "base", "prune", "adapt")
         return dataclasses.replace(self, **{name: max(round(getattr(self, name) * share), 20) for name in steps})
 
 
@@ -149,19 +150,29 @@ def distillation(bench: Bench, seed: int, images: int) -> Scores:
     }
 
 
-def quantization(bench: Bench, seed: int) -> Scores:
-    """A quarter of the widths, trained, then weights in 4 bits: trained through the rounding, or as much before it."""
-    start = bench.trained(bench.changed(QUARTER), "distill", 2 * bench.effort.distill, 100 + seed, lr=0.003, **SOFT)
+def quantization(bench: Bench, seed: int, passes: str) -> Scores:
+    """The demo model with few bits: trained through the rounding, or as much before it."""
     options = {"steps": bench.effort.qat, "seed": seed, "lr": 0.001, "logits": 1, **SOFT}
+    rounded = bench.changed(passes)
     return {
-        "float": bench.score(start),
-        "rounded at once": bench.score(bench.changed(INT4, start)),
-        "ptq": bench.score(bench.changed(INT4, bench.trained(start, "qat", **options))),
-        "qat": bench.score(bench.trained(bench.changed(INT4, start), "qat", **options)),
+        "rounded at once": bench.score(rounded),
+        "ptq": bench.score(bench.changed(passes, bench.trained(bench.model, "qat", **options))),
+        "qat": bench.score(bench.trained(rounded, "qat", **options)),
     }
 
 
-def pruning(bench: Bench, seed: int) -> Scores:
+def gradually(bench: Bench, seed: int) -> Scores:
+    """Most of the demo model's weights go: by and by, or at once, distilled as long."""
+    options = {"steps": bench.effort.gradual, "seed": seed, "lr": 0.001, **SOFT}
+    sparse = bench.changed(SPARSE)
+    return {
+        "not trained": bench.score(sparse),
+        "one-shot": bench.score(bench.trained(sparse, "distill", **options)),
+        "gradual": bench.score(bench.trained(bench.model, "gradual", **options, stages=4, passes=f'"{SPARSE}"')),
+    }
+
+
+def rewinding(bench: Bench, seed: int) -> Scores:
     """A network from nothing to its checkpoint and on; then most of its weights go, in ways that train as long."""
     effort = bench.effort
     with tempfile.TemporaryDirectory() as folder:
@@ -169,15 +180,14 @@ def pruning(bench: Bench, seed: int) -> Scores:
         early = bench.trained(fresh(bench.changed(QUARTER), seed), "qat", effort.first, seed, lr=0.003)
         save(early, checkpoint)
         base = bench.trained(early, "qat", effort.base, 100 + seed, lr=0.003)
-        sparse = bench.changed(SPARSE, base)
+        sparse = bench.changed(TICKET, base)
         options = {"steps": effort.prune, "seed": seed, "teacher": base, "lr": 0.003, **HARD}
-        stated = {**options, "passes": f'"{SPARSE}"'}
+        stated = {**options, "passes": f'"{TICKET}"'}
         ways: dict[str, Graph] = {
             "whole": base,
             "not trained": sparse,
             "one-shot": bench.trained(sparse, "distill", **options),
             "started anew": bench.trained(fresh(sparse, 10 + seed), "distill", **options),
-            "gradual": bench.trained(base, "gradual", **stated, stages=4),
             "lottery": bench.trained(base, "lottery", **stated, checkpoint=f'"{checkpoint}"'),
         }
     return {name: bench.score(graph) for name, graph in ways.items()}
