@@ -55,6 +55,15 @@ def test_plan_survives_json() -> None:
         explain(plan, "fc3")
 
 
+def test_many_refusals_are_counted_by_place_and_reason_and_shown_for_a_layer() -> None:
+    reasons = [f"step{{site=fc{n // 4},level={n % 4}}}: not faster on this target ({n} us -> {n} us)" for n in range(80)]
+    refused = tuple(Refusal("step", f"fc{n // 4}", reason) for n, reason in enumerate(reasons))
+    plan = Plan("host", 1, "abc", Budget(), 0, (), refused)
+    lines = explain(plan).splitlines()
+    assert "  step at fc3: 4 x not faster on this target" in lines and len(lines) < 30
+    assert explain(plan, "fc3").count("level=") == 4
+
+
 @pytest.mark.parametrize("text", ["", "{}", '{"format": 1}', '{"format": 99}', "[]"])
 def test_what_is_no_plan_is_refused(text: str) -> None:
     with pytest.raises(UsageError):

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 from hwopt.errors import UsageError, did_you_mean
-from hwopt.pipeline import parse
+from hwopt.pipeline import Refusal, parse
 from hwopt.plan.plan import Decision, Plan, Recovery
 from hwopt.plugins import find_passes
 
+MANY = 60  # refusals: more are counted
+KINDS = {
+    "was chosen instead": "another was chosen instead",
+    "; not chosen": "not worth its error",
+    "removes more than": "removes more than another and is not faster",
+}
+
 
 def explain(plan: Plan, layer: str = "") -> str:
-    """All decisions and refusals, or those of one layer; raises UsageError if the plan never looked at that layer."""
+    """All decisions and refusals (counted where these are many), or those of one layer.
+
+    Raises UsageError if the plan never looked at that layer.
+    """
     if layer:
         known = {site for decision in plan.decisions for site in _sites(decision)} | {one.site for one in plan.refused}
         if layer not in known:
@@ -47,8 +59,30 @@ def _lines(plan: Plan, layer: str) -> Iterator[str]:
         yield f"  {' + '.join(decision.by)}: {decision.reason}{measured}"
     refused = [one for one in plan.refused if layer in ("", one.site)]
     yield f"refused ({len(refused)}):"
+    if layer or len(refused) <= MANY:
+        yield from (f"  {one.by} at {one.site}: {one.reason}" for one in refused)
+    else:
+        yield from _counted(refused)
+        yield "  each of them with its numbers: hwopt explain --layer NAME"
+
+
+def _counted(refused: Iterable[Refusal]) -> Iterator[str]:
+    """One line for each family at each place: how often which kind of reason."""
+    kinds: dict[tuple[str, str], Counter[str]] = {}
     for one in refused:
-        yield f"  {one.by} at {one.site}: {one.reason}"
+        kinds.setdefault((one.by, one.site), Counter())[_kind(one.reason)] += 1
+    for (by, site), counts in kinds.items():
+        yield f"  {by} at {site}: " + ", ".join(f"{count} x {kind}" if count > 1 else kind for kind, count in counts.items())
+
+
+def _kind(reason: str) -> str:
+    """A reason without what it is about and without its numbers."""
+    what, colon, why = reason.partition(": ")
+    text = why if colon and "{" in what else reason
+    for mark, kind in KINDS.items():
+        if mark in text:
+            return kind
+    return re.sub(r"\s*\(.*\)", "", text)
 
 
 def _rounds(plan: Plan) -> Iterator[str]:
