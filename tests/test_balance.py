@@ -50,3 +50,11 @@ def test_the_busiest_core_has_little_more_than_its_share(name: str, cores: int) 
 def test_two_cores_read_half_of_the_weights_each() -> None:
     found = kernels.default_schedule(SPECS["128 rows of a transformer"], FLOAT, 2)
     assert found.block_columns >= 128 and found.block_tiles * found.vectors * FLOAT.lanes == 768
+
+
+@pytest.mark.parametrize(("height", "batch"), [(28, 1), (14, 1), (7, 1), (7, 4), (112, 3)])
+def test_rows_of_depthwise_layers_are_shared_evenly(height: int, batch: int) -> None:
+    spec = ConvSpec(batch, height, 32, 512, 512, (3, 3), pads=(1, 1, 1, 1), groups=512)
+    found = kernels.default_schedule(spec, FLOAT, 2)
+    tasks = batch * -(-height // found.block_rows)
+    assert -(-tasks // 2) * found.block_rows <= -(-batch * height // 2) + 1

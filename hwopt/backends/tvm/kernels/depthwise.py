@@ -45,10 +45,19 @@ def default_schedule(spec: ConvSpec, micro: MicroKernel, cores: int = 1) -> Sche
     most = max(2, min(8 if micro.registers > 16 else 4, CODE // (spec.kernel[0] * spec.kernel[1])))
     columns = min(range(1, min(most, spec.out_width) + 1), key=lambda width: _row_cost(spec, width))
     parallel = parallel_pays(spec.macs / micro.lanes, cores)  # a cycle each, loads included
-    rows = spec.out_height
-    if parallel:
-        rows = max(1, -(-spec.batch * spec.out_height // (4 * cores)))
-    return Schedule(1, columns, 1, 1, min(rows, spec.out_height), spec.out_width, -(-spec.in_channels // micro.lanes), parallel)
+    rows = _share(spec, cores) if parallel else spec.out_height
+    return Schedule(1, columns, 1, 1, rows, spec.out_width, -(-spec.in_channels // micro.lanes), parallel)
+
+
+def _share(spec: ConvSpec, cores: int) -> int:
+    """Rows of a task, about four tasks for each core, with which the busiest core has fewest."""
+    wanted = -(-spec.batch * spec.out_height // (4 * cores))
+
+    def busiest(rows: int) -> int:
+        tasks = spec.batch * -(-spec.out_height // rows)
+        return -(-tasks // cores) * rows
+
+    return min(range(1, spec.out_height + 1), key=lambda rows: (busiest(rows), abs(rows - wanted)))
 
 
 def _row_cost(spec: ConvSpec, width: int) -> float:

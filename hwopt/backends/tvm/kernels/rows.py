@@ -55,7 +55,7 @@ class Rows:
         self.spec, self.lanes, self.fused = spec, micro.lanes, fused_multiply_add(micro)
         count = spec.rows * spec.size
         self.parallel = threads > 1 and count >= SERIAL_ELEMENTS
-        self.block = -(-spec.rows // (4 * threads)) if self.parallel else spec.rows
+        self.block = -(-spec.rows // threads) if self.parallel else spec.rows
         self.data = tirx.decl_buffer((count,), "float32", "data")
         self.out = tirx.decl_buffer((count,), spec.out_dtype, "out")
         self.scale: Value = None  # a buffer of one number that data are multiplied by
