@@ -18,7 +18,7 @@ from hwopt.analysis.qdq import quantization
 from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.fold import folded
 from hwopt.backends.tvm.generic import scheduled
-from hwopt.backends.tvm.kernels import loops
+from hwopt.backends.tvm.kernels import loops, transpose
 from hwopt.backends.tvm.lower import lower
 from hwopt.backends.tvm.read import Reading, read
 from hwopt.backends.tvm.scratch import scratch_bytes
@@ -80,16 +80,19 @@ def fused(module: Any, target: Target, threads: int, choose: Choose = kernels.de
     # Polynomials for exp, tanh and erf, within 4e-7 of libm's and 10 to 40 times faster, as they become vector code.
     fast, legal = passes.FastMathTransform(), passes.LegalizeOps()
     fuse = [fast, legal, passes.AnnotateTIROpPattern(), passes.FoldConstant(), passes.FuseOps(), passes.FuseTIR()]
+    views = passes.RewriteDataflowReshape()  # looks into kernels, as long as they are not scheduled
     with tvm_target(target):
-        module = tvm.transform.Sequential(fuse)(module)
+        module = tvm.transform.Sequential([*fuse, views])(module)
         for variable, function in module.functions.items():
             if isinstance(function, tirx.PrimFunc) and not function.attrs.get("hwopt.template"):
                 module.update_func(variable, _scheduled(function, str(variable.name_hint), target, threads, choose))
-        return passes.RewriteDataflowReshape()(module)
+        return module
 
 
 def _scheduled(function: Any, name: str, target: Target, threads: int, choose: Choose) -> Any:
     """A kernel that no template covers, as the default is or as `choose` says."""
+    if matrices := transpose.spec_of(function):
+        return transpose.build(matrices, threads, target.microkernels.get("float32", PLAIN["float32"]).lanes)
     spec = None if choose is kernels.default_schedule else loops.spec_of(function, name)
     if spec is None:
         return scheduled(function, threads)
