@@ -27,7 +27,8 @@ def run(threads: int | None = None) -> dict[str, Any]:
     ]
     low, high = report["score_drop_interval"]
     summary = {
-        "speedup": report["speedup"], "compression": report["compression"], "score_drop": report["score_drop"],
+        "speedup": report["speedup"], "compression": report["compression"],
+        "library_compression": report["library_compression"], "score_drop": report["score_drop"],
         "score_drop_low": low, "score_drop_high": high, "vs_onnxruntime": report["peers"]["onnxruntime"]["ratio"],
         "float_vs_onnxruntime": peer / base["latency_seconds"], "threads": report["threads"],
     }  # fmt: skip

@@ -23,6 +23,7 @@ from hwopt.pipeline import Context
 from hwopt.plan.budget import Budget
 from hwopt.plan.plan import plan_from_json
 from hwopt.plugins import find_target
+from hwopt.report.summary import summary
 
 
 def small_net() -> Graph:
@@ -76,6 +77,8 @@ def test_artifact_holds_everything_it_promises(compiled: hwopt.Artifact) -> None
         assert {"score", "latency_seconds", "weight_bytes", "peak_activation_bytes"} <= set(report[side])
     assert report["result"]["weight_bytes"] < report["baseline"]["weight_bytes"]
     assert report["speedup"] == report["baseline"]["latency_seconds"] / report["result"]["latency_seconds"]
+    inside = [report[side]["library_weight_bytes"] for side in ("baseline", "result")]
+    assert f"({inside[0] / inside[1]:.2f} in the library)" in summary(report)
     low, high = report["score_drop_interval"]
     assert low <= report["score_drop"] <= high and report["score_drop"] <= 0.2
     assert report["layers"] and report["machine"]["cpu"] and report["versions"]["apache-tvm"]

@@ -59,6 +59,7 @@ def make_report(
         "result": dataclasses.asdict(result),
         "speedup": baseline.latency_seconds / result.latency_seconds,
         "compression": max(baseline.weight_bytes, 1) / max(result.weight_bytes, 1),
+        "library_compression": max(baseline.library_weight_bytes, 1) / max(result.library_weight_bytes, 1),
         "metric": comparison.metric if comparison else None,
         "samples": comparison.samples if comparison else 0,
         "score_drop": comparison.drop if comparison else None,

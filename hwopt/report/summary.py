@@ -17,7 +17,8 @@ def summary(report: Mapping[str, Any]) -> str:
     for peer, found in report["peers"].items():
         rows.append((peer, milliseconds(found["latency_seconds"]), "", "", "", "", ""))
     lines = [f"{report['model']} on {report['target']}, threads: {report['threads']}", *_aligned(rows)]
-    lines.append(f"speed-up {report['speedup']:.2f}, weights {report['compression']:.2f} times smaller")
+    inside = f" ({report['library_compression']:.2f} in the library)" if "library_compression" in report else ""
+    lines.append(f"speed-up {report['speedup']:.2f}, weights {report['compression']:.2f} times smaller{inside}")
     if report["score_drop"] is not None:
         low, high = report["score_drop_interval"] or (math.nan, math.nan)
         interval = f"95 % interval {low:+.4f} to {high:+.4f}, {report['samples']} samples" if low == low else "one number"
