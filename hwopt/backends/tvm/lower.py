@@ -10,7 +10,19 @@ from typing import Any
 
 from hwopt.analysis import bfloat16
 from hwopt.analysis.regions import ELEMENTWISE, Region, constant_nodes, regions
-from hwopt.backends.tvm import bfloat16_pools, convert, integer, kernels, padding, pooling, resizing, rowwise, sorting, table
+from hwopt.backends.tvm import (
+    bfloat16_pools,
+    convert,
+    integer,
+    kernels,
+    normalizing,
+    padding,
+    pooling,
+    resizing,
+    rowwise,
+    sorting,
+    table,
+)
 from hwopt.backends.tvm.coded import coded_kernel, expanded_because
 from hwopt.backends.tvm.fold import constant_values, folded
 from hwopt.backends.tvm.functions import is_deep
@@ -110,11 +122,8 @@ class Lowering:
                 last,
             )
             return
-        if pooling.emit(self.graph, node, self.values, self.builder) or padding.emit(self.graph, node, self.values, self.builder):
-            return
-        if resizing.emit(self.graph, node, self.values, self.templates) or sorting.emit(
-            self.graph, node, self.values, self.templates
-        ):
+        made_by_us = any(one.emit(self.graph, node, self.values, self.builder) for one in (pooling, padding, normalizing))
+        if made_by_us or any(one.emit(self.graph, node, self.values, self.templates) for one in (resizing, sorting)):
             return
         if node.op == "Transpose" and self.values.is_last(node.inputs[0]):
             self._transpose(node)
