@@ -33,7 +33,7 @@ from benchmarks.models import (
     machine_peaks,
     quantized,
 )
-from benchmarks.peers import openvino_request
+from benchmarks.peers import openvino_request, session_options
 from benchmarks.zoo import ZOO, Case, Missing
 from hwopt.analysis.regions import Region, constant_nodes
 from hwopt.analysis.workload import kernels
@@ -239,8 +239,7 @@ class OnnxRuntime:
 
         from hwopt.io.proto import to_model
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
+        options = session_options(threads)
         options.enable_profiling, options.profile_file_prefix = True, str(folder / "profile")
         model = to_model(graph).SerializeToString()
         self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

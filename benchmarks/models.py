@@ -10,6 +10,7 @@ import itertools
 import math
 import multiprocessing
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -30,6 +31,7 @@ BATCHES, DTYPES = (1, 8), ("f32", "bf16", "int8")
 FLOAT_ERRORS = {"f32": 1e-3, "bf16": 1e-2}  # of the largest output
 STEPS = 4.0  # of 255 over the range of the outputs
 ROUNDS, QUICK_ROUNDS, SETTLE = 40, 5, 0.004
+BUSY_SECONDS = 0.05
 OURS, TUNED = "hwopt", "hwopt tuned"
 SCHEDULES = {"latency": "default", "latency_tuned": "tuned"}  # which ones a row's metric is about
 SHARES = ("f32", "int8")  # precisions whose large convolutions are held against the peak
@@ -203,6 +205,7 @@ def _measure_precision(
         times = interleaved({**ours, **runners}, _rounds(options), SETTLE)
         if options.tune and database is None:
             times[TUNED] = times[OURS]  # the same code
+        rows.append(processors(label, {OURS: ours[OURS], **runners}))
     return Findings([*_timed(label, times), *rows, *_share(label, dtype, graph, times[OURS].median, threads, options)], notes)
 
 
@@ -233,6 +236,19 @@ def _peers(case: Case, model: bytes, dtype: str, threads: int, label: str, slow:
             runners.pop(name, None)
             notes.append(f"{label}: {name}: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}")
     return runners, notes
+
+
+def processors(label: str, runners: Mapping[str, Callable[[], object]]) -> Row:
+    """How many of them each runtime keeps busy: its threads' seconds over those of the clock (on a busy machine fewer)."""
+    used: dict[str, float] = {}
+    for name, run in runners.items():
+        time.sleep(SETTLE)
+        run()
+        started, before = time.perf_counter(), time.process_time()
+        while time.perf_counter() - started < BUSY_SECONDS:
+            run()
+        used[name] = (time.process_time() - before) / (time.perf_counter() - started)
+    return Row(label, "processors", "1", used.pop(OURS), used, None)
 
 
 Outputs = Mapping[str, np.ndarray]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 import zipfile
 
 import numpy as np
@@ -175,6 +176,21 @@ def test_shares_of_the_peak_are_those_of_large_convolutions_where_they_run():
     assert layer_shares.rows_of("mlp b1 f32 1t", graph, find_target("host"), None) == []
     made = layer_shares.summary([mean, least], {"int8": "amx", "f32": "fma"})
     assert made == {"amx_peak_share": mean.ours, "amx_peak_share_worst": least.ours}
+
+
+def test_no_thread_of_onnx_runtime_spins_while_others_are_measured():
+    case = zoo.ZOO["demo"](1)
+    run = peers.onnxruntime_float(case, case.model.SerializeToString(), 2)
+    run()
+    time.sleep(models.SETTLE)
+    before = time.process_time()
+    time.sleep(0.05)
+    assert time.process_time() - before < 0.02
+
+
+def test_the_processors_that_a_runtime_keeps_busy_are_counted():
+    found = models.processors("case", {models.OURS: lambda: sum(range(1000)), "sleeping": lambda: time.sleep(0.01)})
+    assert found.peers["sleeping"] < 0.5 * found.ours
 
 
 def test_the_plot_is_a_png(tmp_path):

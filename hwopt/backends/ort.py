@@ -26,6 +26,7 @@ class Session:
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 4
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # idle threads leave the cores to others
         self.outputs = graph.outputs
         try:
             self._session = _session(graph, options)
