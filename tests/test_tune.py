@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.tuning import resnet18_tasks
+from benchmarks.tuning import reached_by, resnet18_tasks
 from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.kernels.spec import Bias, ConvSpec, MatmulSpec, PoolSpec, Quantize, Scale
 from hwopt.backends.tvm.tune.builder import Builder, Built, build_candidate, cluster
@@ -462,6 +462,11 @@ def test_a_model_file_is_tuned_and_its_times_are_told(tmp_path: Path) -> None:
     assert found.state.trials == 4 and seen[-1] == 1.0
     assert found.before.median > 0 and found.after.median > 0
     assert len(Database(tmp_path / "t.jsonl")) == 4
+
+
+def test_the_benchmark_tells_what_was_reached_by_a_moment() -> None:
+    curve = [(10.0, 3.0), (20.0, 2.0), (200.0, 1.0)]
+    assert [reached_by(moment, curve, 4.0) for moment in (5.0, 15.0, 180.0, 300.0)] == [4.0, 3.0, 2.0, 1.0]
 
 
 def test_the_benchmark_tunes_all_of_resnet18() -> None:
