@@ -39,6 +39,7 @@ from hwopt.measure import interleaved
 SEEDS = (0, 1, 2)
 MINUTES = {"palettes": 5.0, "methods": 10.0}  # at most, on as many cores as there are
 TIMED = 8  # steps
+OVERHEAD, LEAST = 1.3, 0.2  # of a training over its steps: the teacher, checks; the smallest share of the steps
 
 
 @dataclass(frozen=True)
@@ -83,19 +84,19 @@ METHODS = (
 
 def palettes(findings: Findings, setting: Setting) -> None:
     """Palettes of 2 and 4 bits on the demo model, with and without training: size, score, measured speed."""
-    compared(findings, setting, PALETTES, MINUTES["palettes"])
+    compared(findings, setting, "palettes", PALETTES)
     speeds(findings, setting)
 
 
 def methods(findings: Findings, setting: Setting) -> None:
     """Distillation, QAT, gradual pruning, lottery rewinding and NetAdapt against naive counterparts at equal cost."""
-    compared(findings, setting, METHODS, MINUTES["methods"])
+    compared(findings, setting, "methods", METHODS)
 
 
-def compared(findings: Findings, setting: Setting, experiments: tuple[Experiment, ...], minutes: float) -> None:
+def compared(findings: Findings, setting: Setting, name: str, experiments: tuple[Experiment, ...]) -> None:
     """Every experiment with every seed, as many at once as there are cores."""
     cores = min(setting.threads or psutil.cpu_count() or 1, len(SEEDS) * len(experiments))
-    effort = QUICK if setting.quick else affordable(findings, setting, experiments, minutes, cores)
+    effort = QUICK if setting.quick else affordable(findings, setting, name, experiments, cores)
     scores: dict[str, list[Scores]] = {}
     with ProcessPoolExecutor(cores, get_context("spawn")) as pool:
         runs = {
@@ -122,21 +123,30 @@ def one(work: Callable[[Bench, int], Scores], seed: int, folder: Path, effort: E
         return work(Bench(Images(folder), effort), seed)
 
 
-def affordable(findings: Findings, setting: Setting, experiments: tuple[Experiment, ...], minutes: float, cores: int) -> Effort:
-    """The whole effort, or as much of its steps as takes so long; says which, from the time that a few steps take."""
+def affordable(findings: Findings, setting: Setting, name: str, experiments: tuple[Experiment, ...], cores: int) -> Effort:
+    """The whole effort, or as much of its steps as takes so long on quiet cores; says which, from what a few steps cost.
+
+    It counts the processor's time, so that others at work on the machine make it no smaller.
+    """
     bench, effort = Bench(Images(setting.fashion), Effort()), Effort()
-    short, long = (bench.outcome(bench.model, "distill", steps, 0, checks=1).seconds for steps in (2, 2 + TIMED))
-    started, session = time.perf_counter(), Session(bench.model)
-    for row in range(PIECE):
-        session.run({"image": bench.test["image"][row : row + 1]})
-    scoring = 4 * len(experiments) * effort.tested * (time.perf_counter() - started) / PIECE
-    training = 1.3 * sum(one.steps(effort) for one in experiments) * max(long - short, 0.01) / TIMED
-    together = len(SEEDS) * (training + scoring) / cores / 60
-    share = min(max(minutes - len(SEEDS) * scoring / cores / 60, 1.0) / max(together, 0.01), 1.0)
-    said = "all steps" if share == 1 else f"{share:.0%} of the steps, since all would take {together:.0f}"
-    findings.say(f"about {min(together, minutes):.0f} minutes in {cores} processes: {said}")
-    findings.summary[f"{slug(experiments[0].case)}_share_of_steps"] = share
+    session, image = Session(bench.model), bench.test["image"][:1]
+    short, long = (spent(lambda: bench.trained(bench.model, "distill", steps, 0, checks=1)) for steps in (2, 2 + TIMED))  # noqa: B023
+    looking = spent(lambda: [session.run({"image": image}) for _ in range(PIECE)]) / PIECE
+    training = OVERHEAD * sum(one.steps(effort) for one in experiments) * max(long - short, 0.01) / TIMED
+    scoring = 4 * len(experiments) * effort.tested * looking
+    fixed, wanted = (len(SEEDS) * one / cores / 60 for one in (scoring, training))
+    share = min(max((MINUTES[name] - fixed) / wanted, LEAST), 1.0)
+    said = "all steps" if share == 1 else f"{share:.0%} of the steps, since all would take {fixed + wanted:.0f}"
+    findings.say(f"about {fixed + share * wanted:.0f} minutes in {cores} processes on quiet cores: {said}")
+    findings.summary[f"{name}_share_of_steps"] = share
     return effort if share == 1 else effort.times(share)
+
+
+def spent(work: Callable[[], object]) -> float:
+    """Seconds of the processor."""
+    started = time.process_time()
+    work()
+    return time.process_time() - started
 
 
 def settle(findings: Findings, experiment: Experiment, scores: list[Scores]) -> None:

@@ -81,7 +81,7 @@ def test_methods_are_compared_seed_by_seed_and_a_run_that_fails_is_told(monkeypa
     experiments = tuple(
         trainings.Experiment(name, work, lambda effort: 1.0, against) for name, work in (("fine", method), ("odd case", broken))
     )
-    trainings.compared(found, Setting(tmp_path, tmp_path, tmp_path, 1, quick=True), experiments, 1.0)
+    trainings.compared(found, Setting(tmp_path, tmp_path, tmp_path, 1, quick=True), "methods", experiments)
     summary = found.summary
     assert summary["fine_ours_score"] == pytest.approx(0.81) and summary["fine_ours_spread"] == pytest.approx(0.01)
     assert summary["fine_ours_over_naive_gain"] == pytest.approx(0.2) == pytest.approx(summary["fine_ours_over_naive_gain_low"])
