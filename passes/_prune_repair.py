@@ -22,7 +22,7 @@ import numpy as np
 import scipy.linalg
 
 from hwopt.analysis.coupling import Group, coupling
-from hwopt.analysis.covariance import damped, moments_and_means
+from hwopt.analysis.covariance import damped, fewness, moments_and_means
 from hwopt.analysis.memo import remembered
 from hwopt.errors import DataError
 from hwopt.ir import Graph, Node, part
@@ -91,7 +91,8 @@ def _moments(graph: Graph, samples: Samples, nodes: Iterable[Node]) -> dict[str,
     for reader in wanted:
         second, mean = found[reader.node.name]
         mean = mean if reader.centred else np.zeros_like(mean)
-        moments[reader.node.name] = damped(second, DAMPING) - np.outer(mean, mean), mean
+        share = DAMPING * fewness(graph, reader.node, samples)
+        moments[reader.node.name] = damped(second, share) - np.outer(mean, mean), mean
     return moments
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from hwopt.analysis.covariance import second_moments
+from hwopt.analysis.covariance import fewness, second_moments
 from hwopt.analysis.memo import remembered
 from hwopt.errors import PassError
 from hwopt.ir import Edit, Graph, Node, frozen, of_op, part
@@ -51,7 +51,7 @@ class LowRank(Pass):
     rank: int | str = 0  # or vbmf
     rank_in: int = 0
     method: str = "whitened"
-    damping: float = 0.01  # share of the mean variance added to the covariance
+    damping: float = 0.01  # share of the mean variance added to the covariance, more where few rows were seen
     kind: str = "tucker"  # of k x k convolutions; or cp
 
     def run(self, graph: Graph, ctx: Context) -> Graph:
@@ -69,7 +69,8 @@ class LowRank(Pass):
             else:
                 layers.append(layer)
         for layer, moment in zip(layers, self._moments(graph, layers, ctx), strict=True):
-            _split(edit, layer, self._factors(layer, moment, *self._ranks(layer, ctx.target)))
+            damping = self.damping * (fewness(graph, layer.node, ctx.calibration) if ctx.calibration else 1.0)
+            _split(edit, layer, self._factors(layer, moment, damping, *self._ranks(layer, ctx.target)))
         return edit.finish(str(self))
 
     @classmethod
@@ -126,12 +127,12 @@ class LowRank(Pass):
         found = second_moments(graph, ctx.calibration, [layer.node for layer in layers], others)
         return (found[layer.node.name] for layer in layers)
 
-    def _factors(self, layer: Layer, moment: np.ndarray | None, rank: int, rank_in: int) -> list[Factor]:
+    def _factors(self, layer: Layer, moment: np.ndarray | None, damping: float, rank: int, rank_in: int) -> list[Factor]:
         if layer.cp:
-            return _cp(layer, moment, self.damping, rank)
+            return _cp(layer, moment, damping, rank)
         if layer.spatial:
-            return _tucker(layer, moment, self.damping, rank, rank_in)
-        u, v = svd_factors(as_matrix(layer.weight, layer.transposed), moment, self.damping)
+            return _tucker(layer, moment, damping, rank, rank_in)
+        u, v = svd_factors(as_matrix(layer.weight, layer.transposed), moment, damping)
         return _pair(layer, u[:, :rank], v[:rank])
 
 

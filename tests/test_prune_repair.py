@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hwopt.analysis.coupling import Group, coupling
+from hwopt.analysis.covariance import FEW, fewness
 from hwopt.backends.ort import run
 from hwopt.ir import Graph
 from hwopt.pipeline import Context, merged, parse, run_pass
@@ -43,7 +44,7 @@ def pooled(b: Builder, data: str) -> str:
     return linear(b, b.op("ReduceMean", [data, b.ints(2, 3)], (1, COUNT), keepdims=0), 6)
 
 
-def net(reader: Callable[[Builder, str], str], rank: int = 0, constant: float = 0.0) -> tuple[Graph, Samples]:
+def net(reader: Callable[[Builder, str], str], rank: int = 0, constant: float = 0.0, bent: bool = False) -> tuple[Graph, Samples]:
     """1x1 convolution to COUNT channels, read once; `rank`: so many of them tell the others, but for a constant."""
     b = Builder()
     mix = np.random.default_rng(5).standard_normal((COUNT, 4)).astype(np.float32)
@@ -51,7 +52,7 @@ def net(reader: Callable[[Builder, str], str], rank: int = 0, constant: float = 
         mix = (np.random.default_rng(6).standard_normal((COUNT, rank)).astype(np.float32)) @ mix[:rank]
     offset = b.param(np.linspace(-1, 1, COUNT, dtype=np.float32) * constant)
     x = b.op("Conv", [b.input((1, 4, 5, 5)), b.param(mix[:, :, None, None]), offset], (1, COUNT, 5, 5))
-    b.outputs.append(reader(b, x))
+    b.outputs.append(reader(b, b.same("Relu", x) if bent else x))
     graph = b.graph()
     return graph, random_samples(graph, 3, ROWS)
 
@@ -68,7 +69,7 @@ def test_channels_that_the_others_tell_are_not_missed(reader: Callable[[Builder,
     graph, samples = net(reader, rank=3)
     ctx = Context(calibration=samples)
     dropped, fitted = (run_pass(PruneChannels(keep=5, criterion="l2", refit=refit), graph, ctx) for refit in (False, True))
-    assert lost(graph, fitted, samples) < 1e-3 < 0.05 < lost(graph, dropped, samples)
+    assert lost(graph, fitted, samples) < 5e-3 < 0.05 < lost(graph, dropped, samples)
 
 
 @pytest.mark.parametrize("reader", [pointwise, flat, pooled])
@@ -124,14 +125,14 @@ def test_obs_removes_what_the_others_make_up_for_and_not_what_is_small() -> None
         assert (kept[:, :1] != 0).sum() == (2 if gone == 3 else 1), criterion
 
 
-@pytest.mark.parametrize("reader", [pointwise, pooled])
+@pytest.mark.parametrize("reader", [pointwise, flat])
 def test_the_first_units_to_go_are_those_whose_loss_after_refitting_is_least(reader: Callable[[Builder, str], str]) -> None:
-    graph, samples = net(reader)
+    graph, samples = net(reader, bent=True)
     group = next(one for one in coupling(graph) if not one.frozen)
     order = removal_order(graph, samples, group.name)
     assert order is not None and sorted(order) == list(range(COUNT))
     losses = [lost(graph, _without(graph, group, unit, samples), samples) for unit in range(COUNT)]
-    assert losses[int(order.argmin())] <= min(losses) * 1.1 + 1e-6
+    assert losses[int(order.argmin())] <= min(losses) * 1.1 < 0.5 * max(losses)
 
 
 def _without(graph: Graph, group: Group, unit: int, samples: Samples) -> Graph:
@@ -152,6 +153,17 @@ def test_units_of_several_channels_go_together() -> None:
     for group in heads:
         order = removal_order(graph, samples, group.name)
         assert order is not None and sorted(order) == list(range(group.size))
+
+
+def test_few_rows_are_trusted_less() -> None:
+    """Behind a pool each sample is one row: what as many rows as channels say of other samples is no better than nothing."""
+    graph, _ = net(pooled)
+    seen, unseen = random_samples(graph, 3, COUNT), random_samples(graph, 4, 200)
+    node = graph.node[graph.nodes[-1].name if graph.nodes[-1].op == "MatMul" else graph.nodes[-2].name]
+    assert fewness(graph, node, seen) == 1 + FEW and fewness(graph, graph.node["conv0"], seen) < 1.2
+    fitted = run_pass(PruneChannels(keep=5), graph, Context(calibration=seen))
+    dropped = run_pass(PruneChannels(keep=5), graph, Context())
+    assert lost(graph, fitted, unseen) < lost(graph, dropped, unseen)
 
 
 # One pass for many groups

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import hwopt.plan.attempt as attempt
 import hwopt.prove as prove
 from hwopt.backends.ort import Session
 from hwopt.cli import main
@@ -19,9 +20,10 @@ from hwopt.errors import BudgetError, UsageError
 from hwopt.evaluate import Run
 from hwopt.explore import plan_front, plan_once, plan_trials
 from hwopt.io.onnx import read
+from hwopt.ir import Graph
 from hwopt.job import Job, prepare, quiet
 from hwopt.measure import difference
-from hwopt.pipeline import PassManager, merged
+from hwopt.pipeline import Context, PassManager, merged
 from hwopt.plan.attempt import price
 from hwopt.plan.budget import Budget, parse_budget
 from hwopt.plan.explain import explain
@@ -33,6 +35,7 @@ from hwopt.plan.solve import Solution, predicted
 from hwopt.plan.trials import knobs_of
 from hwopt.plan.uniform import uniform_solutions
 from hwopt.prove import Effect
+from hwopt.samples import Samples, shared
 from passes.quantize import Quantize
 
 CLASSES = 8
@@ -225,6 +228,27 @@ def test_budget_that_cannot_be_met_is_answered_with_the_nearest(network: Path) -
     fastest = plan_once(job_for(network, "100%"))
     with pytest.raises(BudgetError, match=r"--max-drop [\d.]+% with all limits kept"):
         plan_once(job_for(network, "0%", f"latency={fastest.plan.seconds_after * 1.02e6}us"))
+
+
+def test_errors_are_measured_on_samples_that_the_changes_were_not_fitted_to(
+    network: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Samples, Samples]] = []
+    real = attempt.measure_errors
+
+    def noted(graph: Graph, ctx: Context, options: list, samples: Samples, *rest: object) -> list:
+        assert ctx.calibration is not None
+        seen.append((ctx.calibration, samples))
+        return real(graph, ctx, options, samples, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(attempt, "measure_errors", noted)
+    for judged, fitted in ((8, 8), (9, 16)):  # of 16: enough for both, or not
+        monkeypatch.setattr(attempt, "SENSITIVITY_SAMPLES", judged)
+        task = make_task(job_for(network, passes="low-rank"))
+        assert task is not None
+        price(task)
+        assert [len(one) for one in seen[-1]] == [fitted, judged]
+    assert shared(*seen[0]) == 0 < shared(*seen[1])
 
 
 @pytest.mark.parametrize("method", ["random", "bayesian"])

@@ -19,6 +19,7 @@ from hwopt.samples import Samples, batch_of
 # A [k, k] moment needs a few times k rows, and the pixels of one image say nearly the same: 250 images lost a third less than
 # 128 where it decided (channels of EfficientNet-Lite0).
 SAMPLES = 256
+FEW = 10.0  # so many rows for each channel double the damping
 
 
 class View(NamedTuple):
@@ -120,6 +121,19 @@ def _product(data: np.ndarray, view: View) -> tuple[np.ndarray, int]:
         sums = np.stack([rows.sum(axis=2), np.einsum("bcr,bcr->bc", rows, rows)])
         return sums.sum(axis=1, dtype=np.float64), count
     return np.matmul(rows, rows.transpose(0, 2, 1)).sum(0, dtype=np.float64), count
+
+
+def fewness(graph: Graph, node: Node, samples: Samples) -> float:
+    """How many times the usual damping the moment of a layer's input needs, for what fits to noise grows as channels over rows.
+
+    1 where rows are many; behind a global pool, say, each sample is one row, and 250 of them tell little of 1280 channels.
+    """
+    data = graph.tensor(node.inputs[0])
+    if not data.static:
+        return 1.0
+    channels = data.dims[1 if node.op == "Conv" else 0 if node.attr("transA", 0) else -1]
+    runs = min(len(samples), max(SAMPLES, batch_of(graph))) // batch_of(graph)
+    return 1.0 + FEW * channels * channels / max(data.elements * runs, 1)
 
 
 def damped(moment: np.ndarray, share: float) -> np.ndarray:

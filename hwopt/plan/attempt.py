@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from hwopt.analysis.liveness import peak_activation_bytes
+from hwopt.analysis.memo import remembered
 from hwopt.analysis.size import weight_bytes
 from hwopt.backends.ort import Session
 from hwopt.errors import DataError
@@ -27,6 +28,7 @@ from hwopt.plan.options import Base, Option, Pair, Pricer, Progress, collect, us
 from hwopt.plan.pairs import pairs_of
 from hwopt.plan.plan import Plan, Round
 from hwopt.plan.solve import Limits, Solution
+from hwopt.samples import Samples
 from hwopt.target import Target
 
 SENSITIVITY_SAMPLES = 64
@@ -144,12 +146,21 @@ def price(task: Search) -> Priced:
         raise DataError("planning needs calibration data", place="plan", hint="give --calibrate data.npz")
     base, options, refused = _offered(task)
     head = samples.head(SENSITIVITY_SAMPLES)
-    options = measure_errors(task.graph, task.ctx, options, head, task.workers, task.progress, task.known, task.sensitivity)
+    fitted = dataclasses.replace(task.ctx, calibration=_rest(samples) or samples)
+    options = measure_errors(task.graph, fitted, options, head, task.workers, task.progress, task.known, task.sensitivity)
     finite = tuple(option for option in options if math.isfinite(option.error))
     pairs = pairs_of(task.graph, task.ctx, base, finite, task.pricer)
     if task.pairwise:
-        pairs = (*pairs, *error_pairs(task.graph, task.ctx, finite, head))
+        pairs = (*pairs, *error_pairs(task.graph, fitted, finite, head))
     return Priced(base, finite, pairs, tuple(refused), task.scorer(Session(task.graph).run))
+
+
+@remembered
+def _rest(samples: Samples) -> Samples | None:
+    """What changes are fitted to while their errors are measured on the first samples: what learned these by heart would seem
+    to lose nothing. None where there are too few for both."""
+    enough = len(samples) >= 2 * SENSITIVITY_SAMPLES
+    return samples.rows(slice(SENSITIVITY_SAMPLES, None)) if enough else None
 
 
 def _offered(task: Search) -> tuple[Base, list[Option], list[Refusal]]:
