@@ -15,6 +15,7 @@ from hwopt.backends.tvm.kernels import packed
 from hwopt.backends.tvm.kernels.packed import PackedSpec
 from hwopt.backends.tvm.kernels.spec import MatmulSpec
 from hwopt.backends.tvm.layout import OPAQUE, Expr, constant
+from hwopt.backends.tvm.narrow import broadened
 from hwopt.backends.tvm.weighted import Kernel, Spec
 from hwopt.target import MicroKernel, Target
 
@@ -39,6 +40,7 @@ class Templates:
         """The result of the kernel, a variable called `label`; None where no template takes its dtypes."""
         from tvm import relax
 
+        kernel = broadened(kernel, self.micro(kernel.spec).lanes)
         micro = self.micro(kernel.spec)
         if kernels.supports(kernel.spec, micro):
             return None
