@@ -32,6 +32,7 @@ FLOAT_ERRORS = {"f32": 1e-3, "bf16": 1e-2}  # of the largest output
 STEPS = 4.0  # of 255 over the range of the outputs
 ROUNDS, QUICK_ROUNDS, SETTLE = 40, 5, 0.004
 BUSY_SECONDS = 0.05
+ENOUGH = 0.8  # of the processors: less, and others had them
 OURS, TUNED = "hwopt", "hwopt tuned"
 SCHEDULES = {"latency": "default", "latency_tuned": "tuned"}  # which ones a row's metric is about
 SHARES = ("f32", "int8")  # precisions whose large convolutions are held against the peak
@@ -205,7 +206,8 @@ def _measure_precision(
         times = interleaved({**ours, **runners}, _rounds(options), SETTLE)
         if options.tune and database is None:
             times[TUNED] = times[OURS]  # the same code
-        rows.append(processors(label, {OURS: ours[OURS], **runners}))
+        rows.append(busy := processors(label, {OURS: ours[OURS], **runners}))
+        notes += disturbed(busy, threads)
     return Findings([*_timed(label, times), *rows, *_share(label, dtype, graph, times[OURS].median, threads, options)], notes)
 
 
@@ -249,6 +251,13 @@ def processors(label: str, runners: Mapping[str, Callable[[], object]]) -> Row:
             run()
         used[name] = (time.process_time() - before) / (time.perf_counter() - started)
     return Row(label, "processors", "1", used.pop(OURS), used, None)
+
+
+def disturbed(busy: Row, threads: int) -> list[str]:
+    """A note where others had the processors while we measured."""
+    most = max(busy.ours, *busy.peers.values(), 0.0)
+    told = f"{busy.case}: the machine is busy: of {threads} processors no runtime got more than {most:.2f}, times are too long"
+    return [] if most >= ENOUGH * threads else [told]
 
 
 Outputs = Mapping[str, np.ndarray]

@@ -191,6 +191,11 @@ def test_no_thread_of_onnx_runtime_spins_while_others_are_measured():
 def test_the_processors_that_a_runtime_keeps_busy_are_counted():
     found = models.processors("case", {models.OURS: lambda: sum(range(1000)), "sleeping": lambda: time.sleep(0.01)})
     assert found.peers["sleeping"] < 0.5 * found.ours
+    row = Row("case", "processors", "1", 0.9, {"other": 1.3}, None)
+    assert models.disturbed(row, 1) == []
+    assert models.disturbed(row, 2) == [
+        "case: the machine is busy: of 2 processors no runtime got more than 1.30, times are too long"
+    ]
 
 
 def test_the_plot_is_a_png(tmp_path):
