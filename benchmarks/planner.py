@@ -24,7 +24,7 @@ from benchmarks.layout import Row, higher_is_better, lower_is_better, result
 from benchmarks.zoo import ZOO, Missing
 from hwopt.build import Built, build
 from hwopt.compiler import one_blas_thread
-from hwopt.decide import fastest, make_job_scorer, make_task
+from hwopt.decide import as_measured, fastest, make_job_scorer, make_task
 from hwopt.demo import demo_data
 from hwopt.errors import BudgetError, UsageError, did_you_mean
 from hwopt.evaluate import Comparison, compare
@@ -178,9 +178,10 @@ def families(
     scorer = make_job_scorer(job, 1)
     if task is None or scorer is None:
         raise ValueError("the model has no data")
-    priced = price(task)
     with tempfile.TemporaryDirectory(prefix="hwopt-planner-") as scratch:
         whole = build(job.graph, job.target, job.threads, Path(scratch) / "float")
+        job, task = as_measured(job, task, whole)
+        priced = price(task)
         lab = Lab(job, task, priced, Path(scratch), scorer(whole.artifact.run))
         feeds = {key: array[:1] for key, array in evaluate.items() if key != "labels"}
         joint, library = fastest(job, search(task, priced), lambda one: lab.built(one.graph))
@@ -254,7 +255,7 @@ def _gentlest(lab: Lab, menu: Priced, seconds: float) -> Graph | None:
     """What the plan with the best score within a predicted latency makes, as `--budget latency` finds it; None if none does."""
     task = dataclasses.replace(lab.task, budget=Budget(1.0, latency_seconds=seconds * (1 + ROOM)))
     least = solve(menu.base, menu.options, menu.pairs, Limits())
-    if least is None or least.seconds > HOPELESS * seconds:  # saves the search for the nearest budget that is none
+    if least is None or least.seconds * task.scale > HOPELESS * seconds:  # saves the search for the nearest budget that is none
         return None
     try:
         return search(task, menu).graph
