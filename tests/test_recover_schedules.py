@@ -34,7 +34,7 @@ HALF = 'passes="prune-channels{ratio=0.5}"'
 RECIPES = {
     "gradual": f"gradual{{{EFFORT},{HALF},stages=3}}",
     "gradual sparse": f'gradual{{{EFFORT},passes="sparsify{{ratio=0.9}}",stages=2}}',
-    "lottery": f"lottery{{{EFFORT},{HALF},stages=2}}",
+    "lottery": f"lottery{{{EFFORT.replace('epochs=3', 'epochs=12')},{HALF},stages=2}}",  # what is refitted is hard to beat
     "netadapt": f"netadapt{{{EFFORT},latency=0.5,share=0.2,short=1,drop=0.1}}",
 }
 
