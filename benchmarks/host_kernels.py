@@ -23,7 +23,7 @@ from hwopt.backends.tvm.learn.stock import Network, keep, kept
 from hwopt.backends.tvm.tune.runner import Runner
 from hwopt.job import prepare, quiet
 from hwopt.plugins import find_target
-from hwopt.target import Target, Workload, origin, total
+from hwopt.target import Target, Workload, origin, table_of, total
 
 HANG = 60.0
 TURNS, SECONDS = 3, 0.5  # visits to each model, and how long it is run each time
@@ -88,7 +88,9 @@ def part(models: Sequence[str] = tuple(ZOO), threads: int = 1, forms: Sequence[s
     for one in kernels:
         by_family.setdefault(one.family, []).append(one.near)
     families = ", ".join(f"{name} {statistics.fmean(near):.0%} of {len(near)}" for name, near in sorted(by_family.items()))
-    note = f"host: {origin(find_target('host').cost)}; kernels of 1 us and more that the table does not hold"
+    cost = find_target("host").cost
+    table = table_of(cost)
+    note = f"host: {origin(cost)}, {table.name if table else 'no table'}; kernels of 1 us and more that no table holds"
     return rows, summary, [note, f"host, kernels within 10 %: {families}"]
 
 

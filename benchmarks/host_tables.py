@@ -36,21 +36,24 @@ SHIPPED = Path(str(targets.__file__)).with_name("data")
 @click.option("--prepare", default="14m", show_default=True, help="How long to compile, all tables together.")
 @click.option("--time", "duration", default="8m", show_default=True, help="How long to time, all tables together.")
 @click.option("--out", type=click.Path(path_type=Path), default=SHIPPED, show_default=True, help="Where the tables go.")
+@click.option("--code", default="", help="A name for the templates' code, for changes that cost no time; else a digest of it.")
 @click.option("--logs", type=click.Path(path_type=Path), default=None, help="Where measurements are kept.")
-def main(prepare: str, duration: str, out: Path, logs: Path | None) -> None:
+def main(prepare: str, duration: str, out: Path, code: str, logs: Path | None) -> None:
     """Compile all, then time all."""
     folder = logs or cache().parent / "tables"
     ahead, seconds = (seconds_of(text, least=0.0) for text in (prepare, duration))
     for one in SHARES if ahead else ():
-        _, state = profile_target(one.target, 0.0, prepare=one.part * ahead, threads=one.threads, out=_log(one, folder))
+        _, state = profile_target(
+            one.target, 0.0, prepare=one.part * ahead, threads=one.threads, out=_log(one, folder), code=code
+        )
         _say(one, state)
     for one in SHARES if seconds else ():
         log, part = _log(one, folder), one.part * seconds
-        _, state = profile_target(one.target, part, threads=one.threads, out=log, more=False, table=False)
+        _, state = profile_target(one.target, part, threads=one.threads, out=log, more=False, table=False, code=code)
         _say(one, state)
     for one in SHARES if seconds else ():  # all are timed: now the machine may be busy
         if one.threads == 1:
-            path, state = profile_target(one.target, 1e-9, out=_log(one, folder), more=False)
+            path, state = profile_target(one.target, 1e-9, out=_log(one, folder), more=False, code=code)
             _say(one, state)
             out.mkdir(parents=True, exist_ok=True)
             found = path_for(find_target(one.target), out)

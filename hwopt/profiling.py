@@ -76,12 +76,14 @@ class Bench:
 def profile_target(
     target: str | Target, seconds: float, *, prepare: float = 0.0, threads: int = 1, out: Path | None = None,
     cores: Sequence[int] = (), more: bool = True, table: bool = True, watch: Callable[[State], None] = lambda _: None,
+    code: str = "",
 ) -> tuple[Path, State]:  # fmt: skip
     """Measure kernels of random networks for a time and write a table that cost models find.
 
     Networks are compiled for `prepare` seconds first; those are timed before others (0 seconds: by a later call, when the
     machine is quiet). `more` says whether others follow while there is time, `table` whether to write one at the end.
-    Measurements are appended to `out` with the suffix .jsonl, from which the next call goes on; an interrupt keeps them.
+    Measurements are appended to `out` with the suffix .jsonl, from which the next call goes on; an interrupt keeps them. They
+    count while the templates are as they were; `code` is another name for what is measured, for changes that cost no time.
     Raises UnsupportedError for a target that does not run here, UsageError for one that would not read the table.
     """
     from hwopt.backends.tvm.learn.records import read
@@ -95,7 +97,7 @@ def profile_target(
         hint = f"profile the target {HOST}, or name a file: -o FILE"
         raise UsageError("prices of a named target are alike on all machines", place=f"target {hardware.name}", hint=hint)
     path = out or path_for(hardware)
-    every, code = read(path.with_suffix(".jsonl")), templates_digest()
+    every, code = read(path.with_suffix(".jsonl")), code or templates_digest()
     records = [one for one in every if one.code == code]
     state = State(records, time.monotonic(), prepare + seconds, older=len(every) - len(records))
     bench = Bench(hardware, threads, path.with_suffix(".jsonl"), path.with_suffix(".networks"), tuple(cores), code, state)

@@ -92,6 +92,8 @@ def _read_bytes(graph: Graph, region: Region, coded: Compressed | None) -> tuple
     results = {value for node in decoding for value in node.outputs if _leaves(graph, value, decoding)}
     weights = sum(_bytes(graph.tensor(value)) for value in results)
     weights += sum(_bytes(graph.tensor(value)) for value in region.inputs if value in graph.params and value not in inside)
+    if region.anchor.op == "Gather":  # of a table only the rows that are asked for
+        weights = min(weights, sum(_bytes(graph.tensor(value)) for value in region.anchor.outputs))
     return _activation_bytes(graph, region), weights
 
 

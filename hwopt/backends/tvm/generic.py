@@ -28,6 +28,7 @@ class Knobs:
 
 
 CHEAP = ("tirx.reinterpret",)
+WIDE = ("int64", "uint64")
 
 
 def scheduled(function: Any, threads: int, knobs: Knobs | None = None) -> Any:
@@ -35,7 +36,7 @@ def scheduled(function: Any, threads: int, knobs: Knobs | None = None) -> Any:
     import tvm
     from tvm import s_tir, tirx
 
-    function = choosing_bits(function)
+    function = _narrow(choosing_bits(function))
     module = tvm.IRModule({"main": function})
     try:
         schedule = s_tir.Schedule(module)
@@ -47,6 +48,19 @@ def scheduled(function: Any, threads: int, knobs: Knobs | None = None) -> Any:
         _block(schedule, block, threads, knobs or Knobs())
     wraps = any(_walk(schedule.get(block).body, tirx.FloorMod) for block in _blocks(schedule))
     return schedule.mod["main"].with_attr({"tirx.is_scheduled": True, "hwopt.scalar": wraps})
+
+
+def _narrow(function: Any) -> Any:
+    """The PrimFunc with 32-bit indices, where nothing else has 64: TVM cuts loops of 64 bits such that no vectors are left."""
+    import tvm
+    from tvm import tirx
+    from tvm.ir.expr import TensorLoad
+
+    kinds = [one.ty for one in (*function.params, *(load.source for load in _walk(function.body, TensorLoad)))]
+    wide = [*kinds, *(cast.ty for cast in _walk(function.body, tirx.Cast))]
+    if any(str(kind.dtype) in WIDE for kind in wide) or any(math.prod(map(int, kind.shape)) >= 1 << 31 for kind in kinds):
+        return function
+    return tirx.transform.ForceNarrowIndexToInt32()(tvm.IRModule({"main": function}))["main"]
 
 
 def choosing_bits(function: Any) -> Any:
@@ -119,7 +133,8 @@ def _block(schedule: Any, block: Any, threads: int, knobs: Knobs) -> None:
         if 2 in kinds:
             _reduction(schedule, block, threads, knobs)
         else:
-            _spatial(schedule, loops, threads if _is_long(schedule, block) else 1, knobs)
+            whole = not _reads_indices(schedule, block)
+            _spatial(schedule, loops, threads if _is_long(schedule, block) else 1, knobs, whole)
     except s_tir.ScheduleError:
         return  # an unscheduled block is slow, not wrong
 
@@ -132,8 +147,15 @@ def _is_long(schedule: Any, block: Any) -> bool:
     return work >= PARALLEL_COPIES or not isinstance(getattr(schedule.get(block).body, "value", None), TensorLoad)
 
 
-def _spatial(schedule: Any, loops: list[Any], threads: int, knobs: Knobs) -> None:
-    """All loops but the innermost become one, parallel where there is work for several threads."""
+def _reads_indices(schedule: Any, block: Any) -> bool:
+    """True if 64-bit numbers are read, such as indices: TVM fails to cut loops over those."""
+    from tvm.ir.expr import TensorLoad
+
+    return any(str(load.source.ty.dtype) in WIDE for load in _walk(schedule.get(block).body, TensorLoad))
+
+
+def _spatial(schedule: Any, loops: list[Any], threads: int, knobs: Knobs, whole: bool) -> None:
+    """All loops but the innermost become one, parallel where there is work for several threads; `whole` vectors by themselves."""
     extents = [int(schedule.get(loop).extent) for loop in loops]
     inner = extents[-1]
     step = knobs.lanes * knobs.vectors
@@ -143,7 +165,7 @@ def _spatial(schedule: Any, loops: list[Any], threads: int, knobs: Knobs) -> Non
             several, lane = schedule.split(lane, [knobs.vectors, knobs.lanes])
             schedule.unroll(several)
         schedule.vectorize(lane)
-        if inner % step:  # the last vector becomes code of its own, so that the others need no condition
+        if inner % step and whole:  # the last vector becomes code of its own, so that the others need no condition
             schedule.annotate(outer, "pragma_loop_partition_hint", True)
         loops = [*loops[:-1], outer]
         _outer(schedule, loops[:-1] or loops, math.prod(extents), threads)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from hwopt.target import MicroKernel, Workload
 
 LINE = 64  # bytes
+INSTRUCTION = 7  # bytes of a vector instruction, about
 FIRST, SECOND, THIRD = 48 << 10, 1 << 20, 32 << 20  # of caches, about: weights of the counts and the trees move these borders
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "uint8": 1}
 HEAVY = ("Sigmoid", "Gelu", "Erf", "Tanh", "Exp", "Softmax", "Sqrt", "Pow", "Div")
@@ -40,19 +41,30 @@ class Steps:
     conversions: float
     sums: float
     gates: float
+    scaled: float  # gates with more steps behind them, which integers then do not do
 
     def times(self, vectors: float) -> Numbers:
         """Applied to so many vectors of results."""
         kinds = {"light": self.light, "heavy": self.heavy, "convert": self.conversions, "add": self.sums, "gate": self.gates}
+        kinds["scaled"] = self.scaled
         return {f"steps_{name}": vectors * count for name, count in kinds.items()}
+
+    @property
+    def instructions(self) -> float:
+        """Of one vector, about: functions are polynomials."""
+        return 2 + self.light + 35 * self.heavy + 5 * self.conversions + 2 * self.sums + 6 * self.gates
 
     def shape(self) -> Numbers:
         return self.times(1.0)
 
 
 def steps_of(names: list[str]) -> Steps:
-    kinds = [sum(one in some for one in names) for some in (HEAVY, CONVERSIONS, ("Add", "Sub"), GATES)]
-    return Steps(float(len(names) - sum(kinds)), *map(float, kinds))
+    kinds = (HEAVY, CONVERSIONS, ("Add", "Sub"), GATES)
+    heavy, conversions, sums, gates = (float(sum(one in some for one in names)) for some in kinds)
+    places = [place for place, one in enumerate(names) if one in GATES]
+    scaled = sum(any(one not in CONVERSIONS for one in names[place + 1 :]) for place in places)
+    light = len(names) - heavy - conversions - sums - gates
+    return Steps(light, heavy, conversions, sums, gates, float(scaled))
 
 
 def step_names(work: Workload) -> list[str]:
@@ -80,6 +92,12 @@ def traffic(work: Workload) -> Numbers:
 def share(size: float, cache: float) -> float:
     """How much of what is used again and again misses a cache: none of half its size, all of twice that."""
     return min(1.0, max(0.0, math.log2(max(size, 1) / cache) / 2 + 0.5))
+
+
+def code_of(instructions: float, footprint: int) -> Numbers:
+    """Cache lines of code: weights that pass through the caches push it out of them like everything else."""
+    lines = instructions * INSTRUCTION / LINE
+    return {"code": lines, "code_third": lines * share(footprint, SECOND), "code_memory": lines * share(footprint, THIRD)}
 
 
 def memory_shape(work: Workload) -> Numbers:

@@ -10,6 +10,8 @@ from hwopt.backends.tvm.learn.counted import (
     LINE,
     Counted,
     Numbers,
+    Steps,
+    code_of,
     floats,
     memory_shape,
     pieces,
@@ -78,6 +80,7 @@ class Rows:
 
 def _times(work: Workload, rows: Rows, size: float) -> Numbers:
     each = float(rows.count * rows.vectors)
+    behind = steps_of(step_names(work)[1:])
     loads, line = each * rows.loaded * rows.down, rows.spec.width * rows.channels * size * rows.down
     return {
         "loads": loads, "words": each * rows.loaded * rows.words, "products": each * rows.width * rows.across * rows.words,
@@ -85,9 +88,19 @@ def _times(work: Workload, rows: Rows, size: float) -> Numbers:
         "border": float(rows.border * rows.vectors * rows.loaded * rows.down), "stores": rows.stored,
         "pieces": float(rows.count * rows.width * rows.pieces),
         "masked": float(rows.count * rows.loaded * rows.down * (rows.channels % rows.lanes > 0)),
-        **steps_of(step_names(work)[1:]).times(rows.stored), "rows_again": loads * rows.lanes * size * share(line, FIRST) / LINE,
-        **traffic(work), "call": 100.0,
+        **behind.times(rows.stored), "rows_again": loads * rows.lanes * size * share(line, FIRST) / LINE,
+        **traffic(work), **code_of(_code(rows, behind), work.footprint), "call": 100.0,
     }  # fmt: skip
+
+
+def _code(rows: Rows, behind: Steps) -> float:
+    """Instructions of all variants: rows inside and at the border, whole and partial vectors, tiles at the border and inside."""
+    spec, width = rows.spec, rows.tile
+    variants = (1 + (spec.pads[0] + spec.pads[2] > 0)) * (rows.tiles - max(0, rows.inside - 1))
+    tile = rows.span(width) * (rows.down + rows.words) + width * rows.across * rows.words
+    whole, partial = rows.channels // rows.lanes > 0, rows.pieces
+    once = 1 if behind.heavy else width
+    return 100.0 + variants * (tile * (whole + (partial > 0)) + once * behind.instructions * (whole + partial))
 
 
 def _facts(work: Workload, rows: Rows, size: float) -> Numbers:

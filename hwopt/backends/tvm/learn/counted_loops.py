@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
-from hwopt.backends.tvm.learn.counted import LINE, Counted, Numbers, floats, memory_shape, step_names, steps_of, traffic
+from hwopt.backends.tvm.learn.counted import (
+    CONVERSIONS,
+    LINE,
+    Counted,
+    Numbers,
+    floats,
+    memory_shape,
+    step_names,
+    steps_of,
+    traffic,
+)
 from hwopt.target import Workload
 
 STEPS = ("Add", "Mul", "Relu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish", "Gelu", "Softmax", "LayerNormalization",
          "GlobalAveragePool", "MaxPool", "AveragePool", "Transpose", "QuantizeLinear", "DequantizeLinear", "Cast", "Div",
-         "Resize", "Concat", "Slice", "Gather", "Erf", "Sub", "Pow", "Sqrt", "ReduceMean")  # fmt: skip
-DTYPES = ("float32", "bfloat16", "int8", "uint8", "int32", "int64")
+         "Resize", "Concat", "Slice", "Gather", "Erf", "Sub", "Pow", "Sqrt", "ReduceMean", "ReduceSum", "ReduceMax", "Pad",
+         "DepthToSpace", "SpaceToDepth", "Split", "GlobalMaxPool", "LeakyRelu", "Tanh", "Exp", "Softplus", "Abs", "Neg",
+         "Max", "Min")  # fmt: skip
+SLOW = ("Sigmoid", "Gelu", "Erf", "Tanh", "Exp", "Softplus", "Div", "Sqrt", "Pow", "Log")  # each counts by itself
+DTYPES = ("float32", "bfloat16", "int8", "uint8", "int32", "int64", "bool")
 VECTOR, WIDEST = 16, 64  # lanes of generic schedules, and of their sums over outer axes (generic.py)
 PARALLEL = 16_384  # elements from which they are, as in generic.py
 WAYS, SETS = 12, 64  # of a first cache: lines that lie a power of two apart share sets
@@ -19,42 +34,122 @@ WAYS, SETS = 12, 64  # of a first cache: lines that lie a power of two apart sha
 
 def loops(work: Workload, threads: int) -> Counted:
     """Counts of vectors where whole ones are filled, of single elements where not, and of bytes."""
-    dims = work.dims or (1,)
-    family = _family(work)
-    inner = max(1, dims[1] if len(dims) >= 4 and work.kind in ("elementwise", "pool") else dims[-1])  # channels lie last
-    times, facts = _times(work, dims, inner), _facts(work, dims, inner)
+    nest = Nest(work)
     parallel = threads > 1 and work.elements >= PARALLEL
-    split = {name: value / threads if parallel and name != "call" else value for name, value in times.items()}
-    return Counted(family, {**split, "launch": 1000.0 * parallel}, floats(facts))
+    times = {name: value / threads if parallel and name != "call" else value for name, value in _times(nest).items()}
+    return Counted(_family(work), {**times, "launch": 1000.0 * parallel}, floats(_facts(nest)))
 
 
 def _family(work: Workload) -> str:
     """Kernels that are made in the same way."""
     names = step_names(work)
     if "Softmax" in names or "LayerNormalization" in names:
-        return "rows"
+        return "softmax" if "Softmax" in names else "norms"
     if work.kind == "pool":
-        kind = "windows" if work.window else "means"
-        return f"{kind} {work.dtype}"
+        return "windows" if work.window else "means"
     if work.kind == "elementwise":
         return "relaid" if work.relaid else "elements"
-    return "moves" if work.kind == "move" else "reductions"
+    if work.kind == "move":
+        return "transposed" if names[:1] == ["Transpose"] else "moves"
+    return "reductions"
 
 
-def _times(work: Workload, dims: tuple[int, ...], inner: int) -> Numbers:
-    """Elementwise code is vectors if they fill the channels, else single elements; sums are in vectors that divide them."""
-    results, left, behind = float(math.prod(dims)), inner % VECTOR, steps_of(step_names(work))
-    rows, each = results / inner, work.elements / max(1.0, results)
-    even = float(left == 0)
-    normalized = float("LayerNormalization" in step_names(work))
+@dataclass(frozen=True)
+class Nest:
+    """The loops over a kernel's results: `rows` times `inner` of them, of which whole vectors are filled as far as they go."""
+
+    work: Workload
+
+    @cached_property
+    def names(self) -> list[str]:
+        return step_names(self.work)
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return self.work.dims or (1,)
+
+    @cached_property
+    def inner(self) -> int:
+        """Extent of the innermost loop: images have their channels last, whatever ONNX says."""
+        image = len(self.dims) >= 4 and self.work.kind in ("elementwise", "pool", "move") and self.names[:1] != ["Transpose"]
+        by_rows = "Softmax" in self.names or "LayerNormalization" in self.names
+        return max(1, self.dims[1] if image and not by_rows else self.dims[-1])
+
+    @cached_property
+    def results(self) -> float:
+        return float(max(1, math.prod(self.dims)))
+
+    @property
+    def rows(self) -> float:
+        return self.results / self.inner
+
+    @property
+    def left(self) -> int:
+        """Results behind the last whole vector."""
+        return self.inner % VECTOR
+
+    @property
+    def each(self) -> float:
+        """Scalar results and operands of a window for each result."""
+        return self.work.elements / self.results
+
+    @cached_property
+    def behind(self) -> list[str]:
+        """The operators that compute something for each result."""
+        skip = 0 if self.work.kind == "elementwise" else 1
+        return self.names[skip:]
+
+    @cached_property
+    def stride(self) -> int:
+        """Bytes between neighbours of a transposed row where they come from."""
+        order = self.work.steps[0].partition(" ")[2] if self.names[:1] == ["Transpose"] else ""
+        if not order:
+            return 0
+        places = [int(one) for one in order.split(",")]
+        source = dict(zip(places, self.dims, strict=False))
+        size = max(1, round(self.work.read_bytes / self.results))
+        return size * math.prod(source.get(axis, 1) for axis in range(places[-1] + 1, len(places)))
+
+
+def _times(nest: Nest) -> Numbers:
+    """Whole vectors, what is left of a row, rows narrower than a vector, and every slow function by itself."""
+    work, left = nest.work, nest.left
+    whole = nest.rows * (nest.inner // VECTOR)
+    narrow = nest.inner < VECTOR
+    ends = nest.rows * (left > 0) * (not narrow)
+    steps = max(1.0, float(len(nest.behind)))
+    parts = whole + nest.rows * left.bit_count() * (not narrow)
+    size = work.read_bytes / nest.results
+    slow = {f"do_{name}": parts * nest.behind.count(name) for name in SLOW}
+    converted = sum(name in CONVERSIONS for name in nest.behind)
+    moved = float(moves_last(work))
     return {
-        "vectors": even * work.elements / VECTOR, "single": (1 - even) * work.elements, "results": results / VECTOR,
-        "divided": work.elements / math.gcd(inner, WIDEST), "row_vectors": rows * -(-inner // VECTOR) * each,
-        "row_pieces": rows * left.bit_count() * each, "rows": rows, "normalized": normalized * rows * -(-inner // VECTOR),
-        "normalized_rows": normalized * rows, "moved": results * float(moves_last(work)),
-        "crowded": results * _crowded(work, dims),
-        "single_heavy": behind.heavy * results * (1 - even), **behind.times(results / VECTOR), **traffic(work), "call": 100.0,
+        "vectors": whole, "ends": ends, "end_pieces": nest.rows * left.bit_count() * (not narrow), "left": ends * left,
+        "left_steps": ends * left * steps, "narrow": nest.rows * nest.inner * narrow,
+        "narrow_steps": nest.rows * nest.inner * narrow * steps, "steps": parts * steps, "rows": nest.rows,
+        "converted": parts * converted, "narrow_slow": nest.rows * nest.inner * narrow * sum(map(nest.behind.count, SLOW)),
+        **slow, **_sums(nest), "window_rows": nest.rows * -(-nest.inner // VECTOR) * nest.each, "moved": moved * nest.results,
+        "moved_far": moved * nest.results * float(nest.stride >= 4096 or nest.stride * VECTOR > 1 << 15),
+        "bytes": float(work.read_bytes + work.write_bytes) / LINE, "single_bytes": nest.results * (size <= 1),
+        "crowded": nest.results * _crowded(work, nest.dims), "looked_up": parts * _looked_up(nest),
+        **traffic(work), "call": 100.0,
     }  # fmt: skip
+
+
+def _sums(nest: Nest) -> Numbers:
+    """Steps over outer axes: as many results at once as divide the channels, which are whole vectors or less."""
+    lanes, whole = math.gcd(nest.inner, WIDEST), nest.inner % VECTOR == 0
+    each = {"summed": nest.work.elements / VECTOR * whole, "summed_less": nest.work.elements / lanes * (not whole)}
+    wide = nest.work.read_bytes > 2 * nest.results * nest.each
+    return {
+        f"{name}_{kind}": value * (wide == (kind == "floats")) for name, value in each.items() for kind in ("floats", "bytes")
+    }
+
+
+def _looked_up(nest: Nest) -> float:
+    """1 where bytes become bytes and nothing else is read: a table does it."""
+    work = nest.work
+    return float(work.kind == "elementwise" and work.read_bytes == work.write_bytes == nest.results and work.weight_bytes < LINE)
 
 
 def _crowded(work: Workload, dims: tuple[int, ...]) -> float:
@@ -65,19 +160,22 @@ def _crowded(work: Workload, dims: tuple[int, ...]) -> float:
     return float(dims[1] > WAYS * max(1, SETS * LINE // math.gcd(apart, SETS * LINE)))
 
 
-def _facts(work: Workload, dims: tuple[int, ...], inner: int) -> Numbers:
-    names, results, window = step_names(work), float(max(1, math.prod(dims))), work.window or (1,) * 9 + (0,) * 4
+def _facts(nest: Nest) -> Numbers:
+    work, dims, names = nest.work, nest.dims, nest.names
+    results, window = nest.results, work.window or (1,) * 9 + (0,) * 4
     channels, pixels = dims[1] if len(dims) > 1 else 1, math.prod(dims[2:]) if len(dims) > 2 else 1
     return {
-        "first": _place(STEPS, *names[:1]), "second": _place(STEPS, *names[1:2]), "dtype": _place(DTYPES, work.dtype),
-        "rank": len(dims), "inner": inner, "left": inner % VECTOR, "whole": inner // VECTOR, "power": math.gcd(inner, 4096),
-        "last": dims[-1], "last_power": math.gcd(dims[-1], 64), "channels": channels, "channels_power": math.gcd(channels, 4096),
-        "pixels": pixels, "pixels_power": math.gcd(4 * pixels, 4096), "lines": channels * math.gcd(4 * pixels, 4096) / 4096,
-        "moves": moves_last(work), "steps": len(names), "read_each": work.read_bytes / results,
-        "write_each": work.write_bytes / results, "work_each": work.elements / results, "log_results": math.log(results),
-        "log_elements": math.log1p(work.elements), "kernel": window[3] * window[4], "stride": window[5],
-        "padded": any(window[9:]), "reads_more": work.read_bytes / max(1, work.write_bytes), **steps_of(names).shape(),
-        **memory_shape(work),
+        "first": _place(STEPS, *names[:1]), "second": _place(STEPS, *names[1:2]), "last_step": _place(STEPS, *names[-1:]),
+        "dtype": _place(DTYPES, work.dtype), "rank": len(dims), "inner": nest.inner, "left": nest.left,
+        "whole": nest.inner // VECTOR, "power": math.gcd(nest.inner, 4096), "log_rows": math.log(nest.rows),
+        "last": dims[-1], "last_power": math.gcd(dims[-1], 64), "channels": channels,
+        "channels_power": math.gcd(channels, 4096), "pixels": pixels, "pixels_power": math.gcd(4 * pixels, 4096),
+        "lines": channels * math.gcd(4 * pixels, 4096) / 4096, "moves": moves_last(work), "stride": nest.stride,
+        "stride_power": math.gcd(nest.stride, 4096), "steps": len(names), "read_each": work.read_bytes / results,
+        "write_each": work.write_bytes / results, "weights_each": work.weight_bytes / results, "work_each": nest.each,
+        "log_results": math.log(results), "log_elements": math.log1p(work.elements), "kernel": window[3] * window[4],
+        "stride_down": window[5], "padded": any(window[9:]), "reads_more": work.read_bytes / max(1, work.write_bytes),
+        "looked_up": _looked_up(nest), **steps_of(names).shape(), **memory_shape(work),
     }  # fmt: skip
 
 

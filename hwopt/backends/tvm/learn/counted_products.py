@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ from hwopt.backends.tvm.learn.counted import (
     SECOND,
     Counted,
     Numbers,
+    Steps,
+    code_of,
     floats,
     memory_shape,
     pieces,
@@ -93,6 +96,7 @@ def product(work: Workload, micro: MicroKernel, threads: int) -> Counted:
     tiling = Tiling(shape, micro, tile, cycles, BYTES.get(work.dtype, 4))
     loop = _loop(tiling)
     times = {name: value * tiling.several for name, value in loop.items()} | _times(work, tiling)
+    times |= code_of(_code(tiling, steps_of(step_names(work)[1:])), work.footprint)
     facts = _schedule(tiling, loop) | _sizes(work, tiling) | memory_shape(work)
     return Counted(f"product {work.dtype}", spread(times, threads, cycles * tiling.several), floats(facts))
 
@@ -111,6 +115,24 @@ def _loop(tiling: Tiling) -> Numbers:
                 found["turns"] += count * steps
                 found["tiles"] += count
     return found
+
+
+def _code(tiling: Tiling, behind: Steps) -> float:
+    """Instructions of all variants of the tile; long epilogues are loops."""
+    shape, tile, found = tiling.shape, tiling.tile, 100.0
+    turns = min(shape.words(tiling.micro.depth), unrolled(math.prod(tile)))
+    for height, width, deep in itertools.product(*(dict(cuts(*one)) for one in zip(
+        (shape.rows, shape.columns, tiling.vectors), tile, strict=True
+    ))):  # fmt: skip
+        positions = height * width
+        once = deep if behind.heavy else positions * deep
+        found += turns * (positions * deep + positions + deep) + 2 * positions * deep + once * behind.instructions
+    return found
+
+
+def unrolled(accumulators: int) -> int:
+    """As in kernels/schedule.py."""
+    return next(count for count in (4, 2, 1) if accumulators * count <= 32 or count == 1)
 
 
 def _times(work: Workload, tiling: Tiling) -> Numbers:

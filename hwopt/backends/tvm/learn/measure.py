@@ -41,7 +41,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Profile:
-    """One graph: its kernels, one whole pass, and what belongs to no region in it (layouts of inputs)."""
+    """One graph: its kernels, one whole pass, and what belongs to no region in it (layouts of inputs).
+
+    `seconds` sums up every call's own LOWth percentile: where others take the processor now and then, no pass is undisturbed.
+    """
 
     samples: tuple[Sample, ...]
     seconds: float
@@ -81,7 +84,7 @@ def timed(one: Compiled, runner: Runner, seconds: float, evict: int = 0) -> Prof
     times = np.array(passes)
     best, low = times.min(0), np.percentile(times, LOW, axis=0)
     found, other = assigned(one.work, one.labels, low, low / np.maximum(best, 1e-9) - 1)
-    return Profile(tuple(found), float(np.percentile(times.sum(1), LOW)), other, clock, units)
+    return Profile(tuple(found), float(low.sum()), other, clock, units)
 
 
 def profile(graph: Graph, target: Target, threads: int, runner: Runner, seconds: float = 0.5) -> Profile:

@@ -11,14 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hwopt.backends.tvm.learn.features import KINDS, counted
+from hwopt.backends.tvm.learn.features import KINDS, PRODUCTS, counted
 from hwopt.backends.tvm.learn.table import Table, load_table, work_key
 from hwopt.target import Cost, CostModel, MicroKernel, Workload
 
 if TYPE_CHECKING:  # measuring imports more than listing targets may
     from hwopt.backends.tvm.learn.measure import Profile
 
-DTYPES = ("float32", "int8", "bfloat16")
+DTYPES = ("float32", "int8", "bfloat16")  # of products; other kernels were measured in whichever dtype they have
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ class Learned:
         return _scaled(found, self.analytical.estimate(workload, threads), prior)
 
     def _plain(self, work: Workload, threads: int, prior: Cost) -> Cost:
-        if not work.steps or work.kind not in KINDS or work.dtype not in DTYPES or threads not in self.table.threads:
+        if not work.steps or work.kind not in KINDS or threads not in self.table.threads:
+            return prior
+        if work.kind in PRODUCTS and work.dtype not in DTYPES:
             return prior
         key = work_key(work, threads)
         seconds, noise, around = self.more.get(key) or self.table.measured.get(key) or (0.0, 0.0, 0)

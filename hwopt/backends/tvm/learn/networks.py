@@ -8,6 +8,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from hwopt.backends.tvm.learn import glue
+
 OPSET = 21
 SIDES = (7, 8, 10, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 112)
 MACS = 200_000_000  # of one network, about: it must be quick to measure
@@ -19,16 +21,19 @@ MOBILE = (
     (14, (64, 80, 96, 112, 128)),
     (7, (128, 160, 192, 320)),
 )
-FAMILIES = ("residual", "bottleneck", "inverted", "plain", "transformer", "rows", "gated", "early", "fire", "mobile")
+GLUE = ("images", "sequences")
+FAMILIES = (
+    "residual", "bottleneck", "inverted", "plain", "transformer", "rows", "gated", "early", "fire", "mobile", *GLUE, *GLUE,
+)  # fmt: skip
 
 
 def random_network(seed: int, family: str = "") -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     """The network of that seed (of any family if none is named) and samples of its input, four batches."""
-    net = _Net(seed, family or FAMILIES[seed % len(FAMILIES)])
+    net = Net(seed, family or FAMILIES[seed % len(FAMILIES)])
     return net.build(), {"x": net.random.standard_normal((4 * net.shape[0], *net.shape[1:])).astype(np.float32)}
 
 
-class _Net:
+class Net:
     """A graph that grows; `x` is its last value, of `shape`."""
 
     def __init__(self, seed: int, family: str) -> None:
@@ -42,6 +47,11 @@ class _Net:
         if self.family == "transformer":
             hidden = int(self.random.choice((64, 96, 120, 128, 192, 240, 256, 312, 384, 512, 768)))
             return (1, int(self.random.choice((16, 32, 40, 49, 64, 80, 96, 128, 196, 256))), hidden)
+        if self.family == "sequences":
+            return (1, int(self.random.choice((16, 40, 64, 100, 128, 196, 256, 512))), 16)
+        if self.family == "images":
+            side = int(self.random.choice(SIDES))
+            return (1, 8, side, side if self.random.random() < 0.7 else int(self.random.choice(SIDES)))
         if self.family == "rows":
             return (int(self.random.choice((1, 1, 1, 2, 4, 8, 16, 32))), self.width(16, 2048))
         if self.family == "early":  # first layers: few channels, large images
@@ -69,7 +79,7 @@ class _Net:
     def build(self) -> onnx.ModelProto:
         first = helper.make_tensor_value_info("x", TensorProto.FLOAT, self.shape)
         value, shape = "x", self.shape
-        for _ in range(5):
+        for _ in range(1 if self.family in GLUE else 5):
             value, shape = getattr(self, f"_{self.family}")(value, shape)
             if self.macs > MACS:
                 break
@@ -199,6 +209,12 @@ class _Net:
         other, beside = self.conv(x, shape, there[1], 3)
         joined = self.add("Concat", self.activation(one, "Relu"), self.activation(other, "Relu"), axis=1)
         return joined, (there[0], there[1] + beside[1], *there[2:])
+
+    def _images(self, x: str, shape: tuple[int, ...]) -> tuple[str, tuple]:
+        return glue.images(self, x, shape)
+
+    def _sequences(self, x: str, shape: tuple[int, ...]) -> tuple[str, tuple]:
+        return glue.sequences(self, x, shape)
 
     def _early(self, x: str, shape: tuple[int, ...]) -> tuple[str, tuple]:
         if shape[1] > 3:

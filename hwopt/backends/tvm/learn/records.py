@@ -18,7 +18,7 @@ import numpy as np
 from hwopt.analysis.workload import rounded
 from hwopt.backends.tvm.learn.counted import Counted
 from hwopt.backends.tvm.learn.features import counted
-from hwopt.backends.tvm.learn.measure import Profile
+from hwopt.backends.tvm.learn.measure import NOISE, Profile
 from hwopt.backends.tvm.learn.predictor import Predictor, fitted
 from hwopt.backends.tvm.learn.stock import work_from
 from hwopt.backends.tvm.learn.table import Table, instructions, processor, work_key
@@ -138,9 +138,13 @@ class Quality:
 
 
 def quality(records: Sequence[Record], target: Target) -> Quality | None:
-    """Trained without one of HELD kernels, chosen by their keys, and judged on those that take 1 us; None for too few."""
+    """Trained without one of HELD kernels, chosen by their keys, and judged on those that take 1 us and were measured well.
+
+    None for too few. A measurement that varies by more than 8 % itself says little about 10 %.
+    """
     rest = [one for one in records if not held_out(one)]
-    held = list({work_key(one.work, one.threads): one for one in records if held_out(one) and one.seconds >= SHORT}.values())
+    known = [one for one in records if held_out(one) and one.seconds >= SHORT and one.noise <= NOISE]
+    held = list({work_key(one.work, one.threads): one for one in known}.values())
     return judged(learned(rest, target), held, target) if len(held) >= HELD and len(rest) >= 10 * HELD else None
 
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from hwopt.errors import UsageError
 
-MEMBERS = 4  # of an ensemble, each trained on other rows
-TREES, DEPTH, RATE = 240, 4, 0.07  # fewer trees for fewer rows than trees
+MEMBERS = 2  # of an ensemble, each trained on other rows
+TREES, DEPTH, RATE = 150, 4, 0.1  # fewer trees for fewer rows than trees
 LEAST_TREES = 60
 FAR = 1.5  # nobody knows more than a factor of four and a half less
 SHARE = 0.8  # of the rows that one member sees
