@@ -222,6 +222,14 @@ def test_unsupported_nodes_are_all_named() -> None:
     assert all(node.name in str(caught.value) for node in graph.nodes)
 
 
+def test_models_in_integers_are_refused_with_the_way_out_and_a_message_of_a_readable_length() -> None:
+    layers = " ".join(f"y{i} = ConvInteger(x, w)" for i in range(20))
+    outputs = ", ".join(f"int32[1,1,3,3] y{i}" for i in range(20))
+    graph = graph_of(f"agraph (uint8[1,1,3,3] x) => ({outputs}) <uint8[1,1,1,1] w = {{3}}> {{ {layers} }}")
+    with pytest.raises(UnsupportedError, match=r"give the float model.*and 12 more"):
+        compile_program(graph, find_target("host"))
+
+
 def test_operators_that_need_the_runtime_are_refused_with_the_way_out() -> None:
     graph = graph_of("agraph (int64[4,8] x) => (int64[4,3] y, int64[4,3] i) <int64[1] k = {3}> { y, i = TopK(x, k) }")
     with pytest.raises(UnsupportedError, match="sorts; compile it for the Relax VM"):

@@ -34,6 +34,9 @@ EXTREMES = (
     "GlobalMaxPool",
     "GlobalAveragePool",
 )  # 0 elements: no result
+INTEGERS = ("ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul")
+NO_OPERATOR = "TVM has no such operator"
+SHOWN = 8  # nodes in one message
 RUNTIME = {
     "TopK": "sorts", "Unique": "sorts", "NonZero": "its result's size depends on the data",
     "NonMaxSuppression": "sorts and its result's size depends on the data", "AllClassNMS": "sorts",
@@ -67,14 +70,15 @@ def needs_runtime(graph: Graph) -> list[tuple[Node, str]]:
 
 
 def refuse_unsupported(graph: Graph) -> None:
-    """Raise UnsupportedError that lists every node of `unsupported`."""
+    """Raise UnsupportedError that lists the nodes of `unsupported`."""
     refuse(graph, unsupported(graph))
 
 
 def refuse(graph: Graph, found: Sequence[tuple[Node, str]], hint: str = "") -> None:
-    """Raise UnsupportedError that lists these nodes; nothing if there are none."""
+    """Raise UnsupportedError that lists these nodes, of many the first ones; nothing if there are none."""
     if found:
-        listed = "; ".join(f"node {node.name} ({node.op}): {reason}" for node, reason in found)
+        listed = "; ".join(f"node {node.name} ({node.op}): {reason}" for node, reason in found[:SHOWN])
+        listed += f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         raise UnsupportedError(f"TVM cannot run {listed}", place=graph.name, hint=hint)
 
 
@@ -93,7 +97,7 @@ def _reason(graph: Graph, node: Node) -> str:
         if graph.tensor(value).dtype not in DTYPES:
             return f"it works on {graph.tensor(value).dtype}"
     if node.op not in _converters():
-        return "TVM has no such operator"
+        return "of a model in integers; give the float model, hwopt quantizes it itself" if node.op in INTEGERS else NO_OPERATOR
     return wrong_in_tvm(graph, node)
 
 
