@@ -164,10 +164,10 @@ def from_sklearn(booster: Any) -> Trees:
         for index in range(tree.node_count):
             leaf = tree.children_left[index] < 0
             value = booster.learning_rate * tree.value[index, 0, 0] if leaf else tree.threshold[index]
-            value = float(f"{value:.5g}" if leaf else f"{value:.9g}")
+            value = float(f"{value:.5g}" if leaf else f"{value:.7g}")
             left, right = (0, 0) if leaf else (int(tree.children_left[index]), int(tree.children_right[index]))
             nodes.append(
-                (-1 if leaf else int(tree.feature[index]), float(f"{value:.5g}" if leaf else f"{value:.9g}"), left, right)
+                (-1 if leaf else int(tree.feature[index]), float(f"{value:.5g}" if leaf else f"{value:.7g}"), left, right)
             )
         trees.append(tuple(nodes))
     base = float(booster.init_.predict(np.zeros((1, booster.n_features_in_)))[0])
