@@ -46,6 +46,16 @@ def test_pads_that_repeat_the_border(mode: str) -> None:
     check(f'{text} {{ y = Pad <mode = "{mode}"> (x, p) }}')
 
 
+@pytest.mark.parametrize("mode", ["reflect", "edge", "wrap"])
+def test_what_negative_pads_take_away_is_not_repeated(mode: str) -> None:
+    text = "(float[6,5] x) => (float[7,5] y) <int64[4] p = {-1,2,2,-2}>"
+    assert check(f'{text} {{ y = Pad <mode = "{mode}"> (x, p) }}') == [f"pad_{mode}"]
+
+
+def test_what_is_left_is_repeated_as_often_as_pads_are_long() -> None:
+    check('(float[5] x) => (float[14] y) <int64[2] p = {-2,11}> { y = Pad <mode = "wrap"> (x, p) }')
+
+
 def test_pads_of_some_axes_between_convolutions_move_nothing_else() -> None:
     row = ", ".join(str(value) for value in np.random.default_rng(1).integers(-2, 3, 16 * 16 * 9))
     params = f"float[16,16,3,3] w = {{{row}}}, int64[4] p = {{1,1,1,1}}, int64[2] a = {{2,-1}}"

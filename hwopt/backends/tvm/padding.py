@@ -18,7 +18,8 @@ def emit(graph: Graph, node: Node, values: Values, builder: Any) -> bool:
     if pads is None:
         return False
     dims = graph.tensor(node.inputs[0]).dims
-    if 0 in dims or (mode != "edge" and any(max(pair) >= size for pair, size in zip(pads, dims, strict=True) if any(pair))):
+    left = [size + min(before, 0) + min(after, 0) for size, (before, after) in zip(dims, pads, strict=True)]
+    if min(left, default=1) < 1 or (mode == "reflect" and any(max(pair) >= most for pair, most in zip(pads, left, strict=True))):
         return False  # more than is there: reflected several times
     last = len(dims) > 2 and values.is_last(node.inputs[0])
     data = values.get(node.inputs[0], last)
@@ -50,19 +51,21 @@ def _padded(data: Any, pads: Sequence[tuple[int, int]], dims: Sequence[int], mod
 
     def element(*indices: Any) -> Any:
         places = zip(indices, pads, dims, strict=True)
-        return data(*(_source(index, pair[0], size, mode) if any(pair) else index for index, pair, size in places))
+        return data(*(_source(index, pair, size, mode) if any(pair) else index for index, pair, size in places))
 
     return te.compute(shape, element, f"pad_{mode}")
 
 
-def _source(index: Any, before: int, size: int, mode: str) -> Any:
-    """The place in the data of a result along one axis."""
+def _source(index: Any, pads: tuple[int, int], size: int, mode: str) -> Any:
+    """The place in the data of a result along one axis; what negative pads take away is not there to be repeated."""
     from tvm import tirx
 
+    before, after = pads
+    first, last = max(0, -before), size - 1 + min(0, after)
     place = index - before
     if mode == "edge":
-        return tirx.Max(tirx.Min(place, size - 1), 0)
+        return tirx.Max(tirx.Min(place, last), first)
     if mode == "wrap":
-        return tirx.Select(place < 0, place + size, tirx.Select(place >= size, place - size, place))
-    place = tirx.Max(place, 0 - place)
-    return tirx.Min(place, 2 * (size - 1) - place)
+        return first + tirx.floormod(place - first, last - first + 1)
+    place = tirx.Max(place, 2 * first - place)
+    return tirx.Min(place, 2 * last - place)
