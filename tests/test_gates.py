@@ -7,12 +7,15 @@ import math
 import numpy as np
 import pytest
 import tvm
+from onnx import parser
 
+from hwopt.analysis.gates import self_gated
 from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.build import tvm_target
 from hwopt.backends.tvm.kernels.epilogue import LOST, Epilogue
 from hwopt.backends.tvm.kernels.functions import QUICK
 from hwopt.backends.tvm.kernels.spec import Activation, MatmulSpec, Quantize
+from hwopt.io.proto import from_model
 from hwopt.plugins import find_target
 
 EXACT = {
@@ -60,3 +63,10 @@ def test_the_polynomials_are_as_good_as_they_say(gate: str) -> None:
     inner = x.clip(-quick.limit, quick.limit)
     found = x * (inner * np.polyval(quick.coefficients, inner**2) + 0.5)
     assert np.abs(found - EXACT[gate](x))[np.abs(x) < 12].max() <= quick.error
+
+
+def test_a_factor_with_axes_of_its_own_is_no_gate_of_a_kernel() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 21]> agraph (float[1,2,3,4] x) => (float[1,1,2,3,4] y)
+    <float[1,1,1,1,1] a = {1.7}> { h = Relu(x) m = Mul(h, a) s = Sigmoid(m) y = Mul(h, s) }"""
+    assert self_gated(from_model(parser.parse_model(text)), "h") == ()
+    assert self_gated(from_model(parser.parse_model(text.replace("[1,1,1,1,1]", "[1]").replace("[1,1,2", "[1,2"))), "h")

@@ -12,7 +12,7 @@ def self_gated(graph: Graph, value: str) -> tuple[Node, ...]:
         return ()
     for inner, product in (users, users[::-1]):
         found = _gate(graph, value, inner, product) if product.op == "Mul" else ()
-        if found:
+        if found and graph.tensor(found[-1].output) == graph.tensor(value):  # no factor brings axes of its own
             return found
     return ()
 
