@@ -143,6 +143,7 @@ class Lab:
     """One model under study, with what its libraries said."""
 
     job: Job
+    judge: Job  # scores on samples by which no plan was chosen
     task: Search
     priced: Priced
     folder: Path
@@ -157,8 +158,8 @@ class Lab:
         return self.known[graph.digest]
 
     def score(self, built: Built) -> Comparison:
-        """On the library itself."""
-        scorer = make_job_scorer(self.job, 1)
+        """On the library itself, and samples that the search has not seen."""
+        scorer = make_job_scorer(self.judge, 1)
         if scorer is None:
             raise ValueError("no evaluation data")
         return compare(scorer.metric, self.baseline, scorer(built.artifact.run))
@@ -170,19 +171,23 @@ def families(
 ) -> None:
     """Rows: speed of the joint plan, scores at equal latency, and what each change of the plan saves."""
     model, shapes, calibrate, evaluate = DATA[name](folder)
-    job = prepare(
-        model, target="host", shapes=shapes, binds=None, calibrate=calibrate, evaluate=evaluate, budget=Budget(MAX_DROP),
-        passes=None, threads=threads or 1, seed=0, progress=quiet,
+    chosen, judged = ({key: array[first::2] for key, array in evaluate.items()} for first in (0, 1))
+    job, judge = (
+        prepare(
+            model, target="host", shapes=shapes, binds=None, calibrate=calibrate, evaluate=half, budget=Budget(MAX_DROP),
+            passes=None, threads=threads or 1, seed=0, progress=quiet,
+        )
+        for half in (chosen, judged)
     )  # fmt: skip
     task = make_task(job)
-    scorer = make_job_scorer(job, 1)
+    scorer = make_job_scorer(judge, 1)
     if task is None or scorer is None:
         raise ValueError("the model has no data")
     with tempfile.TemporaryDirectory(prefix="hwopt-planner-") as scratch:
         whole = build(job.graph, job.target, job.threads, Path(scratch) / "float")
         job, task = as_measured(job, task, whole)
         priced = price(task)
-        lab = Lab(job, task, priced, Path(scratch), scorer(whole.artifact.run))
+        lab = Lab(job, judge, task, priced, Path(scratch), scorer(whole.artifact.run))
         feeds = {key: array[:1] for key, array in evaluate.items() if key != "labels"}
         joint, library = fastest(job, search(task, priced), lambda one: lab.built(one.graph))
         own, plain = fastest(job, search(task, _int8(priced)), lambda one: lab.built(one.graph))
