@@ -8,7 +8,8 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterator, Mapping
-from importlib.metadata import entry_points
+from contextlib import contextmanager
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 
@@ -95,10 +96,24 @@ def _add(found: dict, name: str, value: object) -> None:
 def _modules(group: str) -> Iterator[ModuleType]:
     """The modules of every package an entry point of the group names; names that start with _ are helpers, not plug-ins."""
     for entry in sorted(entry_points(group=group), key=lambda e: e.name):
-        package = entry.load()
+        with _told_apart(entry):
+            package = entry.load()
         if not hasattr(package, "__path__"):
             yield package
             continue
         for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda i: i.name):
             if not info.name.startswith("_"):
-                yield importlib.import_module(f"{package.__name__}.{info.name}")
+                with _told_apart(entry):
+                    module = importlib.import_module(f"{package.__name__}.{info.name}")
+                yield module
+
+
+@contextmanager
+def _told_apart(entry: EntryPoint) -> Iterator[None]:
+    """Whatever a plug-in raises while it is imported is its own mistake, and says whose."""
+    try:
+        yield
+    except Exception as error:
+        owner = entry.dist.name if entry.dist else entry.value
+        message = f"plug-in {entry.value} cannot be imported: {type(error).__name__}: {error}"
+        raise UsageError(message, place=owner, hint=f"mend it, or pip uninstall {owner}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -184,6 +185,12 @@ def test_lists_of_passes_split_at_commas_outside_of_braces_and_quotes() -> None:
     assert [(str(one), exactly) for one, exactly in found] == [
         ("quantize", False), ('low-rank{site="a,b{}c",rank=3}', True), ("quantize", True)
     ]  # fmt: skip
+
+
+def test_a_plug_in_that_cannot_be_imported_says_whose_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [EntryPoint("theirs", "no_such_module", group)])
+    with pytest.raises(UsageError, match="no_such_module cannot be imported: ModuleNotFoundError"):
+        find_passes.__wrapped__()
 
 
 def module_with(**values: Any) -> ModuleType:

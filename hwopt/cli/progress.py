@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +12,36 @@ import rich.progress
 
 
 class ProgressBar:
-    """A progress bar on a terminal's stderr; elsewhere one line per stage."""
+    """A progress bar on a terminal's stderr; elsewhere one line per stage.
+
+    A Ctrl-C that C++ code swallows (a KeyboardInterrupt inside of one of its callbacks is lost, or becomes another error) is
+    raised again by the next step, until a stage says that the work was interrupted.
+    """
+
+    _pressed = False
 
     def __enter__(self) -> Callable[..., None]:
+        self._before = signal.getsignal(signal.SIGINT)
+        if self._ours:
+            signal.signal(signal.SIGINT, self._press)
+        return self._begin()
+
+    @property
+    def _ours(self) -> bool:
+        """Not in other threads, nor where the shell has the signal ignored (a job in the background)."""
+        return threading.current_thread() is threading.main_thread() and self._before not in (None, signal.SIG_IGN)
+
+    def _press(self, *_: object) -> None:
+        self._pressed = True
+        raise KeyboardInterrupt
+
+    def _check(self, stage: str) -> None:
+        if stage.startswith("interrupted"):
+            self._pressed = False
+        if self._pressed:
+            raise KeyboardInterrupt
+
+    def _begin(self) -> Callable[..., None]:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
@@ -25,13 +54,19 @@ class ProgressBar:
         return self._advance
 
     def _advance(self, stage: str, done: int, total: int) -> None:
+        self._check(stage)
         if self._bar.disable and stage != self._stage:
             click.echo(f"hwopt: {stage} ...", err=True)
         self._stage = stage
         self._bar.update(self._task, description=stage, completed=done, total=total)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._bar.stop()
+        if self._ours:
+            signal.signal(signal.SIGINT, self._before)
+        error = raised[1] if raised else None
+        if self._pressed and isinstance(error, Exception):
+            raise KeyboardInterrupt from error
 
 
 class PausableBar(ProgressBar):
@@ -45,11 +80,12 @@ class PausableBar(ProgressBar):
         """False for a state that is not worth a line of its own where there is no terminal."""
         return True
 
-    def __enter__(self) -> Callable[..., None]:
-        super().__enter__()
+    def _begin(self) -> Callable[..., None]:
+        super()._begin()
         return self._advance_state
 
     def _advance_state(self, state: Any) -> None:
+        self._check("")
         text = self.line(state)
         if self._bar.disable and self.news(state):
             click.echo(f"hwopt: {text}", err=True)

@@ -1,0 +1,49 @@
+"""Ctrl-C while a bar is shown."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+
+import pytest
+
+from hwopt.cli.progress import ProgressBar
+from hwopt.errors import UsageError
+
+
+def press() -> None:
+    """What C++ code does that loses the exception of a callback."""
+    with contextlib.suppress(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupt_that_was_swallowed_is_raised_by_the_next_step() -> None:
+    with pytest.raises(KeyboardInterrupt), ProgressBar() as advance:
+        advance("compiling", 0, 1)
+        press()
+        advance("measuring", 0, 1)
+
+
+def test_work_that_says_that_it_was_interrupted_goes_on() -> None:
+    with ProgressBar() as advance:
+        press()
+        advance("interrupted: the best plan of 3 rounds", 0, 1)
+        advance("compiling", 0, 1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_that_became_another_error_is_an_interrupt() -> None:
+    with pytest.raises(KeyboardInterrupt), ProgressBar():
+        press()
+        raise UsageError("TVM cannot compile it")
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with ProgressBar() as advance:
+            os.kill(os.getpid(), signal.SIGINT)
+            advance("compiling", 0, 1)
+    finally:
+        signal.signal(signal.SIGINT, before)
