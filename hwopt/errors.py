@@ -95,6 +95,8 @@ EXIT_CODES: Mapping[int, str] = {
     130: "interrupted",
 }
 
+NEAR = 5  # names that a hint lists of a graph's many
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The hint for an unknown name: the nearest known one, or all of them when none is near."""
@@ -103,3 +105,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if near:
         return f"did you mean {near[0]}?"
     return "known: " + ", ".join(names) if names else "none is known"
+
+
+def closest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The same for one of many names: at most five that resemble it, or `otherwise`."""
+    near = difflib.get_close_matches(name, sorted(known), n=NEAR, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else otherwise

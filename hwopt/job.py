@@ -15,7 +15,7 @@ from hwopt.emit.products import Form
 from hwopt.errors import UsageError
 from hwopt.evaluate import check_labels
 from hwopt.io.preprocess import Preprocess, folded, parse_preprocess
-from hwopt.ir import Graph
+from hwopt.ir import Graph, descends
 from hwopt.pipeline import Context, Pass, PassManager, Phase, parse_list
 from hwopt.plan.budget import Budget
 from hwopt.plan.options import Progress
@@ -84,6 +84,7 @@ def prepare(
     families, fixed = choose_families(passes)
     progress("loading", 0, 1)
     graph = clean(preprocessed(load(model, shapes=shapes, binds=binds), preprocess), Context(hardware, seed=seed))
+    _check_sites(graph, fixed)
     scorer = evaluate if isinstance(evaluate, str) and is_scoring(evaluate) else None
     evaluation = None if scorer else _samples(evaluate, graph)
     calibration, evaluation = _disjoint(_samples(calibrate, graph), evaluation, scorer)
@@ -170,7 +171,17 @@ def choose_families(text: str | None) -> tuple[tuple[type[Pass], ...], tuple[Pas
     if text is None:
         return tuple(kind for kind in known.values() if kind.phase != Phase.CLEAN), ()
     stated = parse_list(text, known) if text != "none" else []
+    for one in (one for one, exactly in stated if exactly):
+        one.check_stated()
     return tuple(type(one) for one, exactly in stated if not exactly), tuple(one for one, exactly in stated if exactly)
+
+
+def _check_sites(graph: Graph, stated: Iterable[Pass]) -> None:
+    """Raise PassError for a site that is no node; parts of one (`fc1:down`) an earlier pass may make yet."""
+    for one in stated:
+        unknown = tuple(name for name in one.site if not any(descends(name, node.name) for node in graph.nodes))
+        if unknown:
+            replace(one, site=unknown, **dict.fromkeys(one.each, ())).check_site(graph)
 
 
 def read_plan(plan: Plan | Path | str) -> Plan:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from hwopt.errors import HwoptError, PassError, UsageError, VerifyError, did_you_mean
+from hwopt.errors import HwoptError, PassError, UsageError, VerifyError, closest, did_you_mean
 from hwopt.ir import Graph, Node, descended, descends, verify
 from hwopt.samples import Samples
 from hwopt.target import Target
@@ -66,6 +66,7 @@ class Pass:
     exact: ClassVar[bool] = False  # True if outputs stay equal to float rounding
     saves: ClassVar[frozenset[str]] = frozenset({"seconds", "bytes"})  # what a family can make less of
     knobs: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({})  # fields for --search, the usual value first
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})  # fields whose words are known, and the words
     each: ClassVar[tuple[str, ...]] = ()  # fields that may hold one value for every name in `site`
     order: ClassVar[int] = 50  # among the passes of one phase that run together: low numbers first, then by name
 
@@ -88,11 +89,23 @@ class Pass:
         """True if the node is in `site`, was split off a node in `site`, or there is no `site`."""
         return not self.site or any(descends(node.name, name) for name in self.site)
 
+    def check(self) -> None:
+        """Raise PassError for options that mean nothing on any graph. Known without one, so before any long work."""
+        for option, known in self.choices.items():
+            value = getattr(self, option)
+            if value not in known:
+                raise PassError(f"no {option} {value!r}", place=str(self), hint=did_you_mean(value, known))
+
+    def check_stated(self) -> None:
+        """The same for a pass that a user wrote out with braces, which may have to say more than a candidate."""
+        self.check()
+
     def check_site(self, graph: Graph) -> None:
         """Raise PassError for a site that the graph does not have."""
         for name in self.site:
             if name not in graph.node and not descended(graph, name):
-                raise PassError(f"no node {name} in {graph.name}", place=str(self), hint=did_you_mean(name, graph.node))
+                hint = closest(name, graph.node, "hwopt print shows the nodes")
+                raise PassError(f"no node {name} in {graph.name}", place=str(self), hint=hint)
 
     def __str__(self) -> str:
         return printed(self.name, self)
@@ -107,13 +120,14 @@ _OPTION = re.compile(rf"\s*([\w-]+)\s*=\s*({_ITEM}(?:\+{_ITEM})*)\s*(,|$)")
 def printed(name: str, options: Any) -> str:
     """`name{key=value,...}` of a dataclass whose fields are options; usual values are left out."""
     shown = ((f.name, getattr(options, f.name)) for f in dataclasses.fields(options) if getattr(options, f.name) != f.default)
-    text = ",".join(f"{key}={_print(value)}" for key, value in shown)
+    text = ",".join(f"{key}={printed_value(value)}" for key, value in shown)
     return f"{name}{{{text}}}" if text else name
 
 
-def _print(value: Any) -> str:
+def printed_value(value: Any) -> str:
+    """The text of one option, as `parse` reads it."""
     if isinstance(value, tuple):
-        return "+".join(_print(item) for item in value)
+        return "+".join(printed_value(item) for item in value)
     if isinstance(value, bool):
         return str(value).lower()
     text = value if isinstance(value, str) else repr(value)

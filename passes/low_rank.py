@@ -35,9 +35,10 @@ class LowRank(Pass):
     SVD for Gemm, MatMul and 1x1 convolutions, Tucker-2 (Kim et al. 2016) for the others. `whitened` minimises the error of
     the layer's output on the calibration data, `plain` that of the weights. The last factor keeps the node's name, output
     and bias, the others are parts of it (`fc1:down`). Applies where the weights are constant, unshared and ungrouped, and
-    where the factors need fewer multiply-adds than the layer. rank 0 means half of the break-even rank; rank_in is the
-    input rank of k x k convolutions, 0 for the same share of the channels as rank; a full rank leaves its 1x1 out. rank=vbmf
-    takes as many directions as the weights have above their noise, by variational Bayes (Nakajima et al. 2013): a start.
+    where the factors need fewer multiply-adds than the layer. rank 0 means half of the break-even rank (a pass in braces
+    must state its rank); rank_in is the input rank of k x k convolutions, 0 for the same share of the channels as rank; a
+    full rank leaves its 1x1 out. rank=vbmf takes as many directions as the weights have above their noise, by variational
+    Bayes (Nakajima et al. 2013): a start.
 
     kind=cp:  a k x k convolution -> 1x1 `:down`, depthwise k x k `:core`, 1x1, by CP decomposition whose degenerate terms are
     corrected (Phan et al. 2020), so that quantizing or training the factors does not ruin them.
@@ -47,6 +48,7 @@ class LowRank(Pass):
     summary: ClassVar[str] = "factor Gemm, MatMul and Conv by (whitened) SVD, Tucker-2 and CP"
     phase: ClassVar[Phase] = Phase.FACTOR
     knobs: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"damping": (0.01, 0.001, 0.1), "kind": KINDS})
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({"method": METHODS, "kind": KINDS})
 
     rank: int | str = 0  # or vbmf
     rank_in: int = 0
@@ -55,7 +57,8 @@ class LowRank(Pass):
     kind: str = "tucker"  # of k x k convolutions; or cp
 
     def run(self, graph: Graph, ctx: Context) -> Graph:
-        self._check(graph)
+        self.check()
+        self.check_site(graph)
         edit, layers = graph.edit(), []
         for node in graph.nodes if self.site else of_op(graph, *OPS):
             layer = layer_of(graph, node, self.kind) if self.covers(node) else None
@@ -93,16 +96,21 @@ class LowRank(Pass):
             return super().turned(**{name: value for name, value in knobs.items() if name != "kind"})
         return super().turned(**{**knobs, "rank_in": 0})
 
-    def _check(self, graph: Graph) -> None:
-        self.check_site(graph)
-        for option, value, known in (("method", self.method, METHODS), ("kind", self.kind, KINDS)):
-            if value not in known:
-                raise PassError(f"unknown {option} {value}", place=str(self), hint="known: " + ", ".join(known))
+    def check(self) -> None:
+        super().check()
         if isinstance(self.rank, str):
             if self.rank != VBMF or self.rank_in:
                 raise PassError(f"rank={self.rank} is no rank", place=str(self), hint="write rank=16, or rank=vbmf alone")
-        elif self.rank < 0 or self.rank_in < 0 or self.damping < 0:
-            raise PassError("ranks and damping must not be negative", place=str(self))
+        elif self.rank < 0:
+            raise PassError(f"rank={self.rank} is below zero", place=str(self), hint="write rank=16, or rank=vbmf")
+        if self.rank_in < 0 or not 0 <= self.damping < math.inf:
+            raise PassError("rank_in and damping must not be negative", place=str(self), hint="leave them out for the usual ones")
+
+    def check_stated(self) -> None:
+        """Half of the break-even rank is a start for candidates, which are judged; what is stated is applied unjudged."""
+        self.check()
+        if self.rank == 0:
+            raise PassError("which rank?", place=str(self), hint="write rank=16, or rank=vbmf")
 
     def _lacks(self, ctx: Context) -> str:
         missing = self.method == "whitened" and ctx.calibration is None

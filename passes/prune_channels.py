@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from hwopt.analysis.coupling import Group, analyse, coupling
-from hwopt.errors import PassError, UsageError, did_you_mean
+from hwopt.errors import PassError, UsageError, closest, did_you_mean
 from hwopt.ir import Graph
 from hwopt.pipeline import Context, Pass, Phase, Refusal, at_site
 from hwopt.target import Target
@@ -45,6 +45,7 @@ class PruneChannels(Pass):
     summary: ClassVar[str] = "remove the least important channels, heads or groups, in all layers that share them"
     phase: ClassVar[Phase] = Phase.PRUNE
     knobs: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"criterion": SEARCHED})
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({"criterion": tuple(CRITERIA)})
     each: ClassVar[tuple[str, ...]] = ("keep",)
 
     keep: tuple[int, ...] = ()
@@ -67,6 +68,8 @@ class PruneChannels(Pass):
             raise UsageError(f"{len(self.keep)} widths for {len(self.site)} groups", place=str(self), hint="state one for each")
 
     def run(self, graph: Graph, ctx: Context) -> Graph:
+        self.check()
+        self.check_site(graph)
         found = analyse(graph)
         chosen = list(self._chosen(graph, found.groups, ctx))
         if not chosen:
@@ -82,18 +85,27 @@ class PruneChannels(Pass):
 
     def _chosen(self, graph: Graph, groups: tuple[Group, ...], ctx: Context) -> Iterator[Group]:
         """The groups that the site names and that may be cut; every other one is refused."""
-        if not self.keep and not self.ratio:
-            raise UsageError("how much?", place=str(self), hint="write keep=48 or ratio=0.5")
         known = {group.name: group for group in groups}
         for name in self.site or known:
             if name in known and not known[name].frozen and self._wanted(known[name], ctx) < known[name].size:
                 yield known[name]
             elif name in known:
                 ctx.refuse(self, name, known[name].frozen or f"it has no more than {known[name].size} units")
-            elif name in graph.node:
-                ctx.refuse(self, name, "no group of channels is called after this node")
             else:
-                raise PassError(f"no group {name} in {graph.name}", place=str(self), hint=did_you_mean(name, known))
+                ctx.refuse(self, name, "no group of channels is called after this node")
+
+    def check(self) -> None:
+        super().check()
+        if not self.keep and not self.ratio:
+            raise UsageError("how much?", place=str(self), hint="write keep=48 or ratio=0.5")
+
+    def check_site(self, graph: Graph) -> None:
+        """Groups are called after nodes; those of inputs after the value."""
+        for name in (one for one in self.site if one not in graph.node):
+            known = {group.name for group in coupling(graph)}
+            if name not in known:
+                hint = closest(name, known, "groups are called after the first node that writes them")
+                raise PassError(f"no group {name} in {graph.name}", place=str(self), hint=hint)
 
     def _wanted(self, group: Group, ctx: Context) -> int:
         """Units to keep; a ratio is rounded up to the granule of the target, if there is one."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from hwopt.analysis.ranges import CALIBRATORS, Probe, check_calibrator, observed
-from hwopt.errors import PassError, ToolchainError, did_you_mean
+from hwopt.analysis.ranges import CALIBRATORS, Probe, observed
+from hwopt.errors import PassError, ToolchainError
 from hwopt.ir import Graph, of_op
 from hwopt.pipeline import Context, Pass, Phase, Refusal
 from hwopt.samples import Samples
@@ -62,6 +62,9 @@ class Quantize(Pass):
     summary: ClassVar[str] = "static int8 (weights per channel, activations calibrated), or dtype=bf16"
     phase: ClassVar[Phase] = Phase.QUANTIZE
     knobs: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"calibrator": (*CALIBRATORS, AUTO)})
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+        {"calibrator": (*CALIBRATORS, AUTO), "dtype": DTYPES, "weights": tuple(WEIGHTS), "rounding": ROUNDINGS}
+    )
 
     calibrator: str = "minmax"
     percent: float = 99.99  # what the percentile calibrator keeps
@@ -73,20 +76,10 @@ class Quantize(Pass):
     dynamic: bool = False  # data by rows, at run time
 
     def run(self, graph: Graph, ctx: Context) -> Graph:
+        self.check()
         self.check_site(graph)
-        if self.dtype not in DTYPES:
-            raise PassError(f"no dtype {self.dtype!r}", place=str(self), hint=did_you_mean(self.dtype, DTYPES))
-        if self.rounding not in ROUNDINGS:
-            raise PassError(f"no rounding {self.rounding!r}", place=str(self), hint=did_you_mean(self.rounding, ROUNDINGS))
-        if self.weights not in WEIGHTS or (self.dtype == "bf16" and self.weights != "int8"):
-            hint = did_you_mean(self.weights, WEIGHTS)
-            raise PassError(f"no weights {self.weights!r} with dtype {self.dtype}", place=str(self), hint=hint)
-        if self.dynamic and (self.dtype, self.weights, self.rounding) != ("int8", "int8", "nearest"):
-            raise PassError("dynamic=true has int8 weights, rounded to the nearest", place=str(self))
         if self.dtype == "bf16":
             return self._to_bfloat16(graph, ctx)
-        if self.calibrator != AUTO:
-            check_calibrator(self.calibrator)
         needed = INT4_OPSET if self.weights == "int4" else OPSET
         if graph.opsets.get("", 0) < needed:
             what = "4-bit weights need" if self.weights == "int4" else "one scale per channel needs"
@@ -132,6 +125,17 @@ class Quantize(Pass):
             hint = "pip install 'hwopt[torch]', or take rounding=adaround"
             raise ToolchainError("block reconstruction needs torch", place=str(self), hint=hint) from error
         return reconstructed(graph, after, names, samples, str(self), lambda site, why: ctx.refuse(self, site, why))
+
+    def check(self) -> None:
+        super().check()
+        if self.dtype == "bf16" and self.weights != "int8":
+            raise PassError(f"no weights {self.weights!r} with dtype bf16", place=str(self), hint="leave weights or dtype out")
+        if self.dynamic and (self.dtype, self.weights, self.rounding) != ("int8", "int8", "nearest"):
+            hint = "leave dtype, weights and rounding out, or dynamic"
+            raise PassError("dynamic=true has int8 weights, rounded to the nearest", place=str(self), hint=hint)
+        if not 50 < self.percent <= 100:
+            hint = "write what the percentile calibrator keeps, such as percent=99.9"
+            raise PassError(f"percent={self.percent} is not above 50 and at most 100", place=str(self), hint=hint)
 
     @classmethod
     def candidates(cls, graph: Graph, target: Target) -> Iterator[Pass | Refusal]:

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from hwopt.analysis.covariance import channel_moments, second_moments
-from hwopt.errors import PassError, did_you_mean
+from hwopt.errors import PassError
 from hwopt.ir import Edit, Graph, Node, of_op
 from hwopt.pipeline import Context, Pass, Phase, Refusal
 from hwopt.target import Target
@@ -53,6 +53,7 @@ class QuantizeWeights(Pass):
     summary: ClassVar[str] = "weights as 3, 4 or 8 bit integers, float activations"
     phase: ClassVar[Phase] = Phase.QUANTIZE
     knobs: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"group": (32, 16, 64, 128), "method": METHODS})
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({"method": METHODS})
 
     bits: int = 8
     group: int = 0  # inputs that share a scale; 0: all of an output channel
@@ -60,7 +61,10 @@ class QuantizeWeights(Pass):
     act_order: bool = False  # gptq: the strongest inputs first
 
     def run(self, graph: Graph, ctx: Context) -> Graph:
-        self._check(graph, ctx)
+        self.check()
+        self.check_site(graph)
+        if self.method != "nearest" and ctx.calibration is None:
+            raise PassError(f"{self.method} needs calibration data", place=str(self), hint="give some with --calibrate")
         chosen = []
         for node in graph.nodes if self.site else of_op(graph, *OPS):
             reason = self._reason(graph, node) if self.covers(node) else ""
@@ -84,17 +88,13 @@ class QuantizeWeights(Pass):
             self._write(edit, graph, weight, node, steps, scales)
         return edit.finish(str(self))
 
-    def _check(self, graph: Graph, ctx: Context) -> None:
-        self.check_site(graph)
+    def check(self) -> None:
+        super().check()
         if self.bits not in BITS or self.group < 0:
-            hint = "bits is 3, 4 or 8"
+            hint = "bits is 3, 4 or 8, and group a number of inputs, or 0 for all of them"
             raise PassError(f"bits={self.bits},group={self.group} is no form of weights", place=str(self), hint=hint)
-        if self.method not in METHODS:
-            raise PassError(f"no method {self.method!r}", place=str(self), hint=did_you_mean(self.method, METHODS))
         if self.act_order and self.method != "gptq":
             raise PassError("act_order is an order of gptq", place=str(self), hint="add method=gptq")
-        if self.method != "nearest" and ctx.calibration is None:
-            raise PassError(f"{self.method} needs calibration data", place=str(self), hint="give some with --calibrate")
 
     @classmethod
     def candidates(cls, graph: Graph, target: Target) -> Iterator[Pass | Refusal]:

@@ -52,6 +52,9 @@ class ShareWeights(Pass):
     knobs: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
         {"sensitivity": SENSITIVITIES, "group": GROUPS, "scales": SCALES}
     )
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+        {"axis": AXES, "sensitivity": SENSITIVITIES, "scales": SCALES}
+    )
 
     bits: int = 4
     axis: str = "tensor"
@@ -61,7 +64,8 @@ class ShareWeights(Pass):
     scales: str = "none"  # or channel
 
     def run(self, graph: Graph, ctx: Context) -> Graph:
-        self._check(graph)
+        self.check()
+        self.check_site(graph)
         chosen: dict[str, list[Node]] = {}  # weight -> the nodes that read it
         for node in graph.nodes if self.site else _takers(graph):
             if not self.covers(node) or (node.op not in OPS and node.name not in self.site):
@@ -97,17 +101,16 @@ class ShareWeights(Pass):
         moot = "scales" if self.group else "group"
         return super().turned(**{name: value for name, value in knobs.items() if name != moot})
 
-    def _check(self, graph: Graph) -> None:
-        self.check_site(graph)
+    def check(self) -> None:
+        super().check()
         if not 2 <= self.bits <= 8:
             raise PassError(f"bits={self.bits} is not between 2 and 8", place=str(self))
-        words = (("axis", self.axis, AXES), ("sensitivity", self.sensitivity, SENSITIVITIES), ("scales", self.scales, SCALES))
-        for option, value, known in words:
-            if value not in known:
-                raise PassError(f"unknown {option} {value}", place=str(self), hint="known: " + ", ".join(known))
+        if self.group < 0 or self.dim < 1:
+            hint = "write group=8, dim=4, or leave them out"
+            raise PassError(f"group={self.group},dim={self.dim} is no size", place=str(self), hint=hint)
         if (self.group > 0) != (self.axis == "channel-group"):
             raise PassError("group (output channels per codebook) and axis=channel-group go together", place=str(self))
-        if self.dim < 1 or (self.group and (self.dim > 1 or self.scales != "none")):
+        if self.group and (self.dim > 1 or self.scales != "none"):
             raise PassError("dim and scales belong to one codebook for the tensor", place=str(self), hint="leave group out")
 
     def _reason(self, graph: Graph, node: Node) -> str:

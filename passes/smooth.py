@@ -38,10 +38,14 @@ class Smooth(Pass):
     strength: float = 0.0  # a; 0: searched
     insert: bool = True  # a Mul where nothing in front takes the factors
 
-    def run(self, graph: Graph, ctx: Context) -> Graph:
-        self.check_site(graph)
+    def check(self) -> None:
+        super().check()
         if not 0 <= self.strength < 1:
             raise PassError(f"strength={self.strength} is not between 0 and 1", place=str(self))
+
+    def run(self, graph: Graph, ctx: Context) -> Graph:
+        self.check()
+        self.check_site(graph)
         if ctx.calibration is None:
             raise PassError("the ranges of activations need calibration data", place=str(self), hint="give some with --calibrate")
         groups = readers_of(self._layers(graph, ctx))

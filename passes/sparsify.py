@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from hwopt.errors import PassError, did_you_mean
+from hwopt.errors import PassError
 from hwopt.ir import Graph, Node, of_op
 from hwopt.pipeline import Context, Pass, Phase, Refusal
 from hwopt.target import Target
@@ -38,13 +38,15 @@ class Sparsify(Pass):
     phase: ClassVar[Phase] = Phase.SHARE
     order: ClassVar[int] = 60
     knobs: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"criterion": ("activation", "magnitude", "obd")})
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({"criterion": CRITERIA})
 
     pattern: str = "unstructured"  # or n:m
     ratio: float = 0.5  # of the weights that go, for pattern=unstructured
     criterion: str = "magnitude"
 
     def run(self, graph: Graph, ctx: Context) -> Graph:
-        self._check(graph)
+        self.check()
+        self.check_site(graph)
         chosen: dict[str, Node] = {}  # weight -> its reader
         for node in graph.nodes if self.site else of_op(graph, *OPS):
             if not self.covers(node) or (node.op not in OPS and node.name not in self.site):
@@ -74,15 +76,13 @@ class Sparsify(Pass):
         found = PATTERN.fullmatch(self.pattern)
         return (int(found[1]), int(found[2])) if found else None
 
-    def _check(self, graph: Graph) -> None:
-        self.check_site(graph)
+    def check(self) -> None:
+        super().check()
         group = self._group()
         if self.pattern != "unstructured" and (group is None or not 0 < group[0] < group[1]):
             raise PassError(f"no pattern {self.pattern!r}", place=str(self), hint="write pattern=2:4 or pattern=unstructured")
         if not 0 < self.ratio < 1:
             raise PassError(f"ratio={self.ratio} is not between 0 and 1", place=str(self))
-        if self.criterion not in CRITERIA:
-            raise PassError(f"no criterion {self.criterion!r}", place=str(self), hint=did_you_mean(self.criterion, CRITERIA))
 
     def _reason(self, graph: Graph, node: Node) -> str:
         """Why this node's weights stay as they are; empty if some go."""

@@ -14,7 +14,6 @@ from hwopt.analysis.ranges import (
     ChannelMean,
     Grid,
     Histogram,
-    check_calibrator,
     entropy,
     grid_of,
     mean_square,
@@ -24,7 +23,7 @@ from hwopt.analysis.ranges import (
     percentile,
 )
 from hwopt.backends.ort import Session
-from hwopt.errors import DataError, UsageError
+from hwopt.errors import DataError
 from hwopt.samples import Samples
 from tests.random_graphs import Builder
 
@@ -173,11 +172,6 @@ def test_degenerate_data_give_a_finite_range_within_what_was_seen(name: str, val
 def test_exact_zeros_do_not_move_the_range(name: str) -> None:
     positive = np.abs(TAILED)
     assert CALIBRATORS[name](seen(positive)) == CALIBRATORS[name](seen(positive, np.zeros(10**6, np.float32)))
-
-
-def test_an_unknown_calibrator_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(UsageError, match="did you mean entropy"):
-        check_calibrator("entrpy")
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8"])

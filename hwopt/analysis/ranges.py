@@ -16,7 +16,7 @@ import numpy as np
 
 from hwopt.analysis.memo import remembered
 from hwopt.backends.ort import Session, observing
-from hwopt.errors import DataError, UsageError, did_you_mean
+from hwopt.errors import DataError
 from hwopt.ir import Graph
 from hwopt.samples import Samples
 
@@ -295,11 +295,6 @@ def _xlogx(values: np.ndarray) -> np.ndarray:
 
 
 CALIBRATORS = {"minmax": min_max, "percentile": percentile, "mse": mean_square, "entropy": entropy}
-
-
-def check_calibrator(name: str) -> None:
-    if name not in CALIBRATORS:
-        raise UsageError(f"unknown calibrator {name!r}", hint=did_you_mean(name, CALIBRATORS))
 
 
 # --- the grid of a range ---
