@@ -43,6 +43,28 @@ def test_passes_and_targets_are_listed_as_data(capsys: pytest.CaptureFixture[str
     assert code == 0 and {row["kind"] for row in json.loads(out)} == {"cpu", "gpu", "asic"}
 
 
+def test_one_pass_is_shown_with_all_it_can_be_told(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = hwopt(capsys, "passes", "quantize", "--json")
+    shown = json.loads(out)
+    options = {row["option"]: row for row in shown["options"]}
+    assert code == 0 and "Weights: int8, symmetric" in shown["description"]
+    assert options["dtype"] | {"searched": ""} == {
+        "option": "dtype", "type": "word", "default": "int8", "choices": "int8, bf16", "searched": "",
+    }  # fmt: skip
+    assert "auto" in options["calibrator"]["choices"] and options["dynamic"]["type"] == "true or false"
+    code, out, _ = hwopt(capsys, "passes", "low-rank")
+    assert code == 0 and "integer or word" in out and "tucker, cp" in out and "break-even" in out
+    code, _, err = hwopt(capsys, "passes", "lowrank")
+    assert code == 2 and "did you mean low-rank?" in err
+
+
+def test_every_pass_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = hwopt(capsys, "passes", "--json")
+    for row in json.loads(out):
+        code, _, _ = hwopt(capsys, "passes", row["name"])
+        assert code == 0
+
+
 def test_print_shows_every_layer(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = hwopt(capsys, "print", MODEL)
     assert code == 0

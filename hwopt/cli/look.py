@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
 
 from hwopt.cli.files import page_of, print_table, read_graph, read_text
 from hwopt.cli.options import BIND, JSON, MODEL, REPORT, SHAPE
+from hwopt.errors import UsageError, did_you_mean
 from hwopt.files import write_whole
 
 
@@ -53,16 +55,36 @@ def explain_(source: Path, layer: str, report: Path | None) -> None:
 
 
 @click.command()
+@click.argument("name", default="")
 @JSON
-def passes(as_json: bool) -> None:
-    """List the passes: name, family, what they do."""
+def passes(name: str, as_json: bool) -> None:
+    """List the passes: name, family, what they do. With a NAME: everything that this one can be told."""
     from hwopt.plugins import find_passes
 
+    if name:
+        _show_pass(name, as_json)
+        return
     rows = [
         {"name": name, "phase": kind.phase.name.lower(), "exact": kind.exact, "summary": kind.summary}
         for name, kind in find_passes().items()
     ]
     print_table(rows, as_json)
+
+
+def _show_pass(name: str, as_json: bool) -> None:
+    from hwopt.cli.knobs import described, knobs_of
+    from hwopt.plugins import find_passes
+
+    known = find_passes()
+    if name not in known:
+        raise UsageError(f"unknown pass {name!r}", hint=did_you_mean(name, known))
+    kind = known[name]
+    if as_json:
+        row = {"name": name, "summary": kind.summary, "description": described(kind), "options": knobs_of(kind)}
+        click.echo(json.dumps(row, indent=1))
+    else:
+        click.echo(f"{name}: {kind.summary}\n\n{described(kind)}\n")
+        print_table(knobs_of(kind), as_json=False)
 
 
 @click.command()
