@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from hwopt.backends.tvm.learn.model import Learned
 from hwopt.emit.cpu import host_machine
-from hwopt.errors import UsageError
+from hwopt.errors import UsageError, did_you_mean
 from hwopt.target import Memory, Target
 from targets import _isa_arm, _isa_arm32, _isa_riscv, _isa_x86
 from targets._cpu import cpu_features, needed_features
+from targets._cpuinfo import WORDS
 from targets._energy import DRAM_JOULES_PER_BYTE, sram_joules_per_byte
 from targets._gpu import Gpu
 from targets._npu import BlockArray
@@ -139,6 +140,10 @@ class CpuFile:
 
     def target(self, name: str, summary: str) -> Target:
         isa, found = MACHINES[self.machine], frozenset(self.features)
+        unknown = sorted(found - WORDS[self.machine])
+        if unknown:
+            reason = f"no feature {unknown[0]!r} of {self.machine} in /proc/cpuinfo's words"
+            raise UsageError(reason, place="features", hint=did_you_mean(unknown[0], WORDS[self.machine]))
         micro, llvm = isa.microkernels(found), isa.llvm(found)
         if not micro:
             raise UsageError(f"there are no kernels for {self.machine} with these features", place="features")

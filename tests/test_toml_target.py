@@ -133,6 +133,13 @@ WRONG = [  # what is changed in which file, the line that is named, and a part o
     ("cpu", "bytes = 4294967296", "bytes = 4096", 16, "memories: memories stand nearest first"),
     ("cpu", 'features = ["asimd", "asimddp"]', "features = 3", 9, "features: needs a list"),
     ("cpu", 'features = ["asimd", "asimddp"]', "features = [3]", 9, "features: needs a text, not 3"),
+    (
+        "cpu",
+        '"asimddp"]',
+        '"asimddq"]',
+        9,
+        "features: no feature 'asimddq' of aarch64 in /proc/cpuinfo's words; did you mean asimddp?",
+    ),
     ("gpu", '{name = "gddr6", bytes = 17179869184, bytes_per_second = 320e9}', "3", 9, "memories: needs tables"),
     ("gpu", 'arch = "sm_75"', 'arch = "sm_61"', 3, "arch: 'sm_61' is not one of sm_75"),
     ("gpu", '  {name = "gddr6", bytes = 17179869184, bytes_per_second = 320e9},\n', "", 9, "memories: a GPU has two memories"),
