@@ -17,7 +17,8 @@ from hwopt.artifact import Artifact, check_destination
 from hwopt.backends.tvm.support import refuse_unsupported
 from hwopt.build import CUDA, Built, build
 from hwopt.decide import decided, decided_and_built
-from hwopt.emit.products import Form
+from hwopt.emit.driver import check_name
+from hwopt.emit.products import Form, check_form
 from hwopt.errors import UnsupportedError, UsageError, did_you_mean
 from hwopt.io.preprocess import KEY, Preprocess
 from hwopt.ir import Graph
@@ -91,6 +92,8 @@ def compile_model(
     the next step.
     """
     _check_options(tune is not None, measure, check)
+    check_form(form)
+    check_name(name)
     check_destination(out)
     replay = None if plan is None else read_plan(plan)
     job = prepare(model, target, shapes, binds, calibrate, evaluate, budget, passes, threads, seed, progress, preprocess)

@@ -191,7 +191,7 @@ def read_plan(plan: Plan | Path | str) -> Plan:
     try:
         return plan_from_json(Path(plan).read_text(), str(plan))
     except FileNotFoundError as error:
-        raise UsageError("no such file", place=str(plan)) from error
+        raise UsageError("no such file", place=str(plan), hint="hwopt plan writes one, and it lies in every artifact") from error
 
 
 def _samples(data: Data, graph: Graph) -> Samples | None:

@@ -166,9 +166,15 @@ def _labels(labels: np.ndarray, count: int, place: str) -> np.ndarray:
         hint = "give class indices, [samples]; for one-hot labels their argmax"
         raise DataError(f"labels have shape {list(labels.shape)}", place=place, hint=hint)
     if len(labels) != count:
-        raise DataError(f"{len(labels)} labels for {count} samples", place=place)
-    if not np.issubdtype(labels.dtype, np.number) or (labels != np.round(labels)).any() or (labels < 0).any():
+        raise DataError(
+            f"{len(labels)} labels for {count} samples", place=place, hint="give one label for each, in the same order"
+        )
+    if not np.issubdtype(labels.dtype, np.number):
         raise DataError(f"labels of type {labels.dtype} are no class indices", place=place, hint="give integers from 0 on")
+    wrong = np.flatnonzero((labels != np.round(labels)) | (labels < 0))
+    if len(wrong):
+        reason = f"label {labels[wrong[0]]} of sample {wrong[0]} is no class index ({len(wrong)} of {count} are none)"
+        raise DataError(reason, place=place, hint="give integers from 0 on, and leave out samples without a class")
     return labels.astype(np.int64)
 
 

@@ -83,7 +83,7 @@ def _read(path: Path) -> Source:
     try:
         return Source(path, path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UsageError("no such target file", place=str(path)) from error
+        raise UsageError("no such target file", place=str(path), hint="hwopt targets lists those that need no file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot be read: {error}", place=str(path)) from error
 

@@ -65,6 +65,16 @@ def test_every_pass_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
         assert code == 0
 
 
+def test_a_name_that_had_to_change_is_noted(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    line = ("compile", MODEL, *IMAGE, "--passes", "none", "--no-measure", "--emit", "source")
+    for name, note in (("my model", "became my_model"), ("mine", "")):
+        code, _, err = hwopt(capsys, *line, "-o", tmp_path / name, "--name", name)
+        assert code == 0 and ("became" in err) == bool(note) and note in err
+
+
 def test_print_shows_every_layer(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = hwopt(capsys, "print", MODEL)
     assert code == 0
@@ -106,6 +116,21 @@ def test_apply_diff_and_print_work_on_files(capsys: pytest.CaptureFixture[str], 
         (("compile", MODEL, "-o", "x", *IMAGE, "--target", "ethos-u55"), 4, "hwopt plan and hwopt apply work for it"),
         (("compile", MODEL, "-o", "x", *IMAGE, "--plan", "none.json"), 2, "none.json: no such file"),
         (("compile", MODEL), 2, "Missing option"),
+        (("compile", "nowhere.onnx", "-o", "x", "--no-heap"), 2, "run serially: --parallel serial"),
+        (
+            ("compile", "nowhere.onnx", "-o", "x", "--name", "int"),
+            2,
+            "--name: 'int' is a word of C or C++",
+        ),
+        (("compile", "nowhere.onnx", "-o", "x", "--name", "--"), 2, "'--' has no letter"),
+        (("explain", MODEL), 2, "is no text; give an artifact's folder or a plan.json"),
+        (("explain", "none.json"), 2, "give an artifact's folder or a plan.json"),
+        (("compile", MODEL, "-o", "x", *IMAGE, "--plan", "none.json"), 2, "hwopt plan writes one"),
+        (
+            ("compile", MODEL, "-o", "x", *IMAGE, "--target", "nope.toml"),
+            2,
+            "no such target file; hwopt targets lists",
+        ),
         (("apply", MODEL, "-o", "x.onnx", *IMAGE), 2, "give --plan plan.json or --passes"),
         (("explain", "none.json"), 2, "none.json: no such file"),
         (("run", "nowhere", "in.npz", "out.npz"), 8, "nowhere"),
@@ -136,9 +161,10 @@ def test_bad_input_is_one_clear_message(
         ({"image": images(4)[:, 0]}, "has 3 dimensions"),
         ({"image": images(4)[..., :27]}, "has shape [4, 1, 28, 27]"),
         ({"image": images(0)}, "0 samples"),
-        ({"image": images(4), "labels": np.zeros(3, np.int64)}, "3 labels for 4 samples"),
+        ({"image": images(4), "labels": np.zeros(3, np.int64)}, "3 labels for 4 samples; give one label for each"),
         ({"image": images(4), "labels": np.eye(4)}, "labels have shape [4, 4]"),
-        ({"image": images(4), "labels": np.full(4, 0.5)}, "are no class indices"),
+        ({"image": images(4), "labels": np.full(4, 0.5)}, "label 0.5 of sample 0 is no class index (4 of 4 are none)"),
+        ({"image": images(4), "labels": np.array([0, 1, -1, 2])}, "label -1 of sample 2 is no class index (1 of 4"),
         ({"image": images(4), "labels": np.array(["a"] * 4)}, "are no class indices"),
         ({"image": np.where(images(4) > 0.5, np.nan, images(4)).astype(np.float32)}, "holds nan at"),
     ],

@@ -24,14 +24,14 @@ def read_graph(path: Path, shapes: tuple[str, ...] = (), binds: tuple[str, ...] 
     return read(file)
 
 
-def read_text(path: Path) -> str:
-    """The text of a file that the user named."""
+def read_text(path: Path, hint: str = "") -> str:
+    """The text of a file that the user named; the hint says which files are meant."""
     try:
         return path.read_text()
     except FileNotFoundError as error:
-        raise UsageError("no such file", place=str(path)) from error
+        raise UsageError("no such file", place=str(path), hint=hint) from error
     except UnicodeDecodeError as error:
-        raise UsageError("not a text file", place=str(path)) from error
+        raise UsageError("is no text", place=str(path), hint=hint) from error
 
 
 def check_parent(path: Path, folder: bool = False) -> None:

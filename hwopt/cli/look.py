@@ -12,6 +12,8 @@ from hwopt.cli.options import BIND, JSON, MODEL, REPORT, SHAPE
 from hwopt.errors import UsageError, did_you_mean
 from hwopt.files import write_whole
 
+NO_PLAN = "give an artifact's folder or a plan.json"
+
 
 @click.command("print")
 @MODEL
@@ -48,7 +50,7 @@ def explain_(source: Path, layer: str, report: Path | None) -> None:
     from hwopt.plan.plan import plan_from_json
 
     path = source / "plan.json" if source.is_dir() else source
-    plan = plan_from_json(read_text(path), str(path))
+    plan = plan_from_json(read_text(path, NO_PLAN), str(path))
     if report:
         write_whole(report, page_of(source))
     click.echo(explain(plan, layer), nl=False)

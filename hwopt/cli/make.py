@@ -68,6 +68,9 @@ def compile_(
     if report:
         write_whole(report, page_of(out))
     click.echo(json.dumps(artifact.report, indent=1, sort_keys=True) if as_json else summary_of(artifact.report, out))
+    made = artifact.manifest["name"]
+    if options["name"] not in (None, made):
+        click.echo(f"note: --name {options['name']} became {made}, as the names of C functions ask for", err=True)
     if kept and not as_json:
         click.echo("from the cache (hwopt cache)")
 

@@ -13,7 +13,7 @@ from hwopt.emit.cpu import check_code
 from hwopt.emit.driver import Layout, Variant, arena_bytes, header, shared_features, source, workspace_bytes
 from hwopt.emit.elf import read_object
 from hwopt.emit.memory import plan_memory
-from hwopt.emit.products import Form, library_of, make_products
+from hwopt.emit.products import PARALLEL, Form, check_form, library_of, make_products
 from hwopt.emit.program import Program
 from hwopt.emit.toolchain import find_compiler
 from hwopt.emit.weights import Weights, assembly, pack_shared
@@ -22,7 +22,6 @@ from hwopt.ir import TensorType
 
 RUNTIME = ("hwopt_runtime.c", "hwopt_runtime.h", "hwopt_types.h")
 FORM = Form()
-PARALLEL = {"pthread": ("-DHWOPT_PTHREAD", "-pthread"), "openmp": ("-DHWOPT_OPENMP", "-fopenmp"), "serial": ("-DHWOPT_SERIAL",)}
 
 
 @dataclass(frozen=True)
@@ -137,10 +136,7 @@ def _check_options(program: Program, threads: int, form: Form) -> None:
         raise UsageError(f"{program.name!r} cannot begin the name of a C function", hint="use letters, digits and _")
     if not 1 <= threads <= 256:
         raise UsageError(f"{threads} threads", hint="1 to 256")
-    if form.parallel not in PARALLEL:
-        raise UsageError(f"unknown way to run threads: {form.parallel!r}", hint=f"known: {', '.join(sorted(PARALLEL))}")
-    if not form.heap and form.parallel != "serial":
-        raise UsageError("worker threads need a heap", hint="without a heap, run serially: --parallel serial")
+    check_form(form)
 
 
 def _make(

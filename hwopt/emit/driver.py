@@ -11,6 +11,7 @@ from hwopt.emit.check import C_TYPES, kernel_symbol
 from hwopt.emit.memory import MemoryPlan, bytes_of, delivered, root_of, rounded
 from hwopt.emit.program import Program
 from hwopt.emit.weights import Weights
+from hwopt.errors import UsageError
 
 TYPES_HEADER = Path(__file__).with_name("hwopt_types.h")
 
@@ -76,6 +77,14 @@ def identifier(text: str) -> str:
     name = re.sub(r"\W", "_", text, flags=re.ASCII).strip("_") or "x"
     name = re.sub(r"__+", "_", name)
     return f"x{name}" if name[0].isdigit() else f"{name}_" if name in _RESERVED else name
+
+
+def check_name(name: str | None) -> None:
+    """Raise UsageError for a stated name of a model that is a word of C or C++, or has no letter to begin with."""
+    if name is not None and name in _KEYWORDS.split():
+        raise UsageError(f"{name!r} is a word of C or C++", place="--name", hint=f"write --name {name}_model")
+    if name is not None and not re.search(r"[A-Za-z0-9]", name):
+        raise UsageError(f"{name!r} has no letter", place="--name", hint="use letters, digits and _")
 
 
 def parameter_names(program: Program) -> tuple[str, ...]:

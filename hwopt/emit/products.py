@@ -20,6 +20,7 @@ from hwopt.errors import UsageError, did_you_mean
 
 PRODUCTS = ("shared", "static", "object", "source", "pc", "array")
 DEFAULT = ("shared", "source")
+PARALLEL = {"pthread": ("-DHWOPT_PTHREAD", "-pthread"), "openmp": ("-DHWOPT_OPENMP", "-fopenmp"), "serial": ("-DHWOPT_SERIAL",)}
 FUNCTIONS = ("run", "info", "set_threads", "release", "error")
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic")
 LINK = ("-shared", "-Wl,--build-id=none", "-Wl,-S", "-Wl,-z,noexecstack", "-Wl,--no-undefined")
@@ -32,6 +33,14 @@ class Form:
     emit: tuple[str, ...] = DEFAULT
     parallel: str = "pthread"  # openmp, serial
     heap: bool = True
+
+
+def check_form(form: Form) -> None:
+    """Raise UsageError for ways to run that do not go together."""
+    if form.parallel not in PARALLEL:
+        raise UsageError(f"unknown way to run threads: {form.parallel!r}", hint=f"known: {', '.join(sorted(PARALLEL))}")
+    if not form.heap and form.parallel != "serial":
+        raise UsageError("worker threads need a heap", hint="without a heap, run serially: --parallel serial")
 
 
 def parse_emit(text: str) -> tuple[str, ...]:
