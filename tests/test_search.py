@@ -25,7 +25,7 @@ from hwopt.job import Job, prepare, quiet
 from hwopt.measure import difference
 from hwopt.pipeline import Context, PassManager, merged
 from hwopt.plan.attempt import price
-from hwopt.plan.budget import Budget, parse_budget
+from hwopt.plan.budget import Amounts, Budget, exceeded, parse_budget
 from hwopt.plan.explain import explain
 from hwopt.plan.options import Pricer
 from hwopt.plan.plan import plan_from_json
@@ -223,8 +223,10 @@ def test_budget_that_cannot_be_met_is_answered_with_the_nearest(network: Path) -
     task = make_task(job_for(network))
     assert task is not None
     start = task.amounts(task.graph)
-    with pytest.raises(BudgetError, match=r"nearest plans: latency=[\d.]+ms at a drop of"):
+    with pytest.raises(BudgetError, match=r"nearest plans: latency=[\d.e+]+[mun]s at a drop of"):
         plan_once(job_for(network, "20%", f"latency={start.seconds * 0.01e6}us"))
+    with pytest.raises(BudgetError, match=r"nearest plans: size=\d+B at a drop of"):
+        plan_once(job_for(network, "0%", "size=10B"))
     fastest = plan_once(job_for(network, "100%"))
     with pytest.raises(BudgetError, match=r"--max-drop [\d.]+% with all limits kept"):
         plan_once(job_for(network, "0%", f"latency={fastest.plan.seconds_after * 1.02e6}us"))
@@ -396,3 +398,18 @@ def test_only_doubtful_changes_are_built_without(network: Path, monkeypatch: pyt
     assert not list(prove._doubtful(job, found))  # all are predicted to save something
     monkeypatch.setattr(prove, "DOUBT", 10.0)
     assert len(list(prove._doubtful(job, found))) == len(found.plan.decisions)
+
+
+def test_where_no_drop_would_do_the_smallest_plan_is_named(network: Path) -> None:
+    job = job_for(network)
+    task = make_task(job)
+    assert task is not None
+    unlucky = dataclasses.replace(task, scorer=Coarse(job, plain=8, other=8), budget=Budget(1e-6, weight_bytes=2e3))
+    with pytest.raises(BudgetError, match=r"nearest.*; or size=[\d.]+KB at a drop of 12.50%, the least that there is"):
+        search(unlucky, price(task))
+
+
+def test_limits_are_shown_in_the_unit_that_they_were_written_in() -> None:
+    limits = ("size=40kB", "latency=2us", "memory=3B")
+    shown = [exceeded(parse_budget("1%", (text,)), Amounts(1.0, 50_000, 10**9)) for text in limits]
+    assert shown == ["weights 50 KB of 40 KB", "latency 1000000 us of 2 us", "memory 1000000000 B of 3 B"]

@@ -15,10 +15,7 @@ _UNITS["memory"] = _UNITS["size"]
 _UNITS["energy"] = {"J": 1.0, "mJ": 1e-3, "uJ": 1e-6, "nJ": 1e-9}
 _FIELDS = {"latency": "latency_seconds", "size": "weight_bytes", "memory": "activation_bytes", "energy": "joules"}
 _AMOUNTS = {"latency_seconds": "seconds", "weight_bytes": "bytes", "activation_bytes": "peak_bytes", "joules": "joules"}
-_SHOWN = {
-    "seconds": ("latency", 1e3, "ms"), "bytes": ("weights", 1e-6, "MB"), "peak_bytes": ("memory", 1e-6, "MB"),
-    "joules": ("energy", 1e3, "mJ"),
-}  # fmt: skip
+_KINDS = {amount: kind for kind, name in _FIELDS.items() for shown, amount in _AMOUNTS.items() if shown == name}
 
 
 @dataclass(frozen=True)
@@ -56,11 +53,24 @@ class Amounts:
 def exceeded(budget: Budget, amounts: Amounts) -> str:
     """Which limit these figures break, with the numbers; empty if none."""
     for name, limit in budget.limits().items():
-        kind, factor, unit = _SHOWN[name]
         found = getattr(amounts, name)
         if found > limit:
-            return f"{kind} {found * factor:.4g} {unit} of {limit * factor:.4g} {unit}"
+            kind, one, unit = unit_of(name, limit)
+            return f"{'weights' if kind == 'size' else kind} {digits(found / one)} {unit} of {digits(limit / one)} {unit}"
     return ""
+
+
+def digits(value: float) -> str:
+    """Four digits, or all those before the point: no exponent where the unit is small for what it shows."""
+    return f"{value:.4g}" if value < 1e4 else f"{value:.0f}"
+
+
+def unit_of(amount: str, limit: float) -> tuple[str, float, str]:
+    """The word of --budget for an amount, and the decimal unit that shows this limit as people write it: 40 KB, not 0.04 MB."""
+    kind = _KINDS[amount]
+    units = sorted((value, unit) for unit, value in _UNITS[kind].items() if "i" not in unit)
+    value, unit = next((one for one in reversed(units) if one[0] <= limit), units[0])
+    return kind, value, unit
 
 
 def parse_budget(max_drop: str | float, limits: tuple[str, ...] = ()) -> Budget:

@@ -6,12 +6,9 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from hwopt.plan.attempt import Attempt, Priced, Search, measured, tightened
+from hwopt.plan.budget import digits, unit_of
 from hwopt.plan.solve import Limits, solve
 
-UNITS = {
-    "seconds": ("latency", 1e3, "ms"), "bytes": ("size", 1e-6, "MB"), "peak_bytes": ("memory", 1e-6, "MB"),
-    "joules": ("energy", 1e3, "mJ"),
-}  # fmt: skip
 TRIES = 4  # with limits tightened by what the real graph overshot
 MARGIN = 1.02  # what a user may state and expect to be met
 
@@ -20,7 +17,8 @@ def nearest(task: Search, priced: Priced, attempts: Sequence[Attempt], unchanged
     """One sentence: what is broken, and for each limit alone how far it would have to be relaxed."""
     limits = task.first_limits()
     allowed = max((a.round.allowed_error for a in attempts if a.comparison.drop <= task.budget.max_drop), default=0.0)
-    found = [*_relaxed_limits(task, priced, limits, allowed), *_relaxed_drop(task, priced, limits, attempts)]
+    relaxed = list(_relaxed_drop(task, priced, limits, attempts))
+    found = [*_relaxed_limits(task, priced, limits, allowed), *(relaxed or _least(task, priced))]
     whole = f"no combination of changes meets the budget ({unchanged} unchanged)"
     return f"{whole}; nearest plans: {'; or '.join(found)}" if found else whole
 
@@ -35,10 +33,22 @@ def _relaxed_limits(task: Search, priced: Priced, limits: Limits, allowed: float
         if solution is None:
             continue
         attempt = measured(task, priced, solution, allowed)
-        kind, factor, unit = UNITS[name]
         if attempt.comparison.drop <= task.budget.max_drop:
-            reached = getattr(attempt.amounts, name) * factor * MARGIN
-            yield f"{kind}={reached:.4g}{unit} at a drop of {attempt.comparison.drop:.2%}"
+            yield _reached(task, attempt, name)
+
+
+def _reached(task: Search, attempt: Attempt, name: str) -> str:
+    """What to state to get this plan, in the unit of the limit."""
+    kind, one, unit = unit_of(name, task.budget.limits()[name])
+    return f"{kind}={digits(getattr(attempt.amounts, name) / one * MARGIN)}{unit} at a drop of {attempt.comparison.drop:.2%}"
+
+
+def _least(task: Search, priced: Priced) -> Iterator[str]:
+    """Each limit as low as any plan gets, whatever it costs."""
+    for name in task.budget.limits():
+        solution = solve(priced.base, priced.options, priced.pairs, Limits(), aim=name, tie=task.tie)
+        if solution is not None:
+            yield _reached(task, measured(task, priced, solution, solution.error), name) + ", the least that there is"
 
 
 def _relaxed_drop(task: Search, priced: Priced, limits: Limits, attempts: Sequence[Attempt]) -> Iterator[str]:
