@@ -1,4 +1,4 @@
-"""Every word that Linux shows for a processor's features in /proc/cpuinfo, so that a misspelt one is found.
+"""Words that Linux shows for a processor's features in /proc/cpuinfo, so that a misspelt one is found.
 
 Sources: Linux, arch/x86/include/asm/cpufeatures.h, arch/arm64/kernel/cpuinfo.c, arch/arm/kernel/setup.c; of RISC-V the extensions
 that kernels ask for and the usual letters.

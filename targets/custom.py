@@ -5,6 +5,7 @@ The fields of each class are the keys of the file; see hwopt.target_file for how
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from targets._roofline import Roofline
 from targets._systolic import Systolic
 
 MACHINES: dict[str, Any] = {"x86_64": _isa_x86, "aarch64": _isa_arm, "arm": _isa_arm32, "riscv": _isa_riscv}
+ALIKE = 0.8  # of difflib: a word as like a known one as that is misspelt, others are a newer processor's
 CONTROLLER = {"kind": "llvm", "mtriple": "riscv64-linux-gnu", "mcpu": "generic-rv64", "mattr": ["+m", "+a", "+f", "+d", "+c"]}
 
 
@@ -140,10 +142,11 @@ class CpuFile:
 
     def target(self, name: str, summary: str) -> Target:
         isa, found = MACHINES[self.machine], frozenset(self.features)
-        unknown = sorted(found - WORDS[self.machine])
-        if unknown:
-            reason = f"no feature {unknown[0]!r} of {self.machine} in /proc/cpuinfo's words"
-            raise UsageError(reason, place="features", hint=did_you_mean(unknown[0], WORDS[self.machine]))
+        known = WORDS[self.machine]
+        misspelt = [word for word in sorted(found - known) if difflib.get_close_matches(word, known, cutoff=ALIKE)]
+        if misspelt:
+            reason = f"no feature {misspelt[0]!r} of {self.machine} in /proc/cpuinfo's words"
+            raise UsageError(reason, place="features", hint=did_you_mean(misspelt[0], known))
         micro, llvm = isa.microkernels(found), isa.llvm(found)
         if not micro:
             raise UsageError(f"there are no kernels for {self.machine} with these features", place="features")

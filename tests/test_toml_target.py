@@ -162,3 +162,9 @@ def test_what_is_no_toml_or_no_file_is_said(tmp_path: Path) -> None:
         find_target(str(tmp_path / "nothing.toml"))
     with pytest.raises(UsageError, match="needs a text 'kind'"):
         find_target(written(tmp_path, 'name = "x"'))
+
+
+def test_a_feature_that_is_like_no_known_one_is_a_newer_processors(tmp_path: Path) -> None:
+    file = tmp_path / "newer.toml"
+    file.write_text(CPU.replace('"asimddp"]', '"asimddp", "matrix9000"]'))
+    assert find_target(str(file)).name == "my-board"
