@@ -5,11 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
 from hwopt.cli.progress import ProgressBar
 from hwopt.errors import UsageError
+
+
+@pytest.fixture(autouse=True)
+def python_handles_the_signal() -> Iterator[None]:
+    """As in a terminal; tests may run in the background, where shells have it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def press() -> None:
@@ -40,10 +49,7 @@ def test_an_interrupt_that_became_another_error_is_an_interrupt() -> None:
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with ProgressBar() as advance:
-            os.kill(os.getpid(), signal.SIGINT)
-            advance("compiling", 0, 1)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with ProgressBar() as advance:
+        os.kill(os.getpid(), signal.SIGINT)
+        advance("compiling", 0, 1)

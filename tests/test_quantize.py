@@ -17,7 +17,7 @@ from hwopt.analysis.regions import integer_operands, regions
 from hwopt.backends.ort import Session
 from hwopt.backends.tvm.build import compile_program
 from hwopt.backends.tvm.run import run_program
-from hwopt.errors import DataError, ModelError, PassError, UsageError
+from hwopt.errors import DataError, ModelError, PassError
 from hwopt.io.proto import from_model
 from hwopt.ir import Graph, Node, frozen, of_op
 from hwopt.pipeline import Context, Refusal, merged, run_pass
@@ -514,7 +514,7 @@ def test_missing_or_broken_calibration_is_a_clear_error() -> None:
     data["x0"] = np.where(data["x0"] > 2, np.nan, data["x0"]).astype(np.float32)
     with pytest.raises(DataError, match="value x0: holds NaN"):
         quantized(graph, Context(calibration=Samples(data)))
-    with pytest.raises(UsageError, match="did you mean mse"):
+    with pytest.raises(PassError, match="did you mean mse"):
         quantized(graph, calibrator="mes")
     with pytest.raises(PassError, match="needs opset 13"):
         quantized(dataclasses.replace(graph, opsets={"": 12}))
