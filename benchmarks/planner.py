@@ -1,6 +1,7 @@
 """Suite `planner`: is one joint decision better than each family alone, is every change worth it, and how fast is the solver?
 
-Latencies are measured on the libraries that ship, side by side; scores too. Nothing is trained.
+Latencies are measured on the libraries that ship, side by side; scores too, on the half of the samples by which no plan was
+chosen. Nothing is trained.
 
 At equal latency: for each of several latencies the plan with the best score that is predicted to keep it, of all families
 together and of each alone. A family counts if its library is measured within WITHIN of that latency; one without such a plan

@@ -1,7 +1,7 @@
 """Words that Linux shows for a processor's features in /proc/cpuinfo, so that a misspelt one is found.
 
-Sources: Linux, arch/x86/include/asm/cpufeatures.h, arch/arm64/kernel/cpuinfo.c, arch/arm/kernel/setup.c; of RISC-V the extensions
-that kernels ask for and the usual letters.
+As far as they are known here, in the spelling of Linux's cpufeatures.h (x86), cpuinfo.c (arm64) and setup.c (arm), which were not
+at hand to check them against: a word that resembles none of them is no mistake. Of RISC-V the single letters.
 """
 
 from __future__ import annotations
