@@ -263,7 +263,8 @@ def depth_to_space(slots: Slots, node: Node) -> Axes:
 
 
 def space_to_depth(slots: Slots, node: Node) -> Axes:
-    channels = np.tile(slots.axis(node.inputs[0], 1), node.attr("blocksize") ** 2)
+    spread = np.tile if node.attr("mode", "DCR") == "DCR" else np.repeat
+    channels = spread(slots.axis(node.inputs[0], 1), node.attr("blocksize") ** 2)
     return (slots.axes(node.inputs[0])[0], channels, *slots.like(node.output, "a spatial axis")[2:])
 
 

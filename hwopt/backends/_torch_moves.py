@@ -166,7 +166,8 @@ def _depth_to_space(call: Call, x: Tensor) -> Tensor:
 def _space_to_depth(call: Call, x: Tensor) -> Tensor:
     batch, channels, height, width = x.shape
     block = call.attr("blocksize")
-    parts = x.reshape(batch, channels, height // block, block, width // block, block).permute(0, 3, 5, 1, 2, 4)
+    parts = x.reshape(batch, channels, height // block, block, width // block, block)
+    parts = parts.permute(0, 3, 5, 1, 2, 4) if call.attr("mode", "DCR") == "DCR" else parts.permute(0, 1, 3, 5, 2, 4)
     return parts.reshape(batch, channels * block**2, height // block, width // block)
 
 
