@@ -39,7 +39,8 @@ def close(left: Any, right: Any) -> bool:
 def _changed_later(model: onnx.ModelProto) -> bool:
     """True if an operator of the model came, or changed, after the pinned opset."""
     version = next(one.version for one in model.opset_import if one.domain in ("", "ai.onnx"))
-    return any(onnx.defs.get_schema(node.op_type, version, "").since_version > PINNED for node in model.graph.node if not node.domain)
+    schemas = (onnx.defs.get_schema(node.op_type, version, "") for node in model.graph.node if not node.domain)
+    return any(schema.since_version > PINNED for schema in schemas)
 
 
 def test_read_and_written_models_give_the_same_bits() -> None:

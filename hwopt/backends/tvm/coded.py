@@ -97,8 +97,7 @@ def coded_kernel(graph: Graph, region: Region, values: Values) -> CodedKernel | 
     decoded = weight.codes if operands is None or operands.weight is None else operands.weight
     bias_and_scale(region, values, operands, decoded, 0 if rows_first else decoded.ndim - 1, fused, beta)
     fused_epilogue(graph, region, values, fused, 1 if last else len(out) - 1, last)
-    by_image = any(isinstance(one, step.Multiply) and one.over == "image" for one in fused.steps)
-    if by_image and out[0] > 1:
+    if step.by_image(fused.steps) and out[0] > 1:
         return None
     blocked = operands is None and weight.scales is not None and not weight.per_channel
     spec = PackedSpec(

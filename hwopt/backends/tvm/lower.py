@@ -17,6 +17,7 @@ from hwopt.backends.tvm import (
     kernels,
     normalizing,
     padding,
+    pooled,
     pooling,
     resizing,
     rowwise,
@@ -29,7 +30,7 @@ from hwopt.backends.tvm.functions import is_deep
 from hwopt.backends.tvm.heads import composed
 from hwopt.backends.tvm.layout import Values, convert_bfloat16, dims_of, reordered, to_first, to_last
 from hwopt.backends.tvm.templates import Choose, Templates
-from hwopt.backends.tvm.weighted import weighted_kernel
+from hwopt.backends.tvm.weighted import Kernel, weighted_kernel
 from hwopt.errors import UnsupportedError
 from hwopt.ir import Graph, Node
 from hwopt.target import Target
@@ -59,6 +60,8 @@ class Lowering:
         self.compact = compact  # keep weights as codes even where decoding them costs time
         self.templates = Templates(self.builder, target, threads, choose)
         self.constant = constant_nodes(graph)
+        self.pools = pooled.pools(graph)
+        self.done: set[str] = set()  # anchors of regions that the kernel of another one computes
 
     def module(self) -> Any:
         from tvm import relax
@@ -71,7 +74,8 @@ class Lowering:
         with self.builder.function("main", parameters):
             with self.builder.dataflow():
                 for region in regions(self.graph):
-                    self.region(region)
+                    if region.anchor.name not in self.done:
+                        self.region(region)
                 results = [self.values.get(name) for name in self.graph.outputs]
                 output = self.builder.emit_output(relax.Tuple(results))
             self.builder.emit_func_output(output)
@@ -85,6 +89,8 @@ class Lowering:
             if self._coded(region):
                 return
             kernel = weighted_kernel(self.graph, region, self.values, self.templates.suits)
+            if kernel and self._pooled(kernel, region):
+                return
             result = self.templates.call(kernel, region.name) if kernel else None
             if kernel and result is not None and kernel.order:
                 self.values.move(region.output, result, kernel.order)
@@ -99,6 +105,16 @@ class Lowering:
         for node in region.nodes:
             if node.name not in self.constant and not bfloat16.widens(self.graph, node):  # readers widen for themselves
                 self.node(node)
+
+    def _pooled(self, kernel: Kernel, region: Region) -> bool:
+        """Emit the region together with the global pool behind it, where its own micro-kernel can do that."""
+        pool = self.pools.get(region.anchor.name)
+        whole = pooled.averaged(self.graph, kernel, pool) if pool else None
+        if pool is None or whole is None or kernels.supports(whole.spec, self.templates.micro(kernel.spec)):
+            return False
+        self.values.put(pool.output, self.templates.call(whole, region.name), whole.last)
+        self.done.add(pool.anchor.name)
+        return True
 
     def _coded(self, region: Region) -> bool:
         """Emit the region as a kernel that decodes its weights, where that is faster; False for all others."""

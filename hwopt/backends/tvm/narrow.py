@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hwopt.backends.tvm.kernels.spec import Add, Bias, ConvSpec, Multiply, Scale
+from hwopt.backends.tvm.kernels.spec import Add, Bias, ConvSpec, Multiply, Scale, by_image
 from hwopt.backends.tvm.layout import constant
 from hwopt.backends.tvm.weighted import Kernel
 
@@ -25,7 +25,7 @@ def broadened(kernel: Kernel, lanes: int) -> Kernel:
     spec = kernel.spec
     if not isinstance(spec, ConvSpec) or spec.groups != 1 or spec.dilations[1] != 1 or not isinstance(kernel.weights, np.ndarray):
         return kernel
-    if any(isinstance(step, Multiply) and step.over == "image" for step in spec.epilogue):
+    if by_image(spec.epilogue):
         return kernel
     count = _results(spec, lanes)
     if count == 1:

@@ -22,6 +22,7 @@ from hwopt.backends.tvm.kernels import (
     gemm,
     packed,
     pool,
+    pooled,
     schedule,
 )
 from hwopt.backends.tvm.kernels.geometry import geometry
@@ -53,6 +54,8 @@ def supports(spec: Spec, micro: MicroKernel) -> str:
         return f"the micro-kernel multiplies {micro.rows} output positions that share their weights"
     if array.is_array(micro):
         return _kept(spec)
+    if reason := pooled.reason_against(spec):
+        return reason
     return _tiles(spec, micro) if amx_schedule.is_tile(micro) else ""
 
 
@@ -60,6 +63,8 @@ def _kept(spec: ConvSpec | ConvTransposeSpec | MatmulSpec) -> str:
     """Why a weight-stationary array should not compute `spec`, or ""."""
     if isinstance(spec, ConvTransposeSpec) or (isinstance(spec, MatmulSpec) and not spec.constant):
         return "the array takes constant weights of convolutions and matmuls"
+    if geometry(spec).pooled:
+        return "the array writes all of its results"
     return "a depthwise layer would use one column of the array" if depthwise.is_depthwise(spec) else ""
 
 
@@ -74,6 +79,8 @@ def _tiles(spec: ConvSpec | ConvTransposeSpec | MatmulSpec, micro: MicroKernel) 
         return "tiles take convolutions and matmuls"
     if isinstance(spec, MatmulSpec) and spec.beside:
         return "tiles take products that lie one behind the other"
+    if geometry(spec).pooled:
+        return "tiles write all of their results"
     return amx_schedule.reason_for_vectors(geometry(spec), micro)
 
 

@@ -116,7 +116,7 @@ class Epilogue:
                 value = value * (shared[index] if step.over == "channels" else self._factor(step, index, place, lanes))
             elif isinstance(step, Activation):
                 value = _activate(maths, value, step, gain)
-            else:
+            elif isinstance(step, Quantize):
                 return _quantized(maths, value * splat(gain, lanes) if gain != 1.0 else value, step)
             value = code.bind("value", value)
         if self.out_dtype == "bfloat16":

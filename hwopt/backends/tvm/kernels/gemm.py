@@ -13,6 +13,7 @@ Edges are variants of the same code with fewer positions, fewer vectors or a par
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 
-from hwopt.backends.tvm.kernels import bfloat16
+from hwopt.backends.tvm.kernels import bfloat16, pooled
 from hwopt.backends.tvm.kernels.beside import begin, stride
 from hwopt.backends.tvm.kernels.code import Code, Value, function, load, pieces, splat, stored
 from hwopt.backends.tvm.kernels.epilogue import Epilogue, Place
@@ -28,7 +29,7 @@ from hwopt.backends.tvm.kernels.geometry import Geometry
 from hwopt.backends.tvm.kernels.micro import accumulate_block, arranged, data_block, fused_multiply_add, weight_operand
 from hwopt.backends.tvm.kernels.repack import Repack
 from hwopt.backends.tvm.kernels.schedule import Schedule, split
-from hwopt.backends.tvm.kernels.spec import MatmulSpec
+from hwopt.backends.tvm.kernels.spec import MatmulSpec, Mean, Quantize
 from hwopt.target import MicroKernel
 
 
@@ -65,12 +66,14 @@ class Gemm:
         self.vectors = shape.vectors(micro.lanes)
         self.panel = shape.taps[0] * shape.taps[1] * self.words * self.step  # weights of one vector of channels
         size = shape.images * shape.rows * shape.columns * shape.out_channels
+        written = shape.images * shape.out_channels if shape.pooled else size
         self.data = tirx.decl_buffer((shape.images * shape.height * shape.width * shape.channels,), shape.data_dtype, "data")
-        self.out = tirx.decl_buffer((size,), shape.out_dtype, "out")
-        self.epilogue = Epilogue(
-            shape.epilogue, shape.accumulator, shape.out_dtype, shape.out_channels, shape.images, size, fused_multiply_add(micro),
-            micro,
-        )  # fmt: skip
+        self.out = tirx.decl_buffer((written,), shape.out_dtype, "out")
+        steps, self.mean, behind = pooled.divided(shape.epilogue)
+        dtype = "float32" if self.mean else shape.out_dtype
+        fused = fused_multiply_add(micro)
+        self.epilogue = Epilogue(steps, shape.accumulator, dtype, shape.out_channels, shape.images, size, fused, micro)
+        self.behind = Epilogue(behind, "float32", shape.out_dtype, shape.out_channels, shape.images, written, fused, micro)
 
     def build(self, symbol: str) -> tirx.PrimFunc:
         """PrimFunc(data, packed weights, *epilogue tensors, out)."""
@@ -207,9 +210,30 @@ class Work:
     source: Source
     weights: Value
     offset: Value
+    sums: pooled.Sums | None = None
 
     def positions(self, code: Code, vector: Value, vectors: int, last_lanes: int) -> None:
-        """All positions of the block for the channel tile that starts at `vector`."""
+        """All positions of the block for the channel tile that starts at `vector`, and their mean where that is asked for."""
+        if self.gemm.mean is None:
+            self._positions(code, vector, vectors, last_lanes)
+            return
+        integers = any(isinstance(step, Quantize) for step in self.gemm.epilogue.steps)
+        sums = pooled.Sums.start(code, vectors, self.gemm.micro.lanes, "int32" if integers else "float32")
+        dataclasses.replace(self, sums=sums)._positions(code, vector, vectors, last_lanes)
+        self._means(code, sums, self.gemm.mean, vector, vectors, last_lanes)
+
+    def _means(self, code: Code, sums: pooled.Sums, mean: Mean, first: Value, vectors: int, last_lanes: int) -> None:
+        gemm, lanes = self.gemm, self.gemm.micro.lanes
+        shape = gemm.shape
+        for vector in range(vectors):
+            for offset, count in pieces(last_lanes if vector == vectors - 1 else lanes, lanes):
+                channel = self.group * shape.n + (first + vector) * lanes + offset
+                place = Place(self.image * shape.out_channels + channel, channel, self.image)
+                at, positions = vector * lanes + offset, shape.rows * shape.columns
+                value = pooled.finish(code, sums, at, positions, mean, gemm.behind, place, count)
+                code.store(gemm.out, place.flat, value, count)
+
+    def _positions(self, code: Code, vector: Value, vectors: int, last_lanes: int) -> None:
         shape, schedule = self.gemm.shape, self.gemm.schedule
 
         def rows(inner: Code, height: int, row: Value) -> None:
@@ -384,4 +408,7 @@ class Tile:
             place = Place(position * shape.out_channels + channel, channel, self.work.image)
             value = load(total, at + offset, count)
             value = gemm.epilogue.apply(code, value, place, shared, count, self._lanes(vector) == lanes)
-            code.store(gemm.out, place.flat, value, count)
+            if self.work.sums is None:
+                code.store(gemm.out, place.flat, value, count)
+            else:
+                self.work.sums.add(code, vector * lanes + offset, value, count)

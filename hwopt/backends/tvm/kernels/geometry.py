@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hwopt.backends.tvm.kernels.phases import AxisPhase, frame, phases
-from hwopt.backends.tvm.kernels.spec import ConvSpec, ConvTransposeSpec, MatmulSpec, Multiply, Product, Step
+from hwopt.backends.tvm.kernels.spec import ConvSpec, ConvTransposeSpec, MatmulSpec, Mean, Product, Step, by_image
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class Geometry:
     @property
     def padded(self) -> bool:
         return any(self.pads)
+
+    @property
+    def pooled(self) -> bool:
+        """Whether an image's positions are averaged, so that one task takes them all."""
+        return any(isinstance(step, Mean) for step in self.epilogue)
 
     @property
     def padded_width(self) -> int:
@@ -109,8 +114,7 @@ def _of_conv(spec: ConvSpec) -> Geometry:
     images, height, width, rows, columns = spec.batch, spec.height, spec.width, spec.out_height, spec.out_width
     pointwise = spec.kernel == (1, 1) and spec.strides == (1, 1) and not any(spec.pads)
     if pointwise:
-        by_image = any(isinstance(step, Multiply) and step.over == "image" for step in spec.epilogue)
-        images = images if by_image else 1
+        images = images if by_image(spec.epilogue) else 1
         height, rows = 1, 1
         width = columns = spec.batch * spec.height * spec.width // images
     return Geometry(

@@ -120,9 +120,11 @@ def _blocked(shape: Geometry, micro: MicroKernel, cores: int, tile: Schedule) ->
     parallel = parallel_pays(work, cores)
     block_rows = round_up(shape.rows, tile.tile_rows)
     if shape.padded:
-        block_rows = _rows_in_workspace(shape, tile.tile_rows)
+        block_rows = rows_in_workspace(shape, tile.tile_rows)
     block_columns = round_up(shape.columns, tile.tile_columns)
-    if parallel and shape.rows > 1:
+    if parallel and shape.pooled:
+        block_rows, tiles = divided(Work(shape, work, "", tile.tile_rows, block_rows, tiles), cores)
+    elif parallel and shape.rows > 1:
         block_rows, tiles = divided(Work(shape, work, "rows", tile.tile_rows, block_rows, tiles), cores)
     elif parallel:
         along = "" if shape.padded or shape.computed else "columns"
@@ -137,7 +139,7 @@ def round_up(size: int, tile: int) -> int:
     return -(-size // tile) * tile
 
 
-def _rows_in_workspace(shape: Geometry, tile_rows: int) -> int:
+def rows_in_workspace(shape: Geometry, tile_rows: int) -> int:
     """Output rows whose padded input fits the workspace, a multiple of the tile's."""
     size = {"float32": 4, "bfloat16": 2}.get(shape.data_dtype, 1)
     row = shape.padded_width * shape.channels * size * shape.strides[0]

@@ -9,6 +9,7 @@ Data is channels-last ([batch, height, width, channels]; a matmul is [rows, chan
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -54,14 +55,30 @@ class Activation:
 
 @dataclass(frozen=True)
 class Quantize:
-    """float32 -> saturate(round_half_even(x / scale) + zero_point) as `dtype` (uint8 or int8); always the last step."""
+    """float32 -> saturate(round_half_even(x / scale) + zero_point) as `dtype` (uint8 or int8); the last step, or before Mean."""
 
     scale: float
     zero_point: int
     dtype: str
 
 
-Step = Bias | Scale | Add | Multiply | Activation | Quantize
+@dataclass(frozen=True)
+class Mean:
+    """The mean over the image of what the steps before make (global pooling); the result has one position.
+
+    Behind a Quantize, whose integers are summed up, they stand for (value - zero_point) * scale. Only Quantize may follow.
+    """
+
+    scale: float = 1.0
+    zero_point: int = 0
+
+
+Step = Bias | Scale | Add | Multiply | Activation | Quantize | Mean
+
+
+def by_image(steps: Iterable[Step]) -> bool:
+    """Whether steps treat the images of a batch differently."""
+    return any(isinstance(step, Mean) or (isinstance(step, Multiply) and step.over == "image") for step in steps)
 
 
 class Product:

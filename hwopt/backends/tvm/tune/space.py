@@ -151,8 +151,8 @@ def _knobs(task: Task) -> dict[str, tuple[int, ...]]:
     return {
         "tile_rows": tuple(sorted(rows)), "tile_columns": tuple(sorted(columns)), "vectors": tuple(sorted(deep)),
         "unroll": tuple(count for count in (1, 2, 4, 8) if count <= words) or (1,),
-        "row_blocks": _counts(shape.rows),
-        "column_blocks": (1,) if shape.padded or shape.computed else _counts(shape.columns),
+        "row_blocks": (1,) if shape.pooled else _counts(shape.rows),
+        "column_blocks": (1,) if shape.padded or shape.computed or shape.pooled else _counts(shape.columns),
         "tile_blocks": _counts(vectors),
     }  # fmt: skip
 
