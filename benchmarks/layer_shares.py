@@ -35,14 +35,13 @@ def rows_of(label: str, graph: Graph, target: Target, peak: float | None) -> lis
 def _timed(graph: Graph, target: Target) -> list[tuple[Workload, float]]:
     from hwopt.analysis.workload import workloads
     from hwopt.backends.tvm.build import compile_program
-    from hwopt.backends.tvm.learn.measure import Compiled, command, timed
+    from hwopt.backends.tvm.learn.measure import Compiled, command, owners_of, timed
     from hwopt.backends.tvm.tune.runner import Runner
     from hwopt.build import identifier
 
     program = compile_program(graph, target, 1, identifier(graph.name))  # the names that it was built with: kernels are there
     with Runner(1) as runner, tempfile.TemporaryDirectory() as folder:
-        labels = tuple(call.label for call in program.calls)
-        waiting = Compiled(workloads(graph), labels, tuple(program.objects), command(program, Path(folder)))
+        waiting = Compiled(workloads(graph), owners_of(program.calls), tuple(program.objects), command(program, Path(folder)))
         return [(one.work, one.seconds) for one in timed(waiting, runner, SECONDS).samples if one.seconds > 0]
 
 

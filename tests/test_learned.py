@@ -267,10 +267,11 @@ def test_counts_are_never_below_zero_and_facts_finite() -> None:
             assert np.isfinite(list(found.shape.values())).all()
 
 
-def test_calls_between_labels_belong_to_the_regions_between() -> None:
+def test_calls_belong_to_their_regions_and_layouts_of_inputs_to_none() -> None:
     graph = sample_graph(1, "float32", find_target("x86-64-v2"))
     names = [work.name for _, work in kernels(graph)]
-    calls = [Call("transpose", ("a",), label="layout"), *(Call("k", ("a",), label=name) for name in names)]
+    layout = Call("transpose", ("a",), label="layout", regions=(names[0],))
+    calls = [layout, *(Call("k", ("a",), label=name, regions=(name,)) for name in names)]
     best = np.arange(1.0, len(calls) + 1)
     samples, other = attribute(graph, calls, best, np.zeros(len(calls)))
     assert other == 1.0
@@ -279,7 +280,8 @@ def test_calls_between_labels_belong_to_the_regions_between() -> None:
 
 def test_fused_calls_are_divided_and_marked_as_shared() -> None:
     graph = sample_graph(4, "float32", find_target("x86-64-v2"))
-    samples, _ = attribute(graph, [Call("fused", ("a",), label="fused")], np.array([3.0]), np.zeros(1))
+    names = tuple(work.name for _, work in kernels(graph))
+    samples, _ = attribute(graph, [Call("fused", ("a",), label="fused", regions=names)], np.array([3.0]), np.zeros(1))
     assert sum(one.seconds for one in samples) == pytest.approx(3.0)
     assert all(one.shared == len(workloads(graph)) for one in samples)
 
@@ -387,7 +389,7 @@ def test_a_network_that_cannot_be_compiled_is_not_tried_again(
 
 
 def test_a_network_that_waits_is_the_same_when_it_is_read(tmp_path: Path) -> None:
-    program = measure.Compiled((layer(), layer(5)), ("a", ""), (b"one", b"", b"three"), {"calls": [["s", [0]]], "blob": "x"})
+    program = measure.Compiled((layer(), layer(5)), (("a",), ()), (b"one", b"", b"three"), {"calls": [["s", [0]]], "blob": "x"})
     (tmp_path / "000003_int8_1").mkdir()
     stock.keep(stock.Network(3, "int8", 1, "code", program), tmp_path / "000003_int8_1")
     ((folder, found),) = stock.kept(tmp_path, 1, "code")

@@ -43,7 +43,7 @@ def workload(graph: Graph, region: Region) -> Workload:
         elements=_extra_elements(graph, region), read_bytes=read, write_bytes=written, weight_bytes=weights,
         coded=None if weight is None else Coded(weight.bytes, weight.bits, weight.books is not None),
         window=_window(graph, region.anchor), dims=_dims(graph.tensor(region.output)),
-        steps=tuple(map(_step, (region.anchor, *region.epilogue))), relaid=_relaid(graph, region),
+        steps=_steps(graph, region), relaid=_relaid(graph, region),
     )  # fmt: skip
 
 
@@ -149,8 +149,55 @@ def _conv(graph: Graph, node: Node) -> tuple[int, int, int, int, int]:
     return data[0] * math.prod(data[2:]), weight[1] * taps, weight[0] // groups, groups, taps
 
 
-def _step(node: Node) -> str:
-    return f"Transpose {','.join(map(str, node.attr('perm') or ()))}" if node.op == "Transpose" else node.op
+def _steps(graph: Graph, region: Region) -> tuple[str, ...]:
+    """Operators, and what else decides about their code; products do not care about more than names."""
+    product = region.kind in ("conv", "depthwise", "matmul")
+    details = ((node, "" if product else _detail(graph, node)) for node in (region.anchor, *region.epilogue))
+    return tuple(f"{node.op} {detail}" if detail else node.op for node, detail in details)
+
+
+def _detail(graph: Graph, node: Node) -> str:
+    """Axes, permutations, ways to resize, and of which form a second operand is; "" where the operator says it all."""
+    rank = len(graph.tensor(node.inputs[0]).shape or ()) if node.inputs else 0
+    if node.op == "Transpose":
+        return ",".join(map(str, node.attr("perm") or reversed(range(rank))))
+    if node.op in ("Resize", "Upsample"):
+        return str(node.attr("mode", "nearest"))
+    if node.op in BINARY and len(node.inputs) == 2:
+        return min((_form(graph, value, node.output) for value in node.inputs), key=FORMS.index)
+    if "Softmax" in node.op or "Normalization" in node.op:
+        axis = node.attr("axis", -1)
+        return "" if axis in (-1, rank - 1) else str(axis)
+    axes = _axes(graph, node)
+    return ",".join(str(axis % rank if rank else axis) for axis in axes)
+
+
+BINARY = ("Add", "Sub", "Mul", "Div", "Max", "Min", "Pow", "PRelu", "Mod", "Where", "Equal", "Greater", "Less")
+FORMS = ("one", "channel", "last", "some", "full")  # elements of an operand: one, along axis 1, along the last one, fewer, all
+
+
+def _form(graph: Graph, value: str, result: str) -> str:
+    """How an operand is broadcast over the result."""
+    mine, whole = _dims(graph.tensor(value)), _dims(graph.tensor(result))
+    mine = (*(1,) * (len(whole) - len(mine)), *mine)
+    wide = [axis for axis, size in enumerate(mine) if size > 1]
+    if mine == whole:
+        return "full"
+    if not wide:
+        return "one"
+    return {len(whole) - 1: "last", 1: "channel"}.get(wide[0], "some") if len(wide) == 1 else "some"
+
+
+def _axes(graph: Graph, node: Node) -> tuple[int, ...]:
+    """The axes that an operator names as attribute or as constant."""
+    if node.op in ("Concat", "Split", "Gather", "GatherElements"):
+        return (node.attr("axis", 0),)
+    place = {"Slice": 3}.get(node.op, 1) if node.op.startswith("Reduce") or node.op == "Slice" else None
+    if place is None:
+        return ()
+    stated = node.inputs[place] if len(node.inputs) > place else ""
+    found = graph.params[stated].ravel().tolist() if stated in graph.params else node.attr("axes", ())
+    return tuple(map(int, found))
 
 
 def _window(graph: Graph, node: Node) -> tuple[int, ...]:

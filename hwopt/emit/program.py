@@ -31,6 +31,7 @@ class Call:
     args: tuple[str, ...]
     results: int = 1
     label: str = ""
+    regions: tuple[str, ...] = ()  # of the graph, by name, where the compiler knows
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,7 @@ from hwopt.backends.tvm.fold import folded
 from hwopt.backends.tvm.generic import scheduled
 from hwopt.backends.tvm.kernels import loops, transpose
 from hwopt.backends.tvm.lower import lower
+from hwopt.backends.tvm.origins import fused_origins
 from hwopt.backends.tvm.read import Reading, read
 from hwopt.backends.tvm.scratch import scratch_bytes
 from hwopt.backends.tvm.support import needs_runtime, refuse, refuse_unsupported
@@ -79,10 +80,12 @@ def fused(module: Any, target: Target, threads: int, choose: Choose = kernels.de
     passes = relax.transform
     # Polynomials for exp, tanh and erf, within 4e-7 of libm's and 10 to 40 times faster, as they become vector code.
     fast, legal = passes.FastMathTransform(), passes.LegalizeOps()
-    fuse = [fast, legal, passes.AnnotateTIROpPattern(), passes.FoldConstant(), passes.FuseOps(), passes.FuseTIR()]
+    ready = [fast, legal, passes.AnnotateTIROpPattern(), passes.FoldConstant()]
     views = passes.RewriteDataflowReshape()  # looks into kernels, as long as they are not scheduled
     with tvm_target(target):
-        module = tvm.transform.Sequential([*fuse, views])(module)
+        module = tvm.transform.Sequential(ready)(module)
+        module = fused_origins(module, passes.FuseOps()(module))
+        module = tvm.transform.Sequential([passes.FuseTIR(), views])(module)
         for variable, function in module.functions.items():
             if isinstance(function, tirx.PrimFunc) and not function.attrs.get("hwopt.template"):
                 module.update_func(variable, _scheduled(function, str(variable.name_hint), target, threads, choose))

@@ -35,13 +35,14 @@ class Values:
         self.arrays: dict[str, np.ndarray] = dict(graph.params)
         self._exprs: dict[tuple[str, bool], Expr] = {}
         self._moved: dict[str, tuple[Expr, tuple[int, ...]]] = {}
+        self._movers: dict[str, int] = {}  # the regions that these transpositions are
 
     def move(self, value: str, expr: Expr, order: Sequence[int]) -> None:
         """Says that the value is `expr` with its axes in this order; the transposition is emitted where somebody needs it."""
         if tuple(order) == tuple(range(len(order))):
             self.put(value, expr)
         else:
-            self._moved[value] = (expr, tuple(order))
+            self._moved[value], self._movers[value] = (expr, tuple(order)), self.builder.origin
 
     def moved(self, value: str) -> tuple[Expr, tuple[int, ...]] | None:
         """The expression and order of a value whose transposition has not been emitted."""
@@ -82,7 +83,7 @@ class Values:
         elif (source := self.origin(value)) != value:
             return convert_bfloat16(self.builder, self.get(source, last))
         elif (pending := self.moved(value)) is not None:
-            expr = self.builder.emit(_permuted(*pending, last))
+            expr = self._emitted(value, _permuted(*pending, last))
         elif (value, not last) in self._exprs:
             expr = self.builder.emit(reordered(self._exprs[value, not last], last))
         else:
@@ -97,8 +98,15 @@ class Values:
         if (source := self.origin(value)) != value:
             return convert_bfloat16(self.builder, self.once(source, last))
         if (pending := self.moved(value)) is not None:
-            return self.builder.emit(_permuted(*pending, last))
+            return self._emitted(value, _permuted(*pending, last))
         return self.builder.emit(reordered(self._exprs[value, not last], last))
+
+    def _emitted(self, value: str, expr: Expr) -> Expr:
+        """A transposition that was put off, in the name of the region that it is (see origins.py)."""
+        reader, self.builder.origin = self.builder.origin, self._movers[value]
+        found = self.builder.emit(expr)
+        self.builder.origin = reader
+        return found
 
 
 OPAQUE = {"op_pattern": 8}  # a PrimFunc that TVM must not fuse with anything

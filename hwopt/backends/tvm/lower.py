@@ -29,6 +29,7 @@ from hwopt.backends.tvm.fold import constant_values, folded
 from hwopt.backends.tvm.functions import is_deep
 from hwopt.backends.tvm.heads import composed
 from hwopt.backends.tvm.layout import Values, convert_bfloat16, dims_of, reordered, to_first, to_last
+from hwopt.backends.tvm.origins import naming_builder, with_origins
 from hwopt.backends.tvm.templates import Choose, Templates
 from hwopt.backends.tvm.weighted import Kernel, weighted_kernel
 from hwopt.errors import UnsupportedError
@@ -50,10 +51,8 @@ class Lowering:
     def __init__(
         self, graph: Graph, target: Target, threads: int, choose: Choose = kernels.default_schedule, compact: bool = False
     ) -> None:
-        from tvm import relax
-
         self.graph = graph
-        self.builder = relax.BlockBuilder()
+        self.builder = naming_builder()
         self.values = Values(graph, self.builder)
         self.values.arrays.update(constant_values(graph))
         self.converter = convert.Converter(graph, self.builder)
@@ -73,7 +72,8 @@ class Lowering:
             self.values.put(name, parameters[-1])
         with self.builder.function("main", parameters):
             with self.builder.dataflow():
-                for region in regions(self.graph):
+                for index, region in enumerate(every := regions(self.graph)):
+                    self.builder.origin = index
                     if region.anchor.name not in self.done:
                         self.region(region)
                 results = [self.values.get(name) for name in self.graph.outputs]
@@ -81,7 +81,13 @@ class Lowering:
             self.builder.emit_func_output(output)
         module = self.builder.get()
         module.update_func(module.get_global_var("main"), module["main"].with_attr("hwopt.labels", self.templates.labels))
-        return module
+        labels = {variable: self._regions_of(label) for variable, label in self.templates.labels.items()}
+        return with_origins(module, tuple(region.name for region in every), labels)
+
+    def _regions_of(self, label: str) -> tuple[str, ...]:
+        """The regions that a template's kernel computes: its own, and the pool behind it if that is in it."""
+        pool = self.pools.get(label)
+        return (label, pool.name) if pool and pool.anchor.name in self.done else (label,)
 
     def region(self, region: Region) -> None:
         """Emit one region, as one kernel where there is one for it, else node by node."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hwopt.backends.tvm.origins import origins_of
 from hwopt.emit.program import Buffer, Call
 from hwopt.errors import UnsupportedError
 from hwopt.ir import Graph
@@ -43,6 +44,7 @@ class _Reader:
         self.names: dict[Any, Any] = {}  # Relax variable -> buffer name, or a list of them
         attributes = module["main"].attrs
         self.labels = {str(k): str(v) for k, v in attributes["hwopt.labels"].items()} if "hwopt.labels" in attributes else {}
+        self.origins = origins_of(module["main"])
         self.constants: dict[str, str] = {}  # digest of contents -> buffer name
 
     def reading(self) -> Reading:
@@ -87,7 +89,7 @@ class _Reader:
             return self._buffer("v", str(variable.ty.dtype), _dims(variable.ty.shape), "temporary", alias=self._root(source))
         raise UnsupportedError(f"TVM leaves {name or type(value).__name__} to its runtime", place=self.graph.name)
 
-    def _call(self, call: Any, label: str) -> Any:
+    def _call(self, call: Any, variable: str) -> Any:
         """A kernel call; its results get buffers of their own."""
         from tvm import relax
 
@@ -98,8 +100,9 @@ class _Reader:
         results = [self._buffer("t", str(kind.dtype), _dims(kind.shape), "temporary") for kind in kinds]
         primitive = self.module[function]
         self.result.functions.setdefault(function, primitive)
-        label = self.labels.get(label, function)  # a fused function's name says which operators are in it
-        self.result.calls.append(Call(function, (*names, *results), len(results), label))
+        label = self.labels.get(variable, function)  # a fused function's name says which operators are in it
+        regions = tuple(self.origins.get(variable, ()))
+        self.result.calls.append(Call(function, (*names, *results), len(results), label, regions))
         return results if many else results[0]
 
     def _constant(self, array: np.ndarray) -> str:

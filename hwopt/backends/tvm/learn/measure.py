@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,13 +54,13 @@ class Profile:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A program that waits to be timed: `command` is for the measuring process, `labels` name the region of each call.
+    """A program that waits to be timed: `command` is for the measuring process, `owners` are the regions of each call.
 
     Its constants lie in the file `command["blob"]`.
     """
 
     work: tuple[Workload, ...]
-    labels: tuple[str, ...]
+    owners: tuple[tuple[str, ...], ...]
     objects: tuple[bytes, ...]
     command: dict[str, Any]
 
@@ -71,8 +70,7 @@ def compiled(graph: Graph, target: Target, threads: int, folder: Path) -> Compil
     from hwopt.backends.tvm.build import compile_program
 
     program = compile_program(graph, target, threads, "profile")
-    labels = tuple(call.label for call in program.calls)
-    return Compiled(workloads(graph), labels, tuple(program.objects), command(program, folder))
+    return Compiled(workloads(graph), owners_of(program.calls), tuple(program.objects), command(program, folder))
 
 
 def timed(one: Compiled, runner: Runner, seconds: float, evict: int = 0) -> Profile:
@@ -83,7 +81,7 @@ def timed(one: Compiled, runner: Runner, seconds: float, evict: int = 0) -> Prof
     passes, clock, units = runner.time_calls(one.objects, {**one.command, "seconds": seconds, "evict": evict})
     times = np.array(passes)
     best, low = times.min(0), np.percentile(times, LOW, axis=0)
-    found, other = assigned(one.work, one.labels, low, low / np.maximum(best, 1e-9) - 1)
+    found, other = assigned(one.work, one.owners, low, low / np.maximum(best, 1e-9) - 1)
     return Profile(tuple(found), float(low.sum()), other, clock, units)
 
 
@@ -116,46 +114,42 @@ def command(program: Program, folder: Path) -> dict[str, Any]:
 
 def attribute(graph: Graph, calls: Sequence[Call], seconds: np.ndarray, noise: np.ndarray) -> tuple[list[Sample], float]:
     """What each region of a graph took, and what belongs to none, from the seconds of the calls."""
-    return assigned(workloads(graph), [call.label for call in calls], seconds, noise)
+    return assigned(workloads(graph), owners_of(calls), seconds, noise)
+
+
+def owners_of(calls: Sequence[Call]) -> tuple[tuple[str, ...], ...]:
+    """The regions whose time each call's is: what a template computes has a call of its own, which bears its name.
+
+    What else was emitted for such a region brings an input into another order, mostly behind the kernel that computes it.
+    """
+    alone = {one for call in calls if call.label in call.regions for one in call.regions}
+    return tuple(
+        call.regions if call.label in call.regions else tuple(one for one in call.regions if one not in alone) for call in calls
+    )
 
 
 def assigned(
-    work: Sequence[Workload], labels: Sequence[str], seconds: np.ndarray, noise: np.ndarray
+    work: Sequence[Workload], owners: Sequence[Sequence[str]], seconds: np.ndarray, noise: np.ndarray
 ) -> tuple[list[Sample], float]:
-    """Calls to regions: by the label where a template wrote it; what lies between two of them belongs to the regions between.
-
-    TVM fuses what lies between as it likes: where the counts differ, the regions share the time by the bytes they move.
-    """
+    """Calls to regions: each takes what its calls take. Regions that TVM put into one kernel share it by the bytes they move."""
     names = {one.name: index for index, one in enumerate(work)}
-    labelled = [(place, names[label]) for place, label in enumerate(labels) if label in names]
-    marks = [(-1, -1), *_rising(labelled), (len(labels), len(work))]
-    samples, other = [], 0.0
-    for (before, above), (place, region) in itertools.pairwise(marks):
-        between, regions = list(range(before + 1, place)), work[above + 1 : region]
-        found, left = _between(between, regions, seconds, noise)
-        samples += found
-        other += left
-        if place < len(labels):
-            samples.append(Sample(work[region], float(seconds[place]), float(noise[place])))
-    return samples, other
+    places = [[names[one] for one in some if one in names] for some in owners]
+    samples = [Sample(one, 0.0, 0.0) for one in work]
+    for calls, regions in _joined(places):
+        share = np.array([work[region].bytes + 64.0 for region in regions])
+        parts = float(sum(seconds[call] for call in calls)) * share / share.sum()
+        worst = max(float(noise[call]) for call in calls)
+        for region, part in zip(regions, parts, strict=True):
+            samples[region] = Sample(work[region], float(part), worst, len(regions))
+    return samples, float(sum(seconds[call] for call, some in enumerate(places) if not some))
 
 
-def _rising(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Those whose regions come in order."""
-    found: list[tuple[int, int]] = []
-    for place, region in pairs:
-        if not found or region > found[-1][1]:
-            found.append((place, region))
-    return found
-
-
-def _between(calls: list[int], regions: Sequence[Workload], times: np.ndarray, noise: np.ndarray) -> tuple[list[Sample], float]:
-    seconds = float(sum(times[call] for call in calls))
-    if not regions:
-        return [], seconds
-    if len(calls) == len(regions):
-        return [Sample(one, float(times[call]), float(noise[call])) for call, one in zip(calls, regions, strict=True)], 0.0
-    worst = max((float(noise[call]) for call in calls), default=0.0)
-    share = np.array([one.bytes + 64.0 for one in regions])
-    parts = seconds * share / share.sum()
-    return [Sample(one, float(part), worst, len(regions)) for one, part in zip(regions, parts, strict=True)], 0.0
+def _joined(places: Sequence[Sequence[int]]) -> list[tuple[list[int], list[int]]]:
+    """(calls, regions) that have to do with each other and with nobody else."""
+    found: list[tuple[list[int], set[int]]] = []
+    for call, regions in enumerate(places):
+        mine = [one for one in found if not one[1].isdisjoint(regions)]
+        rest = [one for one in found if one[1].isdisjoint(regions)]
+        merged = ([*(call for calls, _ in mine for call in calls), call], set(regions).union(*(some for _, some in mine)))
+        found = [*rest, merged] if regions else found
+    return [(calls, sorted(regions)) for calls, regions in found]

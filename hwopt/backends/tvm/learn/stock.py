@@ -42,7 +42,7 @@ def keep(one: Network, folder: Path) -> None:
     sizes = [len(data) for data in program.objects]
     (folder / "objects.bin").write_bytes(b"".join(program.objects))
     data = {
-        "seed": one.seed, "form": one.form, "threads": one.threads, "code": one.code, "labels": program.labels, "sizes": sizes,
+        "seed": one.seed, "form": one.form, "threads": one.threads, "code": one.code, "owners": program.owners, "sizes": sizes,
         "work": [dataclasses.asdict(work) for work in program.work], "command": {**program.command, "blob": "constants.bin"},
     }  # fmt: skip
     part = folder / "network.part"
@@ -66,7 +66,7 @@ def _network(folder: Path, data: dict[str, Any]) -> Network:
         objects.append(blob[offset : offset + size])
         offset += size
     command = {**data["command"], "blob": str(folder / "constants.bin")}
-    program = Compiled(tuple(map(work_from, data["work"])), tuple(data["labels"]), tuple(objects), command)
+    program = Compiled(tuple(map(work_from, data["work"])), tuple(map(tuple, data["owners"])), tuple(objects), command)
     return Network(data["seed"], data["form"], data["threads"], data["code"], program)
 
 

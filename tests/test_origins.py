@@ -1,0 +1,64 @@
+"""Kernels know their regions, also where TVM fuses and orders them: exact names are what prices are learned from."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from hwopt.analysis.workload import workloads
+from hwopt.backends.tvm.build import reading
+from hwopt.backends.tvm.learn.measure import assigned, owners_of
+from hwopt.io.proto import from_model
+from hwopt.plugins import find_target
+
+SHAPE = (1, 8, 6, 6)
+
+
+def graph_of(*nodes, out: tuple[int, ...] = SHAPE):
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (("x", SHAPE), ("y", out))]
+    weights = [numpy_helper.from_array(np.ones((8, 8, 1, 1), np.float32), "w")]
+    made = [helper.make_node(op, ins, [to], name=name, **more) for name, op, ins, to, more in nodes]
+    return from_model(helper.make_model(helper.make_graph(made, "g", ends[:1], ends[1:], weights), ir_version=10))
+
+
+def calls_of(graph):
+    return reading(graph, find_target("x86-64-v2")).calls
+
+
+CONV = ("first", "Conv", ["x", "w"], "a", {})
+
+
+def test_kernels_between_templates_are_their_regions_and_the_input_s_layout_is_nobody_s() -> None:
+    graph = graph_of(
+        CONV, ("pool", "MaxPool", ["a"], "b", {"kernel_shape": [3, 3], "pads": [1] * 4}), ("neg", "Neg", ["a"], "c", {}),
+        ("abs", "Abs", ["b"], "d", {}), ("last", "Conv", ["d", "w"], "e", {}), ("sum", "Add", ["e", "c"], "f", {}),
+        ("end", "Relu", ["f"], "y", {}),
+    )  # fmt: skip
+    calls = calls_of(graph)
+    owners = owners_of(calls)
+    assert owners[0] == () and calls[0].regions == ("first",)
+    assert {region for some in owners for region in some} >= {"first", "pool", "neg", "last"}
+    samples, other = assigned(workloads(graph), owners, np.arange(1.0, len(calls) + 1), np.zeros(len(calls)))
+    assert other == 1.0
+    assert sum(one.seconds for one in samples) + other == pytest.approx(sum(range(1, len(calls) + 1)))
+
+
+def test_a_kernel_of_several_regions_names_them_all() -> None:
+    graph = graph_of(
+        CONV, ("mean", "GlobalAveragePool", ["a"], "b", {}), ("gate", "Sigmoid", ["b"], "c", {}),
+        ("scaled", "Mul", ["a", "c"], "d", {}), ("last", "Conv", ["d", "w"], "y", {}),
+    )  # fmt: skip
+    owners = owners_of(calls_of(graph))
+    assert {region for some in owners for region in some} == {"first", "last", "mean", "gate", "scaled"}
+    assert all(some[:1] == ("last",) or "last" not in some for some in owners)
+
+
+def test_a_transposition_that_waits_for_its_reader_stays_its_own_region_s() -> None:
+    graph = graph_of(
+        CONV, ("turned", "Transpose", ["a"], "b", {"perm": [0, 2, 3, 1]}), ("end", "Softmax", ["b"], "c", {"axis": -1}),
+        ("back", "Transpose", ["c"], "d", {"perm": [0, 2, 1, 3]}), ("out", "Neg", ["d"], "y", {}), out=(1, 6, 6, 8),
+    )  # fmt: skip
+    calls = calls_of(graph)
+    assert [call.regions for call in calls if "back" in call.regions]
+    assert all(call.regions == ("end",) for call in calls if call.label == "end")
