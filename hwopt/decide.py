@@ -18,6 +18,7 @@ from hwopt.job import Job
 from hwopt.measure import interleaved
 from hwopt.pipeline import Refusal
 from hwopt.plan.budget import Amounts, exceeded
+from hwopt.plan.corrected import search_timed
 from hwopt.plan.doubts import measuring_on
 from hwopt.plan.plan import Decision, Plan, apply_plan
 from hwopt.plan.search import Found, Priced, Search, price, search, versions
@@ -93,7 +94,8 @@ def _kept(job: Job, baseline: Built, found: Found, build: Build) -> tuple[Found,
 def _searched(job: Job, task: Search, priced: Priced, baseline: Built, build: Build) -> tuple[Found, Built]:
     """Search, build and measure in turns, until the library keeps the limits."""
     for _ in range(TURNS):
-        found, result = fastest(job, search(task, priced), build)
+        found, priced = search_timed(task, priced)
+        found, result = fastest(job, found, build)
         seconds = _seconds(job, baseline, result)
         broken = _broken(job, result, seconds["result"])
         if not broken:

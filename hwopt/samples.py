@@ -50,8 +50,14 @@ class Samples:
         return len(next(iter(self.arrays.values())))
 
     def head(self, count: int) -> Samples:
-        """The first `count` samples."""
-        return self.rows(slice(count))
+        """The first `count` samples: the same object each time, since what is remembered of samples is remembered of that."""
+        if count not in self._heads:
+            self._heads[count] = self.rows(slice(count))
+        return self._heads[count]
+
+    @cached_property
+    def _heads(self) -> dict[int, Samples]:
+        return {}
 
     def rows(self, rows: slice | np.ndarray) -> Samples:
         labels, texts, files = (None if one is None else one[rows] for one in (self.labels, self.texts, self.files))

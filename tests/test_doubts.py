@@ -17,7 +17,9 @@ from hwopt.ir import Graph
 from hwopt.job import Job, prepare, quiet
 from hwopt.plan.attempt import Priced, Search, price
 from hwopt.plan.budget import parse_budget
+from hwopt.plan.corrected import search_timed
 from hwopt.plan.doubts import Measuring, measuring_on
+from hwopt.plan.search import search
 from hwopt.plugins import find_target
 from hwopt.target import Cost, Target, Workload
 
@@ -96,6 +98,45 @@ def test_measuring_ends_when_its_time_is_over(job: Job) -> None:
     _, measuring = priced(job, 0.95, 1.5)
     assert (measuring.graphs, measuring.left) == (1, pytest.approx(0.5, abs=0.1))
     assert priced(job, 0.95, 0.0)[1].graphs == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Hopeful(Wrong):
+    """Believes int8 to be fast, without a doubt."""
+
+    def estimate(self, workload: Workload, threads: int) -> Cost:
+        seconds = self.more.get(dataclasses.replace(workload, name=""), truth(workload))
+        return Cost(seconds, source="learned", low=seconds, high=seconds)
+
+
+class Sobering(Measuring):
+    """Finds that products in int8 take twice as long as in float32."""
+
+    def _time(self, graph: Graph) -> None:
+        found = {one: 8e-6 if one.macs and one.dtype == "int8" else truth(one) for one in workloads(graph)}
+        self.target.cost.more.update({dataclasses.replace(one, name=""): seconds for one, seconds in found.items()})  # type: ignore[attr-defined]
+
+
+def test_kernels_of_a_plan_are_timed_and_what_seemed_fast_is_given_up(job: Job) -> None:
+    target = dataclasses.replace(job.target, cost=Hopeful(0.0))
+    task = make_task(dataclasses.replace(job, target=target))
+    assert isinstance(task, Search)
+    first = search(task, price(task)).plan
+    assert len(first.decisions) == 4 and first.seconds_after < first.seconds_before / 2
+    task = dataclasses.replace(task, measuring=Sobering(target, 1))
+    found, priced = search_timed(task, price(task))
+    assert found.plan.decisions == () and found.graph is task.graph
+    assert priced.options == () and any("not faster" in one.reason for one in priced.refused)
+    worse = next(one.plan for one in found.others if one.plan.decisions)
+    assert worse.seconds_after > 4 * 8e-6 > worse.seconds_before  # the plan that was given up, at the prices of now
+
+
+def test_a_plan_without_anything_to_time_is_searched_for_once(job: Job) -> None:
+    task = make_task(dataclasses.replace(job, target=dataclasses.replace(job.target, cost=Hopeful(0.0))))
+    assert isinstance(task, Search) and task.measuring is None
+    before = price(task)
+    found, after = search_timed(task, before)
+    assert after is before and found.graph.digest == search(task, before).graph.digest and found.plan.decisions
 
 
 def test_without_measuring_the_same_prices_come_out_every_time(job: Job) -> None:

@@ -127,3 +127,9 @@ def test_an_input_without_the_batch_axis_is_named_with_its_shape(kind: tuple[int
     samples = Samples({"image": np.ones((4, 3), np.float32), "state": np.ones((4, *kind[1:]), np.float32)})
     with pytest.raises(DataError, match=message):
         checked(samples, mixed(kind))
+
+
+def test_the_first_samples_are_the_same_object_each_time() -> None:
+    samples = Samples({"x": np.arange(6.0).reshape(6, 1)})
+    assert samples.head(2) is samples.head(2) is not samples.head(3)
+    assert samples.head(2).arrays["x"].tolist() == [[0.0], [1.0]]

@@ -17,7 +17,7 @@ from hwopt.backends.ort import Session
 from hwopt.cli import main
 from hwopt.decide import make_task
 from hwopt.errors import BudgetError, UsageError
-from hwopt.evaluate import Run
+from hwopt.evaluate import Run, Scorer
 from hwopt.explore import plan_front, plan_once, plan_trials
 from hwopt.io.onnx import read
 from hwopt.ir import Graph
@@ -30,7 +30,7 @@ from hwopt.plan.explain import explain
 from hwopt.plan.options import Pricer
 from hwopt.plan.plan import plan_from_json
 from hwopt.plan.polish import polished
-from hwopt.plan.search import _next, aim, search
+from hwopt.plan.search import _next, aim, found_within, search
 from hwopt.plan.solve import Solution, predicted
 from hwopt.plan.trials import knobs_of
 from hwopt.plan.uniform import uniform_solutions
@@ -133,6 +133,43 @@ class Coarse:
         same = [np.array_equal(run(self.feeds)["y"], answer) for answer in self.answers]
         wrong = 0 if same[0] else self.plain if same[1] else self.other
         return (np.arange(64) >= wrong).astype(np.float64)
+
+
+class Counting:
+    """Scores as another, and counts how often."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer, self.metric, self.calls = scorer, scorer.metric, 0
+
+    def __call__(self, run: Run) -> np.ndarray:
+        self.calls += 1
+        return self.scorer(run)
+
+
+def test_a_plan_is_applied_and_scored_once_by_all_searches_over_the_same_prices(network: Path) -> None:
+    task = make_task(job_for(network))
+    assert task is not None
+    task = dataclasses.replace(task, scorer=Counting(task.scorer))
+    priced = price(task)
+    first = search(task, priced)
+    calls = task.scorer.calls  # type: ignore[attr-defined]
+    again = search(task, priced)
+    assert task.scorer.calls == calls > 2 and again.plan == first.plan  # type: ignore[attr-defined]
+    search(task, priced.only("low-rank"))  # other choices
+    assert task.scorer.calls > calls  # type: ignore[attr-defined]
+
+
+def test_no_time_goes_into_the_nearest_budget_where_nobody_asks_for_it(network: Path) -> None:
+    task = make_task(job_for(network, "100%"))
+    assert task is not None
+    priced, least = price(task), task.amounts(task.graph).seconds
+    hopeless, easy = (dataclasses.replace(task, budget=Budget(1.0, latency_seconds=least * share)) for share in (1e-3, 0.9))
+    assert found_within(hopeless, priced) is None
+    found = found_within(easy, priced)
+    assert found is not None and found.plan.seconds_after <= 0.9 * least
+    assert found.plan == search(easy, priced).plan
+    with pytest.raises(BudgetError, match="nearest plans"):
+        search(hopeless, priced)
 
 
 def test_no_search_ends_slower_than_one_precision_for_all_that_keeps_the_drop(network: Path) -> None:

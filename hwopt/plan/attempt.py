@@ -84,13 +84,18 @@ class Search:
 
 @dataclass(frozen=True, eq=False)
 class Priced:
-    """What does not depend on the limits: the options with their prices and errors, and the scores of the unchanged model."""
+    """What does not depend on the limits: the options with their prices and errors, and the scores of the unchanged model.
+
+    `applied` remembers what choices of one graph, calibration and scorer made: searches with other limits, or over fewer
+    families, ask for many of them again.
+    """
 
     base: Base
     options: tuple[Option, ...]
     pairs: tuple[Pair, ...]
     refused: tuple[Refusal, ...]
     baseline: np.ndarray
+    applied: dict[tuple[Pass, ...], tuple[Graph, Comparison]] = field(default_factory=dict)
 
     def only(self, *families: str) -> Priced:
         """The same with the options that use no other family."""
@@ -175,10 +180,13 @@ def _offered(task: Search) -> tuple[Base, list[Option], list[Refusal]]:
 
 
 def measured(task: Search, priced: Priced, solution: Solution, allowed: float) -> Attempt:
-    """Apply a solution and score what comes out."""
+    """Apply a solution and score what comes out, or remember that."""
     passes = merged(one for option in solution.options for one in option.passes)
-    changed = PassManager(passes).run(task.graph, task.ctx).graph
-    comparison = compare(task.scorer.metric, priced.baseline, task.scorer(Session(changed).run))
+    if passes not in priced.applied:
+        changed = PassManager(passes).run(task.graph, task.ctx).graph
+        comparison = compare(task.scorer.metric, priced.baseline, task.scorer(Session(changed).run))
+        priced.applied[passes] = changed, comparison
+    changed, comparison = priced.applied[passes]
     amounts = task.amounts(changed)
     feasible = comparison.drop <= task.budget.max_drop and not task.exceeded(amounts)
     entry = Round(

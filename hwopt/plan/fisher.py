@@ -24,6 +24,7 @@ from hwopt.samples import Samples, batch_of
 
 CHECKED = 3  # candidates of each family whose error is measured
 CONFIGURATIONS = 4  # of random candidates, measured as a whole
+PLACES = 24  # that one of them changes at most: every change that differs takes a sweep over the data of its own
 WAYS = ("auto", "fisher", "measured")
 MACS = 1e12  # about a minute on two cores: below it every candidate is measured by itself, which is more exact
 Measure = Callable[[Graph], float]  # the divergence of a changed graph's outputs
@@ -102,6 +103,6 @@ def _configurations(candidates: Sequence[Pass], seed: int) -> list[tuple[Pass, .
     places: dict[tuple[bool, tuple[str, ...]], list[Pass]] = {}
     for one in candidates:
         places.setdefault((one.phase == Phase.PRUNE, one.site), []).append(one)
-    shares = np.linspace(0.2, 0.8, CONFIGURATIONS)
+    shares = np.linspace(0.2, 0.8, CONFIGURATIONS) * min(1.0, PLACES / max(len(places), 1))
     chosen = [tuple(some[random.integers(len(some))] for some in places.values() if random.random() < share) for share in shares]
     return [one for one in dict.fromkeys(chosen) if one]

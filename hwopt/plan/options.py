@@ -14,7 +14,7 @@ from hwopt.analysis.size import weight_bytes
 from hwopt.analysis.workload import kernels
 from hwopt.errors import PassError
 from hwopt.ir import Graph
-from hwopt.pipeline import Context, Pass, Phase, Refusal, run_pass
+from hwopt.pipeline import Context, Pass, PassManager, Phase, Refusal, run_pass
 from hwopt.plan.budget import Budget
 from hwopt.samples import batch_of
 from hwopt.target import Cost, Target, Workload, total
@@ -100,6 +100,7 @@ class Pricer:
     def __init__(self, target: Target, threads: int, scale: float = 1.0) -> None:
         self.target, self.threads, self.scale = target, threads, scale
         self._known: dict[tuple[Workload, int], Cost] = {}
+        self._made: dict[tuple[str, tuple[Pass, ...]], tuple[Workload, ...]] = {}
 
     def forget(self) -> None:
         """Ask again: something was measured."""
@@ -112,6 +113,13 @@ class Pricer:
     def graph(self, graph: Graph) -> Cost:
         """One run of the whole graph."""
         return self.cost(work for _, work in kernels(graph))
+
+    def changed(self, graph: Graph, passes: tuple[Pass, ...], ctx: Context) -> Cost:
+        """One run of what the passes make of a graph. Its kernels are remembered: data play no part in them."""
+        key = graph.digest, passes
+        if key not in self._made:
+            self._made[key] = tuple(work for _, work in kernels(PassManager(passes).run(graph, ctx).graph))
+        return self.cost(self._made[key])
 
     def _one(self, work: Workload) -> Cost:
         key = (work, work.footprint)  # which workloads are equal without

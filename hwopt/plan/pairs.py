@@ -17,7 +17,7 @@ import numpy as np
 from hwopt.analysis.regions import regions
 from hwopt.analysis.workload import kernels
 from hwopt.ir import Graph
-from hwopt.pipeline import Context, Pass, PassManager, merged
+from hwopt.pipeline import Context, merged
 from hwopt.plan.options import Base, Option, Pair, Pricer
 from hwopt.samples import batch_of
 from hwopt.target import Cost, Workload
@@ -145,8 +145,7 @@ def _corrections(sums: np.ndarray, wholes: Sequence[Cost], savings: Sequence[Cos
 
 def _saving(graph: Graph, ctx: Context, base: Base, options: Sequence[Option], pricer: Pricer) -> Cost:
     """The graph with all of these options, less what they cost one by one."""
-    passes: Sequence[Pass] = merged(one for option in options for one in option.passes)
-    both = pricer.graph(PassManager(tuple(passes)).run(graph, ctx).graph)
+    both = pricer.changed(graph, merged(one for option in options for one in option.passes), ctx)
     seconds = both.seconds - base.total_seconds + sum(option.gain for option in options)
     return Cost(seconds, both.joules - base.joules - sum(option.joules for option in options))
 

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 from hwopt.ir import Graph
-from hwopt.pipeline import Context, PassManager, merged
+from hwopt.pipeline import Context, merged
 from hwopt.plan.attempt import Priced
 from hwopt.plan.options import Option, Pricer
 from hwopt.plan.solve import Limits, Solution, predicted, solve
@@ -70,7 +70,7 @@ class _Prices:
         key = frozenset(map(id, options))
         if key not in self._known:
             passes = merged(one for option in options for one in option.passes)
-            self._known[key] = self.pricer.graph(PassManager(passes).run(self.graph, self.ctx).graph).seconds
+            self._known[key] = self.pricer.changed(self.graph, passes, self.ctx).seconds
         return self._known[key]
 
 

@@ -31,6 +31,23 @@ def search(task: Search, priced: Priced) -> Found:
 
     A keyboard interrupt during the rounds ends the search with the best plan found so far, whose note says so.
     """
+    attempts, note = _attempts(task, priced)
+    found = _best(task, priced, attempts)
+    return dataclasses.replace(found, plan=dataclasses.replace(found.plan, note=note))
+
+
+def found_within(task: Search, priced: Priced) -> Found | None:
+    """The same, or None if the search comes upon nothing that keeps the budget: no time is spent on what else could be met."""
+    attempts, note = _attempts(task, priced)
+    start = task.amounts(task.graph)
+    if task.exceeded(start) and not ranking(task, attempts, start):
+        return None
+    found = _best(task, priced, attempts)
+    return dataclasses.replace(found, plan=dataclasses.replace(found.plan, note=note))
+
+
+def _attempts(task: Search, priced: Priced) -> tuple[list[Attempt], str]:
+    """What was tried, and a note if that was interrupted."""
     attempts: list[Attempt] = []
     note = ""
     try:
@@ -45,8 +62,7 @@ def search(task: Search, priced: Priced) -> Found:
             raise
         note = f"interrupted: the best plan of {len(attempts)} round{'s' if len(attempts) > 1 else ''}"
         task.progress(note, 0, 1)
-    found = _best(task, priced, attempts)
-    return dataclasses.replace(found, plan=dataclasses.replace(found.plan, note=note))
+    return attempts, note
 
 
 def _uniform(task: Search, priced: Priced, attempts: list[Attempt]) -> None:
@@ -141,6 +157,8 @@ def _rounds(task: Search, priced: Priced, attempts: list[Attempt]) -> None:
                 shrink = max((wanted / attempt.comparison.drop) ** failed, 1 / STEP)
         if attempt and task.exceeded(attempt.amounts):
             continue  # the limit is tightened now; the allowance may well do
+        if limits.seconds is not None and attempt and low:
+            return  # the least error within the limits, which no larger allowance makes less
         if (low >= most and high == math.inf) or high <= low * NARROW:
             return
         allowed = _next(low, high, most, shrink)
