@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import hwopt.plan.attempt as attempt
 import hwopt.prove as prove
@@ -82,6 +82,30 @@ def job_for(path: Path, drop: str = "20%", *limits: str, passes: str | None = "p
     )  # fmt: skip
 
 
+def noise(count: int) -> dict[str, np.ndarray]:
+    return {"x": np.random.default_rng(1).standard_normal((count, 3, 12, 12)).astype(np.float32)}
+
+
+def pooled() -> ModelProto:
+    """Two convolutions, a pool of their results, a classifier."""
+    random = np.random.default_rng(0)
+    shapes = {"a": (32, 3, 3, 3), "b": (256, 32, 3, 3), "fc": (CLASSES, 256)}
+    weights = {n: (random.standard_normal(s) / np.sqrt(np.prod(s[1:]))).astype(np.float32) for n, s in shapes.items()}
+    nodes = [
+        helper.make_node("Conv", ["x", "a"], ["a.y"], name="a", pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["a.y"], ["a.r"], name="a.relu"),
+        helper.make_node("Conv", ["a.r", "b"], ["b.y"], name="b", pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["b.y"], ["b.r"], name="b.relu"),
+        helper.make_node("GlobalAveragePool", ["b.r"], ["p"], name="pool"),
+        helper.make_node("Flatten", ["p"], ["f"], name="flat"),
+        helper.make_node("Gemm", ["f", "fc"], ["y"], name="fc", transB=1),
+    ]
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", [1, 3, 12, 12]), ("y", [1, CLASSES]))]
+    arrays = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "pooled", ends[:1], ends[1:], arrays)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
 def test_pairs_price_what_two_changes_cost_together(network: Path) -> None:
     job = job_for(network)
     task = make_task(job)
@@ -100,6 +124,24 @@ def test_pairs_price_what_two_changes_cost_together(network: Path) -> None:
         assert predicted(priced.base, chosen, priced.pairs)["seconds"] == pytest.approx(really(*chosen), rel=0.02)
         alone = priced.base.total_seconds - sum(o.gain for o in chosen)
         assert abs(alone - really(*chosen)) > 0.02 * really(*chosen)  # the sum without pairs is wrong
+
+
+def test_widths_and_a_dtype_that_kernels_without_weights_follow_are_priced_together() -> None:
+    """In float the pool costs much on this target; int8 layers around it make it cheap, and then fewer channels save little."""
+    job = prepare(
+        pooled(), target="ethos-u55", shapes=None, binds=None, calibrate=(data := noise(16)), evaluate=data,
+        budget=parse_budget("20%"), passes="prune-channels,quantize", threads=1, seed=0, progress=quiet,
+    )  # fmt: skip
+    task = make_task(job)
+    assert task is not None
+    priced = price(task)
+    dtypes = [o for o in priced.options if o.form == "int8"]
+    widths = {o.group: o for o in priced.options if o.prunes}.values()
+    assert dtypes and widths
+    for width in widths:
+        passes = merged(one for option in (*dtypes, width) for one in option.passes)
+        really = Pricer(job.target, 1).graph(PassManager(passes).run(job.graph, job.ctx).graph).seconds
+        assert predicted(priced.base, (*dtypes, width), priced.pairs)["seconds"] == pytest.approx(really, rel=0.03)
 
 
 def test_polishing_finds_exchanges_that_are_faster_on_the_graph(network: Path) -> None:

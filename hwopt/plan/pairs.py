@@ -23,12 +23,15 @@ from hwopt.samples import batch_of
 from hwopt.target import Cost, Workload
 
 NEIGHBOURS = 300  # more than this many are not priced one by one: what all of them save together is shared out evenly
+WHOLE = 10.0  # times as much as of each graph without one layer the graph with all of them counts: plans end up near it
+MATTERS = 1e-4  # of the unchanged model's time: less is no error of a sum
 SCALED = ("m", "n", "k", "groups", "elements", "read_bytes", "write_bytes", "weight_bytes")
 
 
 def pairs_of(graph: Graph, ctx: Context, base: Base, options: Sequence[Option], pricer: Pricer) -> tuple[Pair, ...]:
     """All pairs of options whose prices do not simply add up."""
-    return (*width_pairs(base, options, pricer), *form_pairs(graph, ctx, base, options, pricer))
+    pairs = (*width_pairs(base, options, pricer), *form_pairs(graph, ctx, base, options, pricer))
+    return (*pairs, *widths_in_forms(graph, ctx, base, options, pairs, pricer))
 
 
 def width_pairs(base: Base, options: Sequence[Option], pricer: Pricer) -> Iterator[Pair]:
@@ -110,6 +113,41 @@ def form_pairs(graph: Graph, ctx: Context, base: Base, options: Sequence[Option]
     ]  # fmt: skip
 
 
+def widths_in_forms(
+    graph: Graph, ctx: Context, base: Base, options: Sequence[Option], pairs: Sequence[Pair], pricer: Pricer
+) -> Iterator[Pair]:
+    """What widths save where all layers compute in another dtype, beyond what pairs know.
+
+    Kernels without weights (a pool, say) follow their neighbours' dtype, which no pair of a width and one layer sees. The
+    harshest width of each group is priced on the graph; the difference is shared out to the layers that it touches, in
+    proportion to gains.
+    """
+    widths: dict[str, list[Option]] = {}
+    for option in options:
+        if option.prunes and option.gain > 0:
+            widths.setdefault(option.group, []).append(option)
+    few = dataclasses.replace(ctx, calibration=ctx.calibration.head(batch_of(graph)) if ctx.calibration else None, refused=[])
+    for form in dict.fromkeys(option.form for option in options if option.form):
+        members = [option for option in options if option.form == form and not option.prunes]
+        plain = list({option.group: option for option in sorted(members, key=lambda o: -len(o.passes))}.values())
+        all_alone = _beyond(graph, few, base, plain, pairs, pricer)
+        for menu in widths.values():
+            harshest = max(menu, key=lambda option: option.gain)
+            near = [option for option in members if option.group in harshest.work]
+            beyond = _beyond(graph, few, base, [*plain, harshest], pairs, pricer) - all_alone
+            if not near or abs(beyond) < MATTERS * base.total_seconds:
+                continue
+            share = beyond / harshest.gain / len({option.group for option in near})
+            yield from (Pair(one, other, share * one.gain) for one, other in itertools.product(menu, near))
+
+
+def _beyond(graph: Graph, ctx: Context, base: Base, options: Sequence[Option], pairs: Sequence[Pair], pricer: Pricer) -> float:
+    """Seconds of the graph with these options less what sums and pairs say."""
+    inside = set(map(id, options))
+    together = sum(pair.seconds for pair in pairs if id(pair.one) in inside and id(pair.other) in inside)
+    return _saving(graph, ctx, base, options, pricer).seconds - together
+
+
 Link = tuple[list[Option], list[Option]]
 
 
@@ -132,6 +170,7 @@ def _completed(
         left_out = ["", *(firsts if len(inside) <= NEIGHBOURS else ())]
         wholes = [_saving(graph, ctx, base, [o for g, o in firsts.items() if g != group], pricer) for group in left_out]
         sums = np.array([[float(group not in pair) for pair in ends] for group in left_out])
+        sums[0], wholes[0] = WHOLE * sums[0], Cost(WHOLE * wholes[0].seconds, WHOLE * wholes[0].joules)
         for place, change in zip(inside, _corrections(sums, wholes, [found[i] for i in inside]), strict=True):
             found[place] = Cost(found[place].seconds + change[0], found[place].joules + change[1])
     return found

@@ -31,14 +31,14 @@ def search(task: Search, priced: Priced) -> Found:
 
     A keyboard interrupt during the rounds ends the search with the best plan found so far, whose note says so.
     """
-    attempts, note = _attempts(task, priced)
+    priced, attempts, note = _attempts(task, priced)
     found = _best(task, priced, attempts)
     return dataclasses.replace(found, plan=dataclasses.replace(found.plan, note=note))
 
 
 def found_within(task: Search, priced: Priced) -> Found | None:
     """The same, or None if the search comes upon nothing that keeps the budget: no time is spent on what else could be met."""
-    attempts, note = _attempts(task, priced)
+    priced, attempts, note = _attempts(task, priced)
     start = task.amounts(task.graph)
     if task.exceeded(start) and not ranking(task, attempts, start):
         return None
@@ -46,8 +46,8 @@ def found_within(task: Search, priced: Priced) -> Found | None:
     return dataclasses.replace(found, plan=dataclasses.replace(found.plan, note=note))
 
 
-def _attempts(task: Search, priced: Priced) -> tuple[list[Attempt], str]:
-    """What was tried, and a note if that was interrupted."""
+def _attempts(task: Search, priced: Priced) -> tuple[Priced, list[Attempt], str]:
+    """What was tried at which prices, and a note if that was interrupted."""
     attempts: list[Attempt] = []
     note = ""
     try:
@@ -62,7 +62,7 @@ def _attempts(task: Search, priced: Priced) -> tuple[list[Attempt], str]:
             raise
         note = f"interrupted: the best plan of {len(attempts)} round{'s' if len(attempts) > 1 else ''}"
         task.progress(note, 0, 1)
-    return attempts, note
+    return priced, attempts, note
 
 
 def _uniform(task: Search, priced: Priced, attempts: list[Attempt]) -> None:
