@@ -105,26 +105,42 @@ def compile_model(
     job = with_training(job, recover, train, loss, checkpoints, replay)
     origin = {"original": original_of(model, shapes, binds, job.graph.digest), "preprocess": job.graph.metadata.get(KEY, "")}
     with tempfile.TemporaryDirectory(prefix="hwopt-") as scratch:
-        folder = Path(scratch)
-        if not measure:
-            found = decided(job, replay)
-            result = _build(found.graph, job, folder / "result", form)
-            return _written(job, result, out, found.plan, estimated_report(job, found, result) | origin)
-        baseline = _build(job.graph, job, folder / "baseline")
+        make = _measured if measure else _estimated
+        plan_made, result, report = make(job, replay, Path(scratch), tune)
+        return _written(job, result, out, plan_made, report | origin)
 
-        def built(found: Found) -> Built:
-            if tune is not None and database is not None:
-                tune_graph(
-                    found.graph, job.target, job.threads, database, tune, seed=seed, watch=_watching(progress),
-                    compact=job.budget.weight_bytes is not None,
-                )  # fmt: skip
-            same = found.graph is job.graph and tune is None
-            return baseline if same else _build(found.graph, job, Path(tempfile.mkdtemp(prefix="result", dir=folder)))
 
-        found, result = decided_and_built(job, replay, baseline, built)
-        report = measured_report(job, found, baseline, result) | origin
-        delivered = result if form == FORM else _build(found.graph, job, folder / "delivered", form)
-        return _written(job, delivered, out, found.plan, report)
+Outcome = tuple[Plan, Built, dict[str, Any]]  # the report last
+
+
+def _estimated(job: Job, replay: Plan | None, folder: Path, _: Effort | None) -> Outcome:
+    """Decided by the cost model alone; nothing is timed."""
+    found = decided(job, replay)
+    result = _build(found.graph, job, folder / "result", job.form)
+    return found.plan, result, estimated_report(job, found, result)
+
+
+def _measured(job: Job, replay: Plan | None, folder: Path, tune: Effort | None) -> Outcome:
+    """Decided by the cost model and by measurements against the model as it came."""
+    baseline = _build(job.graph, job, folder / "baseline")
+
+    def built(found: Found) -> Built:
+        _search_schedules(found.graph, job, tune)
+        same = found.graph is job.graph and tune is None
+        return baseline if same else _build(found.graph, job, Path(tempfile.mkdtemp(prefix="result", dir=folder)))
+
+    found, result = decided_and_built(job, replay, baseline, built)
+    report = measured_report(job, found, baseline, result)
+    delivered = result if job.form == FORM else _build(found.graph, job, folder / "delivered", job.form)
+    return found.plan, delivered, report
+
+
+def _search_schedules(graph: Graph, job: Job, tune: Effort | None) -> None:
+    """Tune the graph's kernels where that was asked for; what is found lands in the job's database."""
+    if tune is None or job.database is None:
+        return
+    watch, compact = _watching(job.progress), job.budget.weight_bytes is not None
+    tune_graph(graph, job.target, job.threads, job.database, tune, seed=job.ctx.seed, watch=watch, compact=compact)
 
 
 def _written(job: Job, built: Built, out: Path | str, plan: Plan, report: dict[str, Any]) -> Artifact:

@@ -18,10 +18,11 @@ from collections.abc import Callable
 from tvm import tirx
 
 from hwopt.backends.tvm.kernels.code import Code, Value, function, load, splat
-from hwopt.backends.tvm.kernels.gemm import Gemm, Source, Tile, Work, packed_size
+from hwopt.backends.tvm.kernels.gemm import Gemm, packed_size
 from hwopt.backends.tvm.kernels.geometry import Geometry
 from hwopt.backends.tvm.kernels.schedule import Schedule
 from hwopt.backends.tvm.kernels.spec import Bias, Scale
+from hwopt.backends.tvm.kernels.tile import Source, Tile, Work
 from hwopt.target import MicroKernel
 
 INTRINSIC = "hwopt.array"

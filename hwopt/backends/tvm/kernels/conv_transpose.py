@@ -22,6 +22,7 @@ from hwopt.backends.tvm.kernels.phases import AxisPhase, frame, phases
 from hwopt.backends.tvm.kernels.schedule import Schedule
 from hwopt.backends.tvm.kernels.schedule import default_schedule as gemm_schedule
 from hwopt.backends.tvm.kernels.spec import Bias, ConvTransposeSpec, Step
+from hwopt.backends.tvm.kernels.tile import Source, Work
 from hwopt.target import MicroKernel
 
 
@@ -107,7 +108,7 @@ class ConvTranspose:
         code.loop("task", self.schedule.tasks(self.window, vectors), task, parallel=self.schedule.parallel)
         return function(symbol, [self.data, weights, *self.epilogue.parameters, self.out], code)
 
-    def _source(self, code: Code, image: Value, row: Value) -> gemm.Source:
+    def _source(self, code: Code, image: Value, row: Value) -> Source:
         """The data of all phases: `at` is the input position `lowest` rows and `before` columns from an output position's."""
         whole = gemm.Gemm(self.window, self.schedule, self.micro)
         whole.data = self.data
@@ -131,7 +132,7 @@ class Phase(gemm.Gemm):
         y = row * spec.strides[0] + self.down.offset
         return (image * spec.out_height + y) * spec.out_width + column * spec.strides[1] + self.across.offset
 
-    def emit(self, code: Code, block: Sequence[Value], source: gemm.Source, weights: tuple[Value, int]) -> None:
+    def emit(self, code: Code, block: Sequence[Value], source: Source, weights: tuple[Value, int]) -> None:
         """Its part of the block that starts at `block`: image, row, channel tile."""
         image, row, tile = block
         rows, columns = frame(self.whole.spec, 0), frame(self.whole.spec, 1)
@@ -141,7 +142,7 @@ class Phase(gemm.Gemm):
 
         def of_group(inner: Code, group: Value) -> None:
             offset = weights[1] + group * self.vectors * self.panel
-            self.channel_tiles(inner, gemm.Work(self, image, group, row, 0, here, weights[0], offset), tile)
+            self.channel_tiles(inner, Work(self, image, group, row, 0, here, weights[0], offset), tile)
 
         one_block = self.schedule.block_rows >= rows.count
         inside = True if one_block else tirx.LT(row, self.shape.rows)
