@@ -85,6 +85,15 @@ class Pass:
         """This candidate with some of its `knobs` set; a pass may ignore those that mean nothing to it."""
         return dataclasses.replace(self, **knobs)
 
+    def finer(self) -> Iterator[Pass]:
+        """The same change with more care: no slower and no larger, but it takes long. A chosen plan is tried with them."""
+        return iter(())
+
+    @property
+    def apart(self) -> bool:
+        """True if it hands floats to all neighbours: whatever these do, its conversions stay."""
+        return False
+
     def covers(self, node: Node) -> bool:
         """True if the node is in `site`, was split off a node in `site`, or there is no `site`."""
         return not self.site or any(descends(node.name, name) for name in self.site)
@@ -92,9 +101,10 @@ class Pass:
     def check(self) -> None:
         """Raise PassError for options that mean nothing on any graph. Known without one, so before any long work."""
         for option, known in self.choices.items():
-            value = getattr(self, option)
-            if value not in known:
-                raise PassError(f"no {option} {value!r}", place=str(self), hint=did_you_mean(value, known))
+            found = getattr(self, option)
+            for value in found if isinstance(found, tuple) else (found,):
+                if value not in known:
+                    raise PassError(f"no {option} {value!r}", place=str(self), hint=did_you_mean(value, known))
 
     def check_stated(self) -> None:
         """The same for a pass that a user wrote out with braces, which may have to say more than a candidate."""

@@ -23,9 +23,11 @@ def rewrite(
     means: Mapping[str, np.ndarray],
     *,
     reduce_range: bool,
-    bits: int = 8,
+    bits: Mapping[str, int],
 ) -> Edit:
-    """All changes as one Edit; `grids` holds the grid of every group of points, `means` those of layers' input channels."""
+    """All changes as one Edit; `grids` holds the grid of every group of points, `means` those of layers' input channels,
+    `bits` how wide each layer's weights become.
+    """
     form = _Form(places, grids, places.graph.edit())
     for key in places.points:
         form.quantize(key)
@@ -41,7 +43,7 @@ def rewrite(
         if layer.weight is not None:
             key = layer.node.inputs[0], DATA
             mean = means.get(layer.node.name)
-            form.weigh(layer, integers_of(layer, form.scale_of(key), mean, reduce_range=reduce_range, bits=bits))
+            form.weigh(layer, integers_of(layer, form.scale_of(key), mean, reduce_range=reduce_range, bits=bits[layer.node.name]))
     return form.finish(name for name, layer in layers.items() if layer.node.op == "Gemm")
 
 

@@ -32,16 +32,23 @@ def vector_codebook(vectors: np.ndarray, weights: np.ndarray | None, size: int) 
 def _start(points: np.ndarray, size: int) -> np.ndarray:
     """Means of shares of equal size: halved again and again across the widest coordinate."""
     shares = [np.arange(len(points))]
+    widths = [_width(points)]  # of each share
     while len(shares) < size:
-        widths = [points[share].std(0).max() * len(share) if len(share) > 1 else -1.0 for share in shares]
         widest = int(np.argmax(widths))
-        if widths[widest] <= 0:
+        if widths.pop(widest) <= 0:
             break
         share = shares.pop(widest)
         order = share[np.argsort(points[share, points[share].std(0).argmax()], kind="stable")]
-        shares += [order[: len(order) // 2], order[len(order) // 2 :]]
+        halves = [order[: len(order) // 2], order[len(order) // 2 :]]
+        shares += halves
+        widths += [_width(points[half]) for half in halves]
     found = np.array([points[share].mean(0) for share in shares])
     return np.concatenate([found, np.repeat(found[-1:], size - len(found), axis=0)])
+
+
+def _width(points: np.ndarray) -> float:
+    """How much the points differ along one axis, times their number; below zero where nothing can be halved."""
+    return float(points.std(0).max() * len(points)) if len(points) > 1 else -1.0
 
 
 def _assigned(points: np.ndarray, counts: np.ndarray, book: np.ndarray) -> tuple[np.ndarray, float]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 from hwopt.analysis.ranges import CALIBRATORS, Probe, observed
 from hwopt.errors import PassError, ToolchainError
-from hwopt.ir import Graph, of_op
-from hwopt.pipeline import Context, Pass, Phase, Refusal
+from hwopt.ir import Graph, descends, of_op
+from hwopt.pipeline import Context, Pass, Phase, Refusal, at_site
 from hwopt.samples import Samples
 from hwopt.target import Target
 from passes._adaround import adapted
@@ -39,7 +39,8 @@ class Quantize(Pass):
     concats, moves) stays in 8 bits. Needs calibration data.
 
     weights=int4: symmetric, in [-7, 7], one scale per output channel, the one with the least squared error. Half the size of
-    the model; the kernels of 8 bits compute them, and libraries hold them unpacked for these. Needs opset 21.
+    the model; the kernels of 8 bits compute them, and libraries hold them unpacked for these. Needs opset 21. With a site, one
+    word for all of its layers or one for each: weights=int4+int8.
 
     rounding=adaround: weights round up or down as the outputs of their layer ask for, layer after layer, each on what the ones
     before it hand over (Nagel et al. 2020); the biases follow. Takes minutes; worth it with weights=int4.
@@ -65,24 +66,29 @@ class Quantize(Pass):
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         {"calibrator": (*CALIBRATORS, AUTO), "dtype": DTYPES, "weights": tuple(WEIGHTS), "rounding": ROUNDINGS}
     )
+    each: ClassVar[tuple[str, ...]] = ("weights",)
 
     calibrator: str = "minmax"
     percent: float = 99.99  # what the percentile calibrator keeps
     correct_bias: bool = True  # biases make up for the mean error of rounded weights
     reduce_range: bool = False  # 7-bit weights, for kernels that add pairs of products in 16 bits
     dtype: str = "int8"  # or bf16
-    weights: str = "int8"  # or int4
+    weights: tuple[str, ...] = ("int8",)  # or int4
     rounding: str = "nearest"  # or adaround, block
     dynamic: bool = False  # data by rows, at run time
+
+    def __post_init__(self) -> None:
+        weights = (self.weights,) if isinstance(self.weights, str) else tuple(self.weights)
+        object.__setattr__(self, "weights", weights[:1] if len(set(weights)) < 2 else weights)
 
     def run(self, graph: Graph, ctx: Context) -> Graph:
         self.check()
         self.check_site(graph)
         if self.dtype == "bf16":
             return self._to_bfloat16(graph, ctx)
-        needed = INT4_OPSET if self.weights == "int4" else OPSET
+        needed = INT4_OPSET if "int4" in self.weights else OPSET
         if graph.opsets.get("", 0) < needed:
-            what = "4-bit weights need" if self.weights == "int4" else "one scale per channel needs"
+            what = "4-bit weights need" if "int4" in self.weights else "one scale per channel needs"
             raise PassError(f"{what} opset {needed}, the model has {graph.opsets.get('')}", place=str(self))
         layers = self._layers(graph, ctx)
         if not layers:
@@ -99,12 +105,17 @@ class Quantize(Pass):
         means = {name: seen.mean(*mean_probe(layer)) for name, layer in layers.items() if mean_probe(layer) in seen.found}
         activation = ctx.target.activation if ctx.target else "uint8"
         grids = grids_of(places, seen, ctx.calibration, activation, self.calibrator, self.percent)
-        bits = WEIGHTS[self.weights]
+        bits = {name: self._bits(name) for name in layers}
         if self.rounding != "nearest":  # which leaves no mean error that a bias behind a MatMul would take back
             means = {name: mean for name, mean in means.items() if layers[name].node.op != "MatMul"}
         after = rewrite(places, layers, grids, means, reduce_range=self.reduce_range, bits=bits).finish(str(self))
-        weighted = [name for name, layer in layers.items() if layer.weight is not None]
+        weighted = [name for name, layer in layers.items() if layer.weight is not None and bits[name] == min(bits.values())]
         return after if self.rounding == "nearest" else self._rounded(graph, after, weighted, ctx.calibration, ctx)
+
+    def _bits(self, name: str) -> int:
+        """Of the weights of a layer."""
+        place = next((place for place, site in enumerate(self.site) if descends(name, site)), 0)
+        return WEIGHTS[at_site(self.weights, place) or "int8"]
 
     def _dynamically(self, graph: Graph, layers: dict[str, Layer], ctx: Context) -> Graph:
         """Data of products in 8 bits by rows, at run time."""
@@ -128,14 +139,26 @@ class Quantize(Pass):
 
     def check(self) -> None:
         super().check()
-        if self.dtype == "bf16" and self.weights != "int8":
-            raise PassError(f"no weights {self.weights!r} with dtype bf16", place=str(self), hint="leave weights or dtype out")
-        if self.dynamic and (self.dtype, self.weights, self.rounding) != ("int8", "int8", "nearest"):
+        if len(self.weights) not in (1, len(self.site)):
+            hint = "write one word for all of them, or one for each"
+            raise PassError(f"{len(self.weights)} forms of weights for {len(self.site)} layers", place=str(self), hint=hint)
+        if self.dtype == "bf16" and "int4" in self.weights:
+            raise PassError("no weights int4 with dtype bf16", place=str(self), hint="leave weights or dtype out")
+        if self.dynamic and (self.dtype, self.weights, self.rounding) != ("int8", ("int8",), "nearest"):
             hint = "leave dtype, weights and rounding out, or dynamic"
             raise PassError("dynamic=true has int8 weights, rounded to the nearest", place=str(self), hint=hint)
         if not 50 < self.percent <= 100:
             hint = "write what the percentile calibrator keeps, such as percent=99.9"
             raise PassError(f"percent={self.percent} is not above 50 and at most 100", place=str(self), hint=hint)
+
+    def finer(self) -> Iterator[Pass]:
+        """4-bit weights, rounded by what that does to outputs: of a whole block, or of a layer."""
+        if "int4" in self.weights and self.rounding == "nearest":
+            yield from (replace(self, rounding=rounding) for rounding in ("block", "adaround"))
+
+    @property
+    def apart(self) -> bool:
+        return self.dynamic
 
     @classmethod
     def candidates(cls, graph: Graph, target: Target) -> Iterator[Pass | Refusal]:
@@ -147,6 +170,10 @@ class Quantize(Pass):
                 yield Refusal(cls.name, node.name, layer)
             else:
                 yield cls((node.name,))
+                if layer.weight is not None and not layer.lookup and graph.opsets.get("", 0) >= INT4_OPSET:
+                    yield cls((node.name,), weights=("int4",))
+                if not undynamic(graph, node, layer):
+                    yield cls((node.name,), dynamic=True)
         yield from cls._bfloat16_candidates(graph, target)
 
     @classmethod

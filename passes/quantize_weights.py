@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -95,6 +95,11 @@ class QuantizeWeights(Pass):
             raise PassError(f"bits={self.bits},group={self.group} is no form of weights", place=str(self), hint=hint)
         if self.act_order and self.method != "gptq":
             raise PassError("act_order is an order of gptq", place=str(self), hint="add method=gptq")
+
+    def finer(self) -> Iterator[Pass]:
+        """Few bits, with inputs that make up for one another's rounding."""
+        if self.bits < 8 and self.method == "nearest":
+            yield replace(self, method="gptq", act_order=True)
 
     @classmethod
     def candidates(cls, graph: Graph, target: Target) -> Iterator[Pass | Refusal]:

@@ -41,7 +41,7 @@ def test_a_recipe_that_means_nothing_is_refused(text: str) -> None:
 
 def test_distillation_brings_a_quantized_graph_nearer_to_its_teacher_without_changing_its_form() -> None:
     teacher = net()
-    student = quantized(teacher, weights="int4")
+    student = quantized(teacher, weights=("int4",))
     better = recover(student, teacher, samples(teacher, 160), SHORT)
     fresh = samples(teacher, 64, seed=9)
     assert divergence(better, teacher, fresh) < 0.8 * divergence(student, teacher, fresh)
@@ -59,7 +59,7 @@ def test_fewer_samples_than_a_step_takes_are_enough() -> None:
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others() -> None:
     teacher = net()
-    student, data = quantized(teacher, weights="int4"), samples(teacher)
+    student, data = quantized(teacher, weights=("int4",)), samples(teacher)
     once, again = (recover(student, teacher, data, SHORT) for _ in range(2))
     other = recover(student, teacher, data, SHORT.replace("lr", "seed=5,lr"))
     assert once.digest == again.digest != other.digest
@@ -67,7 +67,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others() -> None:
 
 def test_the_recipe_of_an_outcome_makes_the_same_graph_without_looking_for_the_best_state() -> None:
     teacher = net()
-    case = Case(quantized(teacher, weights="int4"), teacher, samples(teacher))
+    case = Case(quantized(teacher, weights=("int4",)), teacher, samples(teacher))
     found = recovered(case, SHORT)
     replayed = recovered(case, str(found.recipe))
     assert found.recipe.until and replayed.graph.digest == found.graph.digest and not replayed.checks
@@ -75,7 +75,7 @@ def test_the_recipe_of_an_outcome_makes_the_same_graph_without_looking_for_the_b
 
 def test_biases_keep_the_scale_of_their_products() -> None:
     teacher = net()
-    student = quantized(teacher, weights="int4")
+    student = quantized(teacher, weights=("int4",))
     better = recover(student, teacher, samples(teacher), SHORT)
     assert better is not student
     moved = 0
@@ -92,7 +92,7 @@ def test_a_student_computes_what_onnx_runtime_does_with_the_written_graph() -> N
 
     teacher = net()
     for weights in ("int8", "int4"):
-        graph = quantized(teacher, weights=weights)
+        graph = quantized(teacher, weights=(weights,))
         student = Student(graph)
         random = torch.Generator().manual_seed(0)
         with torch.no_grad():
@@ -111,7 +111,7 @@ def test_an_untrained_student_writes_the_graph_back_as_it_was() -> None:
     from hwopt.recover.torch.student import Student, written
 
     teacher = net()
-    for graph in (quantized(teacher), quantized(teacher, weights="int4", reduce_range=True)):
+    for graph in (quantized(teacher), quantized(teacher, weights=("int4",), reduce_range=True)):
         assert written(graph, Student(graph).arrays(), "test") is graph
 
 
@@ -197,7 +197,7 @@ def test_zeros_stay_zero_where_that_is_asked_for() -> None:
 
 def test_labels_alone_train_with_qat_and_the_accuracy_is_what_progress_shows() -> None:
     teacher = net()
-    student, data, shown = quantized(teacher, weights="int4"), samples(teacher, 160, labels=True), []
+    student, data, shown = quantized(teacher, weights=("int4",)), samples(teacher, 160, labels=True), []
     case = Case(student, teacher, data, progress=lambda stage, done, total: shown.append(stage))
     found = recovered(case, "qat{epochs=6,batch=16,lr=0.003,threads=1}")
     assert isinstance(found.recipe, Qat) and found.after and found.before and found.after.value < found.before.value
@@ -206,7 +206,7 @@ def test_labels_alone_train_with_qat_and_the_accuracy_is_what_progress_shows() -
 
 def test_features_of_the_teacher_alone_can_teach() -> None:
     teacher = net()
-    student = quantized(teacher, weights="int4")
+    student = quantized(teacher, weights=("int4",))
     better = recover(student, teacher, samples(teacher, 160), SHORT.replace("lr", "logits=0,features=1,lr"))
     value = next(of_op(teacher, "Gemm")).inputs[0]
     assert value in teacher.producer and divergence(better, teacher, samples(teacher, 48, seed=9)) < divergence(
@@ -216,7 +216,7 @@ def test_features_of_the_teacher_alone_can_teach() -> None:
 
 def test_the_users_own_loader_and_loss_train() -> None:
     teacher = net()
-    student, data = quantized(teacher, weights="int4"), samples(teacher, 128)
+    student, data = quantized(teacher, weights=("int4",)), samples(teacher, 128)
     name, output = teacher.inputs[0], teacher.outputs[0]
     asked = []
 
@@ -321,7 +321,7 @@ def test_weights_of_half_precision_are_trained_in_single_and_written_in_their_ow
 
 def test_a_loss_of_the_users_is_in_the_recipe_by_name() -> None:
     teacher = net()
-    case = Case(quantized(teacher, weights="int4"), teacher, samples(teacher), loss=squares)
+    case = Case(quantized(teacher, weights=("int4",)), teacher, samples(teacher), loss=squares)
     found = recovered(case, SHORT)
     assert found.recipe.loss == "tests.test_recover:squares"
     assert recovered(dataclasses.replace(case, loss=None), str(found.recipe)).graph.digest == found.graph.digest
@@ -340,7 +340,7 @@ def test_a_loss_without_a_name_of_its_own_is_called_by_its_class() -> None:
             return squares(found, wanted, labels)
 
     teacher = net()
-    found = recovered(Case(quantized(teacher, weights="int4"), teacher, samples(teacher), loss=Squares()), SHORT)
+    found = recovered(Case(quantized(teacher, weights=("int4",)), teacher, samples(teacher), loss=Squares()), SHORT)
     assert found.recipe.loss.endswith("Squares") and parse_recipe(str(found.recipe)) == found.recipe
 
 

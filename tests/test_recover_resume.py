@@ -22,7 +22,7 @@ RECIPE = "distill{epochs=6,batch=16,lr=0.003,threads=1,checks=5,patience=0}"
 
 def case(checkpoints: Path | Checkpoints | None = None, **options: Any) -> Case:
     teacher = net()
-    return Case(quantized(teacher, weights="int4"), teacher, samples(teacher), checkpoints=checkpoints, **options)
+    return Case(quantized(teacher, weights=("int4",)), teacher, samples(teacher), checkpoints=checkpoints, **options)
 
 
 def interrupted_at(count: int, one: Case) -> Outcome:

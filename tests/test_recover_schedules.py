@@ -170,8 +170,8 @@ def test_a_plans_own_passes_are_done_step_by_step_and_give_the_plans_structure(c
 
 
 def test_a_plan_without_pruning_is_trained_once(case: Case) -> None:
-    graph = run_pass(Quantize(weights="int4"), case.graph, case.ctx)
-    planned = dataclasses.replace(case.on(graph), passes=(Quantize(weights="int4"),))
+    graph = run_pass(Quantize(weights=("int4",)), case.graph, case.ctx)
+    planned = dataclasses.replace(case.on(graph), passes=(Quantize(weights=("int4",)),))
     found = recovered(planned, f"gradual{{{EFFORT},stages=3}}".replace("lr=0.003", "lr=0.001"))
     assert isinstance(found.recipe, Schedule) and len(found.recipe.stops) == 1 and found.after and found.before
     assert found.after.value <= found.before.value

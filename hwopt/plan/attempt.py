@@ -135,13 +135,14 @@ class Found:
 
 @dataclass(frozen=True, eq=False)
 class Attempt:
-    """One solution that was applied and scored."""
+    """One solution that was applied and scored; `refused` is what was tried to make it better."""
 
     solution: Solution
     graph: Graph
     comparison: Comparison
     amounts: Amounts
     round: Round
+    refused: tuple[Refusal, ...] = ()
 
 
 def price(task: Search) -> Priced:
@@ -151,7 +152,7 @@ def price(task: Search) -> Priced:
         raise DataError("planning needs calibration data", place="plan", hint="give --calibrate data.npz")
     base, options, refused = _offered(task)
     head = samples.head(SENSITIVITY_SAMPLES)
-    fitted = dataclasses.replace(task.ctx, calibration=_rest(samples) or samples)
+    fitted = dataclasses.replace(task.ctx, calibration=rest_of(samples) or samples)
     options = measure_errors(task.graph, fitted, options, head, task.workers, task.progress, task.known, task.sensitivity)
     finite = tuple(option for option in options if math.isfinite(option.error))
     pairs = pairs_of(task.graph, task.ctx, base, finite, task.pricer)
@@ -161,7 +162,7 @@ def price(task: Search) -> Priced:
 
 
 @remembered
-def _rest(samples: Samples) -> Samples | None:
+def rest_of(samples: Samples) -> Samples | None:
     """What changes are fitted to while their errors are measured on the first samples: what learned these by heart would seem
     to lose nothing. None where there are too few for both."""
     enough = len(samples) >= 2 * SENSITIVITY_SAMPLES

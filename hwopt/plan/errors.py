@@ -44,8 +44,8 @@ def measure_errors(
 
 def _estimates(graph: Graph, ctx: Context, single: Sequence[Pass], samples: Samples, progress: Progress) -> dict[str, float]:
     progress("measuring sensitivity by gradients", 0, 1)
-    reference = _outputs(Session(graph), graph, samples)
-    found = estimated(graph, ctx, single, samples, lambda changed: _divergence(changed, samples, reference))
+    reference = outputs_of(Session(graph), graph, samples)
+    found = estimated(graph, ctx, single, samples, lambda changed: divergence_of(changed, samples, reference))
     if found.calibration:
         rank = found.calibration.rank_correlation
         progress(f"rank correlation with {len(found.calibration.measured)} whole configurations: {rank:.2f}", 1, 1)
@@ -55,7 +55,7 @@ def _estimates(graph: Graph, ctx: Context, single: Sequence[Pass], samples: Samp
 def _divergences(
     graph: Graph, ctx: Context, single: Sequence[Pass], samples: Samples, workers: int, progress: Progress
 ) -> dict[str, float]:
-    reference = _outputs(Session(graph), graph, samples)
+    reference = outputs_of(Session(graph), graph, samples)
     errors: dict[str, float] = {}
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(_error, one, graph, ctx, samples, reference) for one in single]
@@ -69,7 +69,7 @@ def _divergences(
     return errors
 
 
-def _outputs(session: Session, graph: Graph, samples: Samples) -> list[np.ndarray]:
+def outputs_of(session: Session, graph: Graph, samples: Samples) -> list[np.ndarray]:
     """Every floating-point output over all samples."""
     runs = [session.run(feeds) for feeds in samples.feeds(graph)]
     found = [np.concatenate([np.atleast_1d(run[name]) for run in runs]) for name in graph.outputs]
@@ -78,9 +78,9 @@ def _outputs(session: Session, graph: Graph, samples: Samples) -> list[np.ndarra
 
 def _error(one: Pass, graph: Graph, ctx: Context, samples: Samples, reference: list[np.ndarray]) -> float:
     changed = run_pass(one, graph, ctx)
-    return 0.0 if changed is graph else _divergence(changed, samples, reference)
+    return 0.0 if changed is graph else divergence_of(changed, samples, reference)
 
 
-def _divergence(changed: Graph, samples: Samples, reference: list[np.ndarray]) -> float:
-    found = _outputs(Session(changed), changed, samples)
+def divergence_of(changed: Graph, samples: Samples, reference: list[np.ndarray]) -> float:
+    found = outputs_of(Session(changed), changed, samples)
     return sum(divergence(before, after) for before, after in zip(reference, found, strict=True))

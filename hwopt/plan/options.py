@@ -21,6 +21,7 @@ from hwopt.target import Cost, Target, Workload, total
 
 CONVERSIONS = {"QuantizeLinear", "DequantizeLinear", "Cast"}
 PER_GROUP = 6  # options of one family that are measured for one group: enough for a convex staircase
+TOO_LITTLE, SAME = 1e-4, 0.02  # of the whole model's time, of an option's gain: prices are not that good
 Progress = Callable[[str, int, int], None]
 Work = Mapping[str, tuple[Workload, ...]]  # the kernels at each place: several where a layer was factored
 
@@ -42,6 +43,7 @@ class Option:
     form: str = ""
     work: Work = field(default_factory=dict)
     conversions: tuple[Workload, ...] = ()  # kernels of its own that neighbours may make needless
+    note: str = ""  # what a reader of the plan should know
 
     @property
     def text(self) -> str:
@@ -161,7 +163,7 @@ def collect(
 
     consider([(one,) for one in instances])
     consider(_combinations([option.passes[0] for option in options]))
-    return base, _right_edges(options, refused), list(dict.fromkeys(refused))
+    return base, _right_edges(options, refused, 0.0 if hopeful else _alike(base, budget)), list(dict.fromkeys(refused))
 
 
 def _instances(
@@ -187,7 +189,7 @@ def _combinations(useful: Sequence[Pass]) -> list[tuple[Pass, ...]]:
     """On one layer a factorization or shared weights together with quantization, where each of them gains something alone."""
     quantize: dict[str, list[Pass]] = {}
     for one in useful:
-        if one.phase == Phase.QUANTIZE:
+        if one.phase == Phase.QUANTIZE and not one.apart:
             quantize.setdefault(_site(one), []).append(one)
     first = (one for one in useful if one.phase in (Phase.FACTOR, Phase.SHARE))
     return [(one, other) for one in first for other in quantize.get(_site(one), ())]
@@ -220,7 +222,8 @@ def _priced(
     option = repriced(
         Option(
             group=_group(combination), passes=combination, gain=0.0, bytes=weight_bytes(changed) - base.bytes,
-            peak_bytes=peak_activation_bytes(changed) - base.peak_bytes, form=_form(base, work, site), work=work,
+            peak_bytes=peak_activation_bytes(changed) - base.peak_bytes, work=work,
+            form="" if any(one.apart for one in combination) else _form(base, work, site),
             conversions=tuple(conversions),
         ), base, pricer,
     )  # fmt: skip
@@ -241,7 +244,7 @@ def useful(options: Iterable[Option], base: Base, pricer: Pricer, budget: Budget
     for option in options:
         reason = _useless(option, base, pricer, budget)
         refused.append(_refusal(option, reason)) if reason else kept.append(option)
-    return _right_edges(kept, refused)
+    return _right_edges(kept, refused, _alike(base, budget))
 
 
 def _costs(option: Option, base: Base, pricer: Pricer) -> tuple[Cost, Cost, Cost]:
@@ -298,11 +301,17 @@ def _high(cost: Cost) -> float:
     return cost.seconds if cost.high is None else cost.high
 
 
-def _right_edges(options: Sequence[Option], refused: list[Refusal]) -> list[Option]:
+def _alike(base: Base, budget: Budget) -> float:
+    """Seconds that are no difference; 0 where something other than time is short: the smaller of two may then be the better."""
+    limits = (budget.weight_bytes, budget.activation_bytes, budget.joules)
+    return TOO_LITTLE * base.total_seconds if all(limit is None for limit in limits) else 0.0
+
+
+def _right_edges(options: Sequence[Option], refused: list[Refusal], alike: float) -> list[Option]:
     """Of each group and family at most PER_GROUP options, evenly spread, and none that costs the time of a gentler one.
 
     Candidates come gentlest first or last; latency is a staircase, so of equal times only the one that removes least is kept:
-    the right edge of its step.
+    the right edge of its step. Times are equal within `alike` seconds; 0 keeps all where bytes differ.
     """
     families: dict[tuple, list[Option]] = {}
     for option in options:
@@ -311,7 +320,7 @@ def _right_edges(options: Sequence[Option], refused: list[Refusal]) -> list[Opti
     for family in families.values():
         steps: list[Option] = []
         for option in sorted(family, key=lambda o: (-o.bytes, o.gain)):  # least removed first
-            if not steps or option.gain > steps[-1].gain or option.bytes < steps[-1].bytes:
+            if not steps or _another_step(option, steps[-1], alike):
                 steps.append(option)
             else:
                 refused.append(_refusal(option, f"removes more than {steps[-1].text} and is not faster"))
@@ -320,6 +329,12 @@ def _right_edges(options: Sequence[Option], refused: list[Refusal]) -> list[Opti
         passed_over = (step for index, step in enumerate(steps) if index not in picked)
         refused.extend(_refusal(option, f"between two of the {PER_GROUP} steps that were looked at") for option in passed_over)
     return kept
+
+
+def _another_step(option: Option, last: Option, alike: float) -> bool:
+    """True if an option is faster than the last one, or smaller in another time."""
+    apart = not alike or abs(option.gain - last.gain) > max(alike, SAME * abs(last.gain))
+    return apart and (option.gain > last.gain or option.bytes < last.bytes)
 
 
 def _refusal(option: Option, reason: str) -> Refusal:

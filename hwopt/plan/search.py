@@ -11,6 +11,7 @@ from hwopt.evaluate import Comparison, compare
 from hwopt.pipeline import Phase, Refusal, merged
 from hwopt.plan.attempt import Attempt, Found, Priced, Search, measured, price, tightened, versions
 from hwopt.plan.budget import Amounts, Budget
+from hwopt.plan.finer import refined
 from hwopt.plan.nearest import nearest
 from hwopt.plan.options import Option
 from hwopt.plan.plan import Decision, Offer, Plan
@@ -57,6 +58,7 @@ def _attempts(task: Search, priced: Priced) -> tuple[Priced, list[Attempt], str]
         _extremes(task, priced, attempts)
         _polish(task, priced, attempts)
         _single_family(task, priced, attempts)
+        _refine(task, priced, attempts)
     except KeyboardInterrupt:
         if not attempts:
             raise
@@ -120,6 +122,19 @@ def _single_family(task: Search, priced: Priced, attempts: list[Attempt]) -> Non
     solution = solve(priced.base, alone, priced.pairs, Limits(allowed), tie=task.tie)
     if solution is not None and _known(attempts, solution) is None:
         attempts.append(measured(task, priced, solution, allowed))
+
+
+def _refine(task: Search, priced: Priced, attempts: list[Attempt]) -> None:
+    """The best plan with more care; if nothing is feasible, that with the least drop of those that keep the other limits."""
+    best = next(iter(ranking(task, attempts, task.amounts(task.graph))), None)
+    kept = [attempt for attempt in attempts if not task.exceeded(attempt.amounts)]
+    best = best or min(kept, key=lambda attempt: attempt.comparison.drop, default=None)
+    if best is None:
+        return
+    solution, refused = refined(task, best.solution)
+    attempt = measured(task, priced, solution, best.round.allowed_error)
+    better = attempt if attempt.comparison.drop <= best.comparison.drop else best
+    attempts[attempts.index(best)] = dataclasses.replace(better, refused=refused)
 
 
 def _known(attempts: Sequence[Attempt], solution: Solution) -> Attempt | None:
@@ -230,9 +245,10 @@ def make_plan(task: Search, priced: Priced, best: Attempt | None, attempts: Sequ
     after = best.amounts if best else start
     not_chosen = [_not_chosen(option, chosen, task.scale) for option in priced.options if id(option) not in inside]
     decisions = tuple(_decision(option, priced, task.scale) for option in chosen)
+    tried = best.refused if best else ()
     return Plan(
         target=task.target.name, threads=task.threads, graph_digest=task.graph.digest, budget=task.budget, seed=task.ctx.seed,
-        decisions=decisions, refused=(*priced.refused, *not_chosen), rounds=tuple(attempt.round for attempt in attempts),
+        decisions=decisions, refused=(*priced.refused, *tried, *not_chosen), rounds=tuple(attempt.round for attempt in attempts),
         seconds_before=start.seconds, seconds_after=after.seconds, time_scale=task.scale,
         joules_before=start.joules, joules_after=after.joules,
         offers=tuple(
@@ -247,6 +263,7 @@ def _decision(option: Option, priced: Priced, scale: float) -> Decision:
     before, gain = scale * priced.base.total_seconds, scale * option.gain
     count = len(option.work)
     reason = f"{count} kernel{'s' if count > 1 else ''} {_faster(gain)}, error {option.error:.3g}"
+    reason += f"; {option.note}" if option.note else ""
     size = priced.base.bytes
     return Decision(tuple(map(str, option.passes)), before, before - gain, size, size + option.bytes, option.error, reason)
 
