@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from hwopt.errors import HwoptError, PassError, UsageError, VerifyError, closest, did_you_mean
 from hwopt.ir import Graph, Node, descended, descends, verify
-from hwopt.samples import Samples
+from hwopt.samples import Samples, batch_of
 from hwopt.target import Target
 
 T = typing.TypeVar("T")
@@ -48,6 +48,12 @@ class Context:
     calibration: Samples | None = None
     seed: int = 0
     refused: list[Refusal] = field(default_factory=list)
+    rough: bool = False  # graphs are only priced: numbers need not be right where neither shapes nor operators follow them
+
+    def roughly(self, graph: Graph) -> Context:
+        """The same for graphs that are only priced, with one batch of calibration data; what is refused stays apart."""
+        few = self.calibration.head(batch_of(graph)) if self.calibration else None
+        return dataclasses.replace(self, calibration=few, refused=[], rough=True)
 
     def refuse(self, by: Pass, site: Node | str, reason: str) -> None:
         self.refused.append(Refusal(by.name, site.name if isinstance(site, Node) else site, reason))

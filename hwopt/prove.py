@@ -16,7 +16,6 @@ from hwopt.pipeline import Refusal, parse
 from hwopt.plan.attempt import Found
 from hwopt.plan.plan import Decision, Offer, Plan, apply_plan
 from hwopt.plugins import find_passes
-from hwopt.samples import batch_of
 
 CHECKS = ("none", "doubtful", "all")
 DOUBT = 0.03  # changes that are predicted to save less than this share of the whole are built without
@@ -84,8 +83,7 @@ def _doubtful(job: Job, found: Found) -> Iterator[tuple[Decision, Graph]]:
 
 def _roughly(job: Job) -> Job:
     """The same with one batch of calibration data: enough for graphs that are only priced."""
-    few = job.ctx.calibration.head(batch_of(job.graph)) if job.ctx.calibration else None
-    return dataclasses.replace(job, ctx=dataclasses.replace(job.ctx, calibration=few))
+    return dataclasses.replace(job, ctx=job.ctx.roughly(job.graph))
 
 
 def _tried(

@@ -65,6 +65,15 @@ def palette_of(weight: np.ndarray, moments: np.ndarray | None, form: Form, chann
     return Palette(found.books, found.indices, frozen(np.where(power > 0, best, scales).astype(weight.dtype)))
 
 
+def rough_palette(weight: np.ndarray, form: Form, channels_last: bool) -> Palette:
+    """Of the shapes and the size of `palette_of`, with evenly spread entries: it serves to be priced."""
+    entries = np.linspace(weight.min(), weight.max(), 2**form.bits, dtype=weight.dtype)
+    books = np.repeat(entries[None, :, None], form.dim, 2) if form.dim > 1 else np.repeat(entries[None], form.codebooks, 0)
+    indices = (np.arange(weight.size // form.dim) % 2**form.bits).astype(np.uint8).reshape(form.codebooks, -1)
+    shape = [weight.shape[axis] if axis == (weight.ndim - 1 if channels_last else 0) else 1 for axis in range(weight.ndim)]
+    return Palette(frozen(books), frozen(indices), frozen(np.ones(shape, weight.dtype)) if form.scaled else None)
+
+
 def _plain(
     weight: np.ndarray, importance: np.ndarray | None, form: Form, channels_last: bool, scales: np.ndarray | None
 ) -> Palette:

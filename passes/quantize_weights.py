@@ -191,7 +191,7 @@ def _channel_axis(graph: Graph, node: Node) -> int:
 
 def _moments(graph: Graph, nodes: list[Node], ctx: Context) -> Mapping[str, np.ndarray]:
     """Mean and mean square of every input channel, [2, channels] by node name; nothing without calibration data."""
-    if ctx.calibration is None or not nodes:
+    if ctx.calibration is None or ctx.rough or not nodes:
         return {}
     others = [node for node in of_op(graph, *OPS) if node.inputs[1] in graph.params]
     return channel_moments(graph, ctx.calibration, nodes, others)

@@ -17,7 +17,7 @@ from hwopt.pipeline import Context, Pass, Phase, Refusal
 from hwopt.target import Target
 from passes._bias import correct_bias, mean_shift
 from passes._packing import BIT_OPERATORS, decode, planes_of
-from passes._palettes import Form, palette_of
+from passes._palettes import Form, palette_of, rough_palette
 
 OPS = ("Conv", "Gemm", "MatMul", "Gather")
 LAYERS = OPS[:3]  # what multiplies its input by the weights
@@ -77,7 +77,7 @@ class ShareWeights(Pass):
                 chosen.setdefault(_weight(node), []).append(node)
         edit, moments = graph.edit(), self._moments(graph, [node for nodes in chosen.values() for node in nodes], ctx)
         for weight, nodes in chosen.items():
-            self._share(edit, graph, nodes, weight, moments)
+            self._share(edit, graph, nodes, weight, moments, ctx.rough)
         return edit.finish(str(self))
 
     @classmethod
@@ -158,16 +158,21 @@ class ShareWeights(Pass):
     def _moments(self, graph: Graph, nodes: list[Node], ctx: Context) -> Mapping[str, np.ndarray]:
         if self.sensitivity == "uniform" or ctx.calibration is None or not nodes:
             return {}
+        if ctx.rough:
+            return {node.name: np.ones((2, _inputs(graph, node))) for node in nodes if node.op in LAYERS}
         others = [node for node in of_op(graph, *LAYERS) if node.inputs[1] in graph.params]
         return channel_moments(graph, ctx.calibration, [node for node in nodes if node.op in LAYERS], others)
 
-    def _share(self, edit: Edit, graph: Graph, nodes: list[Node], weight: str, moments: Mapping[str, np.ndarray]) -> None:
+    def _share(
+        self, edit: Edit, graph: Graph, nodes: list[Node], weight: str, moments: Mapping[str, np.ndarray], rough: bool
+    ) -> None:
         node, array = nodes[0], graph.params[weight]
         last = _channels_last(node)
         channels = _channels(graph, node) if self.group else 0
         groups = int(node.attr("group", 1)) if node.op == "Conv" else 1
         form = Form(self.bits, channels // self.group if self.group else 1, self.dim, self.scales != "none")
-        found = palette_of(array, moments.get(node.name), form, last, groups)
+        moment = moments.get(node.name)
+        found = rough_palette(array, form, last) if rough else palette_of(array, moment, form, last, groups)
         value = decode(edit, node, array.shape, found.books, found.indices, self.bits, last)
         if found.scales is not None:
             scales = edit.param(part(node, "scales"), found.scales)
@@ -197,6 +202,12 @@ def _takers(graph: Graph) -> Iterator[Node]:
 def _channels_last(node: Node) -> bool:
     """Where the output channels are: the last axis of MatMul's weights, the first of Conv's and of Gemm's transposed ones."""
     return node.op != "Conv" and not node.attr("transB", 0)
+
+
+def _inputs(graph: Graph, node: Node) -> int:
+    """Input channels of a layer."""
+    shape = graph.params[_weight(node)].shape
+    return shape[1] * int(node.attr("group", 1)) if node.op == "Conv" else shape[-1 if node.attr("transB", 0) else -2]
 
 
 def _channels(graph: Graph, node: Node) -> int:

@@ -10,6 +10,7 @@ import pytest
 from hwopt.analysis.compressed import Compressed, compressed
 from hwopt.analysis.constant import constant
 from hwopt.analysis.size import weight_bytes
+from hwopt.analysis.workload import kernels
 from hwopt.backends.ort import run
 from hwopt.backends.tvm.build import compile_program
 from hwopt.backends.tvm.run import run_program
@@ -140,3 +141,15 @@ def test_what_makes_no_sense_is_refused() -> None:
     ctx, graph = Context(), layer("Gemm")
     assert parse("share-weights{dim=3}", find_passes()).run(graph, ctx) is graph
     assert "vectors of 3 do not divide" in ctx.refused[0].reason
+
+
+@pytest.mark.parametrize("op", SHAPES)
+@pytest.mark.parametrize("options", ["bits=3", "bits=8,dim=4", "bits=2,scales=channel", "bits=2,axis=channel-group,group=8"])
+def test_what_is_only_priced_has_the_same_kernels_and_bytes_without_a_search_for_entries(op: str, options: str) -> None:
+    graph, one = layer(op), parse(f"share-weights{{{options}}}", find_passes())
+    exact = Context(HOST, Samples({"x": normal(16, *INPUTS[op][1:], seed=1)}))
+    after, rough = (one.run(graph, ctx) for ctx in (exact, exact.roughly(graph)))
+    assert [work for _, work in kernels(rough)] == [work for _, work in kernels(after)]
+    assert [node.op for node in rough.nodes] == [node.op for node in after.nodes]
+    assert weight_bytes(rough) == weight_bytes(after)
+    assert not np.array_equal(weights(rough), weights(after))

@@ -18,7 +18,6 @@ from hwopt.errors import HwoptError
 from hwopt.ir import Graph
 from hwopt.pipeline import Context, PassManager, merged
 from hwopt.plan.options import Base, Option, Pricer, base_of, repriced
-from hwopt.samples import batch_of
 from hwopt.target import Cost, Target, Workload
 
 SECONDS = 20.0  # that one plan may spend on it
@@ -84,8 +83,7 @@ def settled(
     """The same with prices that were measured wherever a decision depends on them and the time was enough."""
     if measuring is None:
         return base, list(options)
-    few = ctx.calibration.head(batch_of(graph)) if ctx.calibration else None
-    ctx = dataclasses.replace(ctx, calibration=few, refused=[])
+    ctx = ctx.roughly(graph)
     measuring.learn(graph)
     tried: set[int] = set()
     pricer.forget()

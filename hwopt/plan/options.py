@@ -16,7 +16,6 @@ from hwopt.errors import PassError
 from hwopt.ir import Graph
 from hwopt.pipeline import Context, Pass, PassManager, Phase, Refusal, run_pass
 from hwopt.plan.budget import Budget
-from hwopt.samples import batch_of
 from hwopt.target import Cost, Target, Workload, total
 
 CONVERSIONS = {"QuantizeLinear", "DequantizeLinear", "Cast"}
@@ -150,9 +149,7 @@ def collect(
         raise PassError("planning needs a target", place="plan")
     base = base_of(graph, pricer)
     instances, refused = _instances(graph, passes, ctx.target, budget, knobs or {})
-    cheap = dataclasses.replace(
-        ctx, calibration=ctx.calibration.head(batch_of(graph)) if ctx.calibration else None, refused=refused
-    )
+    cheap = dataclasses.replace(ctx.roughly(graph), refused=refused)
     options: list[Option] = []
 
     def consider(chains: Sequence[tuple[Pass, ...]]) -> None:

@@ -19,7 +19,6 @@ from hwopt.analysis.workload import kernels
 from hwopt.ir import Graph
 from hwopt.pipeline import Context, merged
 from hwopt.plan.options import Base, Option, Pair, Pricer
-from hwopt.samples import batch_of
 from hwopt.target import Cost, Workload
 
 NEIGHBOURS = 300  # more than this many are not priced one by one: what all of them save together is shared out evenly
@@ -102,7 +101,7 @@ def form_pairs(graph: Graph, ctx: Context, base: Base, options: Sequence[Option]
         for a, b in neighbours(graph) if a in forms and b in forms
         for f, g in itertools.product(forms[a], forms[b])
     ]  # fmt: skip
-    cheap = dataclasses.replace(ctx, calibration=ctx.calibration.head(batch_of(graph)) if ctx.calibration else None, refused=[])
+    cheap = ctx.roughly(graph)
     few = len(links) <= NEIGHBOURS
     savings = [_saving(graph, cheap, base, (one[0], other[0]), pricer) if few else Cost() for one, other in links]
     savings = _completed(graph, cheap, base, forms, links, savings, pricer)
@@ -126,7 +125,7 @@ def widths_in_forms(
     for option in options:
         if option.prunes and option.gain > 0:
             widths.setdefault(option.group, []).append(option)
-    few = dataclasses.replace(ctx, calibration=ctx.calibration.head(batch_of(graph)) if ctx.calibration else None, refused=[])
+    few = ctx.roughly(graph)
     for form in dict.fromkeys(option.form for option in options if option.form):
         members = [option for option in options if option.form == form and not option.prunes]
         plain = list({option.group: option for option in sorted(members, key=lambda o: -len(o.passes))}.values())

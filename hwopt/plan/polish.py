@@ -7,7 +7,6 @@ neighbours that change their dtype together.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 from hwopt.ir import Graph
@@ -15,7 +14,6 @@ from hwopt.pipeline import Context, merged
 from hwopt.plan.attempt import Priced
 from hwopt.plan.options import Option, Pricer
 from hwopt.plan.solve import Limits, Solution, predicted, solve
-from hwopt.samples import batch_of
 
 TRIES = 64  # graphs that are made and priced
 DOUBT = 0.02  # exchanges are worth a look if the sums say that they cost less than this share of the whole
@@ -58,8 +56,7 @@ class _Prices:
     """Seconds of graphs by the options that make them, each made once; data play no part in it, so one batch calibrates."""
 
     def __init__(self, graph: Graph, ctx: Context, pricer: Pricer) -> None:
-        few = ctx.calibration.head(batch_of(graph)) if ctx.calibration else None
-        self.graph, self.ctx, self.pricer = graph, dataclasses.replace(ctx, calibration=few, refused=[]), pricer
+        self.graph, self.ctx, self.pricer = graph, ctx.roughly(graph), pricer
         self._known: dict[frozenset[int], float] = {}
 
     @property
