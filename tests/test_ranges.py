@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
 from hwopt.analysis.ranges import (
     BINS,
@@ -22,8 +23,9 @@ from hwopt.analysis.ranges import (
     observed,
     percentile,
 )
-from hwopt.backends.ort import Session
+from hwopt.backends.ort import Session, observing
 from hwopt.errors import DataError
+from hwopt.io.onnx import read
 from hwopt.samples import Samples
 from tests.random_graphs import Builder
 
@@ -197,3 +199,14 @@ def test_quantize_rounds_and_saturates_as_onnx_runtime(grid: Grid) -> None:
     found = list(Session(build.graph()).run({x: values}).values())
     assert np.array_equal(grid.quantize(values), found[0])
     assert np.array_equal(grid.dequantize(found[0]), found[1])
+
+
+def test_watching_a_value_runs_only_what_leads_to_it() -> None:
+    nodes = [helper.make_node("Relu", ["x"], ["a"]), helper.make_node("Neg", ["a"], ["b"]), helper.make_node("Abs", ["a"], ["y"])]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 2]) for name in ("x", "y")]
+    model = helper.make_model(
+        helper.make_graph(nodes, "fork", ends[:1], ends[1:]), opset_imports=[helper.make_opsetid("", 18)], ir_version=9
+    )
+    watched = observing(read(model), ["b", "x"])
+    assert [node.op for node in watched.nodes] == ["Relu", "Neg"] and watched.outputs == ("b",)
+    assert Session(watched).run({"x": np.array([[1, -1]], np.float32)})["b"].tolist() == [[-1, 0]]

@@ -55,6 +55,14 @@ def run(graph: Graph, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def observing(graph: Graph, values: Iterable[str]) -> Graph:
-    """The graph with these intermediate values as its outputs, in this order (values that are inputs or parameters left out)."""
+    """The graph with these intermediate values as its outputs, in this order (values that are inputs or parameters left out).
+
+    Without the nodes that none of them needs: ONNX Runtime would run these, too.
+    """
     wanted = tuple(dict.fromkeys(value for value in values if value in graph.producer))
-    return dataclasses.replace(graph, outputs=wanted, types=MappingProxyType(dict(graph.types)))
+    needed, nodes = set(wanted), []
+    for node in reversed(graph.nodes):
+        if needed.intersection(node.outputs):
+            nodes.append(node)
+            needed.update(node.inputs)
+    return dataclasses.replace(graph, outputs=wanted, nodes=tuple(reversed(nodes)), types=MappingProxyType(dict(graph.types)))
