@@ -18,6 +18,7 @@ from hwopt.analysis.qdq import quantization
 from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.fold import folded
 from hwopt.backends.tvm.generic import scheduled
+from hwopt.backends.tvm.in_place import in_place
 from hwopt.backends.tvm.kernels import loops, transpose
 from hwopt.backends.tvm.lower import lower
 from hwopt.backends.tvm.origins import fused_origins
@@ -64,7 +65,7 @@ def reading(
     graph = folded(graph)
     refuse(graph, needs_runtime(graph), "compile it for the Relax VM")
     try:
-        return read(fused(lower(graph, target, threads, choose, compact), target, threads, choose), graph)
+        return in_place(read(fused(lower(graph, target, threads, choose, compact), target, threads, choose), graph))
     except HwoptError:
         raise
     except Exception as error:  # TVM's passes raise kinds of their own, without the node

@@ -96,7 +96,8 @@ class TileGemm:
         code, tasks = Code(), self.schedule.tasks(self.shape, self.vectors)
         code.loop("task", tasks, lambda inner, number: self._task(inner, number, weights), parallel=self.schedule.parallel)
         parameters = [self.data, right, *self.epilogue.parameters, self.out]
-        return function(symbol, parameters, code, bfloat16.library(self.micro))
+        over = self.epilogue.overwritten(self.shape.out_dtype)
+        return function(symbol, parameters, code, bfloat16.library(self.micro), over)
 
     def _task(self, code: Code, number: Value, weights: Weights) -> None:
         image, row, column, tile = self.schedule.place(number, self.shape, self.vectors)

@@ -138,9 +138,13 @@ class Code:
         return self.statements[0] if len(self.statements) == 1 else tirx.SeqStmt(self.statements)
 
 
-def function(symbol: str, parameters: list[Value], body: Code, library: str = "") -> tirx.PrimFunc:
-    """The kernel: buffers in, nothing returned, no two buffers overlapping. `library` is LLVM code that it calls."""
+def function(symbol: str, parameters: list[Value], body: Code, library: str = "", overwrites: int | None = None) -> tirx.PrimFunc:
+    """The kernel: buffers in, nothing returned. `library` is LLVM code that it calls.
+
+    No two buffers overlap, but the last one may be the one that `overwrites` names.
+    """
     whole = body.done()
     if library:
         whole = tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", ir.StringImm(library), whole)
-    return tirx.PrimFunc(parameters, whole).with_attr({"global_symbol": symbol, "tirx.noalias": True})
+    over = {} if overwrites is None else {"hwopt.overwrites": overwrites}
+    return tirx.PrimFunc(parameters, whole).with_attr({"global_symbol": symbol, "tirx.noalias": not over, **over})

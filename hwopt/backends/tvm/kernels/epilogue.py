@@ -65,6 +65,13 @@ class Epilogue:
     def parameters(self) -> list[Value]:
         return [tensor for tensor in self.tensors if tensor is not None]
 
+    def overwritten(self, dtype: str) -> int | None:
+        """Which of the kernel's parameters has an element of `dtype` for each result, read right before that is written."""
+        for index, step in enumerate(self.steps):
+            if isinstance(step, Add) and step.dtype == dtype:
+                return 2 + sum(tensor is not None for tensor in self.tensors[:index])
+        return None
+
     def _tensor(self, step: Step, index: int) -> Value:
         if isinstance(step, Bias):
             return tirx.decl_buffer((self.channels,), "float32" if _scaled(self.steps, index) else self.accumulator, "bias")

@@ -74,7 +74,7 @@ class Gemm:
             self.task(inner, image, row, column, tile, lambda group: (weights, group * self.vectors * self.panel))
 
         code.loop("task", self.schedule.tasks(self.shape, self.vectors), task, parallel=self.schedule.parallel)
-        return function(symbol, [self.data, weights, *self.epilogue.parameters, self.out], code, bfloat16.library(self.micro))
+        return self._function(symbol, weights, code)
 
     def build_computed(self, spec: MatmulSpec, symbol: str) -> tirx.PrimFunc:
         """PrimFunc(left, right, *epilogue tensors, out): every task packs the part of the right side that it multiplies."""
@@ -91,7 +91,12 @@ class Gemm:
             self.task(inner, image, row, column, tile, lambda _: (space, first * -self.panel))
 
         code.loop("task", self.schedule.tasks(self.shape, self.vectors), task, parallel=self.schedule.parallel)
-        return function(symbol, [self.data, right, *self.epilogue.parameters, self.out], code, bfloat16.library(self.micro))
+        return self._function(symbol, right, code)
+
+    def _function(self, symbol: str, weights: Value, code: Code) -> tirx.PrimFunc:
+        over = None if self.mean else self.epilogue.overwritten(self.shape.out_dtype)
+        parameters = [self.data, weights, *self.epilogue.parameters, self.out]
+        return function(symbol, parameters, code, bfloat16.library(self.micro), over)
 
     def task(self, code: Code, image: Value, row: Value, column: Value, tile: Value, weights: Callable) -> None:
         """All groups of the block that starts at output (row, column) and channel tile `tile`."""
