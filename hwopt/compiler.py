@@ -35,7 +35,7 @@ from hwopt.recover import Recipe
 from hwopt.recovery import retrained, settled
 from hwopt.report.outcome import estimated_report, measured_report
 from hwopt.target import Target
-from hwopt.tuning import open_database, read_database, tune_graph
+from hwopt.tuning import open_database, progress_line, read_database, tune_graph
 
 if TYPE_CHECKING:  # TVM is imported when something is compiled
     from hwopt.backends.tvm.tune.database import Database
@@ -174,7 +174,7 @@ def _build(graph: Graph, job: Job, folder: Path, form: Form = FORM) -> Built:
 
 
 def _watching(progress: Progress) -> Callable[[State], None]:
-    return lambda state: progress("tuning", int(100 * state.share), 100)
+    return lambda state: progress(f"tuning: {progress_line(state)}", int(100 * state.share), 100)
 
 
 @one_blas_thread

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
+import re
 import subprocess
-from concurrent.futures import Executor, Future
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ from hwopt.cli import main
 from hwopt.errors import ToolchainError, UnsupportedError, UsageError
 from hwopt.io.onnx import save
 from hwopt.plugins import find_target
-from hwopt.tuning import parse_effort, tune_graph, tune_model
+from hwopt.tuning import parse_effort, progress_line, tune_graph, tune_model
 from tests._kernels import HEAD
 from tests.test_compiler import small_net
 
@@ -397,6 +400,35 @@ def test_a_cluster_needs_dask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "distributed", None)
     with pytest.raises(ToolchainError, match="tcp://nowhere:1: Dask is not installed; pip install distributed"):
         cluster("tcp://nowhere:1").__enter__()
+
+
+def test_named_workers_build_what_is_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Noting(ThreadPoolExecutor):
+        def submit(self, *given: Any, **more: Any) -> Any:
+            asked.append("built")
+            return super().submit(*given, **more)
+
+    @contextlib.contextmanager
+    def reached(address: str) -> Iterator[Executor]:
+        asked.append(address)
+        with Noting(1) as executor:
+            yield executor
+
+    monkeypatch.setattr("hwopt.backends.tvm.tune.builder.cluster", reached)
+    save(small_net(), path := tmp_path / "net.onnx")
+    arguments = ["tune", str(path), "--trials", "2", "--threads", "1", "--workers", "tcp://far:8786"]
+    with pytest.raises(SystemExit, match="0"):
+        main([*arguments, "--tuning-db", str(tmp_path / "t.jsonl"), "--json"])
+    assert asked[0] == "tcp://far:8786" and "built" in asked
+
+
+def test_progress_says_the_best_time_the_share_of_the_limit_and_what_remains() -> None:
+    one = Progress(task(), 2, None, limit=0.5e-3, default=2e-3, best=[0.5])
+    state = State([one], Effort(trials=40), trials=10)
+    assert progress_line(state).startswith("2 ms of 4, 50% of the limit, 10 trials, 30 left, about ")
+    assert re.fullmatch(r".*, 10 trials, (59|60) s left", progress_line(dataclasses.replace(state, effort=Effort(seconds=60))))
 
 
 # Compilations
