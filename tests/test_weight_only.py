@@ -252,6 +252,17 @@ def test_a_palette_of_bytes_multiplies_with_integers() -> None:
     assert constant_bytes(compile_program(after, HOST)) >= 256 * 256  # too small to wait for its weights
 
 
+@pytest.mark.parametrize("op", ["Gemm", "MatMul", "Conv"])
+def test_integer_kernels_read_weights_of_4_bits(op: str) -> None:
+    graph = layer(op, 1, 256, 256)
+    data = Samples({"x": np.random.default_rng(1).standard_normal((64, *graph.tensor("x").dims[1:])).astype(np.float32)})
+    after = applied("quantize{weights=int4}", graph, calibration=data)
+    assert [region.integer for region in regions(after)][-1]
+    program = compile_program(after, HOST, compact=True)
+    np.testing.assert_allclose(run_program(program, feeds(after))["y"], run(after, feeds(after))["y"], atol=0.05)
+    assert constant_bytes(program) < 256 * 256 / 2 + 4096
+
+
 def test_error_grows_with_fewer_bits_and_groups_make_up_for_it() -> None:
     graph = layer("MatMul", 4, 256, 128)
     want = run(graph, feeds(graph))["y"]

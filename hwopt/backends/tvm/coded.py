@@ -6,6 +6,8 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from hwopt.analysis.compressed import Compressed
 from hwopt.analysis.regions import Region, integer_operands, regions
 from hwopt.analysis.workload import coded_weights, workload
@@ -60,8 +62,10 @@ def _unfit(graph: Graph, region: Region, weight: Compressed) -> str:
         return "its results are not float32 of a fixed shape"
     if len(node.inputs) > 2 and node.inputs[2] and node.inputs[2] not in graph.params and not _constant(graph, node.inputs[2]):
         return "its bias is computed"
-    if region.integer and (weight.books is None or weight.bits > 4):
+    if region.integer and weight.bits > 4:
         return "integer kernels look up at most 16 numbers"
+    if region.integer and weight.zeros is not None:
+        return "integer kernels take weights without zero points"
     if node.op == "Conv":
         kernel = graph.tensor(node.inputs[1]).dims[2:]
         plain = math.prod(kernel) == 1 and node.attr("group", 1) == 1 and not any(node.attr("pads", ()))
@@ -99,16 +103,23 @@ def coded_kernel(graph: Graph, region: Region, values: Values) -> CodedKernel | 
     fused_epilogue(graph, region, values, fused, 1 if last else len(out) - 1, last)
     if step.by_image(fused.steps) and out[0] > 1:
         return None
+    books = _numbers(weight) if operands and weight.books is None else weight.books
     blocked = operands is None and weight.scales is not None and not weight.per_channel
     spec = PackedSpec(
-        m=math.prod(out) // len(weight.codes), n=len(weight.codes), k=weight.codes.shape[1], coding=_coding(weight),
+        m=math.prod(out) // len(weight.codes), n=len(weight.codes), k=weight.codes.shape[1], coding=_coding(weight, books),
         block=weight.block if blocked else 0, zeros=blocked and weight.zeros is not None,
         data_dtype=graph.tensor(data).dtype, out_dtype=graph.tensor(region.output).dtype, epilogue=tuple(fused.steps),
     )  # fmt: skip
-    codes = Codes(weight.codes, weight.books, *((weight.scales, weight.zeros) if blocked else ()))
+    codes = Codes(weight.codes, books, *((weight.scales, weight.zeros) if blocked else ()))
     shape = (out[0], *out[2:], out[1]) if last else graph.tensor(region.output).dims
     return CodedKernel(spec, values.get(data, last), codes, tuple(fused.tensors), shape, spec.out_dtype, last)
 
 
-def _coding(weight: Compressed) -> Coding:
-    return Coding(weight.bits, 0 if weight.books is None else len(weight.books))
+def _coding(weight: Compressed, books: np.ndarray | None) -> Coding:
+    return Coding(weight.bits, 0 if books is None else len(books))
+
+
+def _numbers(weight: Compressed) -> np.ndarray:
+    """Signed numbers as a codebook, [1, 2^bits]: integers are looked up, as no instruction multiplies less than bytes."""
+    codes = np.arange(2**weight.bits)
+    return np.where(codes < 2 ** (weight.bits - 1), codes, codes - 2**weight.bits).astype(np.float32)[None]
