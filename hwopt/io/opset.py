@@ -11,6 +11,7 @@ import onnx.version_converter
 
 from hwopt.errors import UnsupportedError
 from hwopt.io.check import all_nodes
+from hwopt.io.old_meaning import keep_meaning, spell_out
 from hwopt.io.proto import nodes_of
 from hwopt.ir import Graph, Node, TensorType, frozen, infer_types, of_op, onnx_dtype
 from hwopt.ir.infer import skeleton
@@ -39,13 +40,16 @@ def _converted(graph: Graph, version: int) -> Graph:
     hint = f"export it with opset {PINNED}"
     if version < 9 and any(of_op(graph, "Scan")):
         raise UnsupportedError(f"Scan of opset {version} has a batch dimension that later ones lack", place=graph.name, hint=hint)
-    bare = onnx.shape_inference.infer_shapes(skeleton(graph))
+    bare = skeleton(graph)
+    spell_out(bare, version)
+    bare = onnx.shape_inference.infer_shapes(bare)
     try:
         model = onnx.version_converter.convert_version(bare, PINNED)
     except Exception as error:  # the converter, written in C++, raises kinds of its own
         reason = str(error).strip().splitlines()[-1]
         message = f"ONNX cannot convert opset {version} to {PINNED}: {reason}"
         raise UnsupportedError(message, place=graph.name, hint=hint) from error
+    keep_meaning(model, version, graph.params)
     params = dict(graph.params)
     for tensor in model.graph.initializer:
         if tensor.name not in params:

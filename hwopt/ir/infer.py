@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import numpy as np
 import onnx
 
 from hwopt.ir.graph import Graph
+from hwopt.ir.sizes import corrected
 from hwopt.ir.types import Dim, OpaqueType, TensorType, ValueType, dtype_name, onnx_dtype, type_of
 
 # Shapes, axes, pads and scales travel as values, since inference reads them; real weights only as types.
@@ -19,9 +21,26 @@ LIKE_THEIR_INPUT = ("GroupNormalization", "MeanVarianceNormalization")  # ONNX 1
 def infer_types(graph: Graph) -> Graph:
     """The graph with the type of every value that ONNX can infer; stated types of others are kept.
 
-    Raises onnx.shape_inference.InferenceError where operators contradict their inputs.
+    Where ONNX Runtime makes another size, inference starts again from that. Raises onnx.shape_inference.InferenceError
+    where operators contradict their inputs.
     """
+    right: dict[str, TensorType] = {}
+    while True:
+        typed = _inferred(graph, right)
+        found = corrected(typed)
+        if not found:
+            return typed
+        right.update(found)
+
+
+def _inferred(graph: Graph, right: Mapping[str, TensorType]) -> Graph:
+    """What ONNX infers if the values of `right` are of these types: they stand as inputs, without their nodes."""
     bare = skeleton(graph)
+    if right:
+        kept = [node for node in bare.graph.node if not right.keys() & set(node.output)]
+        del bare.graph.node[:]
+        bare.graph.node.extend(kept)
+        bare.graph.input.extend(value_info(name, kind) for name, kind in right.items())
     for node in bare.graph.node:
         if node.op_type in LIKE_THEIR_INPUT and not node.domain:
             node.op_type, node.input[:] = "Identity", node.input[:1]
@@ -33,6 +52,7 @@ def infer_types(graph: Graph) -> Graph:
         found = from_proto(info.type)
         if found is not None:
             types[info.name] = found if info.name in graph.producer else types.get(info.name, found)
+    types.update(right)
     return dataclasses.replace(graph, types=MappingProxyType(types))
 
 
