@@ -42,7 +42,7 @@ def decided(job: Job, replay: Plan | None, *, tie: bool = True) -> Found:
         return search(task, priced)
 
     def searched(one: Job) -> tuple[Found, None]:
-        return search(dataclasses.replace(task, budget=one.budget), priced), None
+        return search(dataclasses.replace(task, budget=one.budget, refine=one.budget == job.budget), priced), None
 
     faster = lambda one, other: one[0].plan.seconds_after < other[0].plan.seconds_after  # noqa: E731
     return deepened(job, task.scorer, priced.baseline, searched, faster, lambda found: (found, None))[0]
@@ -59,7 +59,9 @@ def decided_and_built(job: Job, replay: Plan | None, baseline: Built, build: Bui
         return _searched(job, task, priced, baseline, build)
 
     def searched(one: Job) -> tuple[Found, Built]:
-        return _searched(one, dataclasses.replace(task, budget=one.budget), priced, baseline, build)
+        return _searched(
+            one, dataclasses.replace(task, budget=one.budget, refine=one.budget == job.budget), priced, baseline, build
+        )
 
     def faster(one: Option, other: Option) -> bool:
         if one[1] is None or other[1] is None:

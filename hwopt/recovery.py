@@ -160,7 +160,7 @@ def trial(job: Job, task: Search, knobs: Mapping[str, Any], watch: Callable[[Che
     priced = price(task)
 
     def searched(one: Job) -> Option:
-        return search(dataclasses.replace(task, budget=one.budget), priced), None
+        return search(dataclasses.replace(task, budget=one.budget, refine=one.budget == job.budget), priced), None
 
     faster = lambda one, other: one[0].plan.seconds_after < other[0].plan.seconds_after  # noqa: E731
     chosen = dataclasses.replace(job, training=training)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +97,8 @@ def test_a_plan_has_4_bits_where_bytes_ask_for_them_and_rounds_them_with_care(ne
     (whole,) = found.plan.passes(find_passes())
     assert isinstance(whole, Quantize)
     assert "int4" in whole.weights
-    assert (whole.rounding == "block") == any("with more care" in one.reason for one in found.plan.decisions)
-    assert whole.rounding == "block" or any("not worth it" in one.reason for one in found.plan.refused)
+    assert (whole.rounding == "adaround") == any("with more care" in one.reason for one in found.plan.decisions)
+    assert whole.rounding == "adaround" or any("not worth it" in one.reason for one in found.plan.refused)
     assert weight_bytes(found.graph) <= (eight + four) / 2
 
 
@@ -115,18 +114,19 @@ def test_care_is_taken_where_outputs_err_less_and_else_it_is_refused(network: Pa
     plain = solution_of(task, *(f"quantize{{site={name},weights=int4}}" for name in names))
     better, refused = refined(task, plain)
     assert not refused
-    assert {one.rounding for option in better.options for one in option.passes} == {"block"}  # type: ignore[attr-defined]
+    assert {one.rounding for option in better.options for one in option.passes} == {"adaround"}  # type: ignore[attr-defined]
     monkeypatch.setattr("hwopt.plan.finer.WORTH", 0.0)
     same, refused = refined(task, plain)
     assert same is plain
     assert "not worth it" in refused[0].reason
 
 
-def test_without_torch_layers_are_rounded_one_by_one(network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "passes._reconstruct_torch", None)
-    task, names = task_for(network, size=1e5), layers(network)
-    better, _ = refined(task, solution_of(task, *(f"quantize{{site={name},weights=int4}}" for name in names)))
-    assert {one.rounding for option in better.options for one in option.passes} == {"adaround"}  # type: ignore[attr-defined]
+def test_what_is_trained_anyway_is_not_rounded_with_care(network: Path) -> None:
+    job = job_for(network)
+    four = weight_bytes(run_pass(Quantize(weights=("int4",)), job.graph, job.ctx))
+    task = dataclasses.replace(task_for(network, size=1.05 * four), refine=False)
+    found = search(task, price(task))
+    assert "weights=int4" in str(found.plan.decisions) and "rounding" not in str(found.plan.decisions)
 
 
 def test_what_is_not_coarse_stays_as_it_is(network: Path) -> None:

@@ -41,6 +41,7 @@ class Search:
     `knobs` sets options of whole families (`quantize.calibrator`), `known` keeps errors from search to search, `tie` lets
     isomorphic layers be decided together where that is proven to lose nothing. `sensitivity` is how errors are found (see
     measure_errors), `pairwise` adds what neighbours cost together. `measuring` times kernels whose prices are in doubt.
+    `refine` rounds the plan that is found with more care (see hwopt.plan.finer): no use where it is trained anyway.
     """
 
     graph: Graph
@@ -60,6 +61,7 @@ class Search:
     sensitivity: str = "auto"
     pairwise: bool = False
     measuring: Measuring | None = None
+    refine: bool = True
 
     @cached_property
     def pricer(self) -> Pricer:

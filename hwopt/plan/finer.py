@@ -1,7 +1,7 @@
 """The last step of a search: what a plan does coarsely is done with more care, where the outputs then err less.
 
-Weights of 4 bits, rounded by what that does to outputs instead of to the nearest, cost neither time nor bytes, but minutes to
-make: too long for every candidate, not for the plan that is chosen.
+Weights of 4 bits, rounded by what that does to outputs instead of to the nearest, cost neither time nor bytes, but seconds a
+layer to make: too long for every candidate, not for the plan that is chosen.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Sequence
 
 from hwopt.backends.ort import Session
-from hwopt.errors import ToolchainError
 from hwopt.ir import Graph
 from hwopt.pipeline import Context, Pass, PassManager, Refusal, merged
 from hwopt.plan.attempt import SENSITIVITY_SAMPLES, Search, rest_of
@@ -54,16 +53,12 @@ def refined(task: Search, solution: Solution) -> tuple[Solution, tuple[Refusal, 
         for fine in coarse.finer():
             task.progress("rounding with more care", place, len(stated))
             tried = tuple(_with(option, coarse, fine) for option in options)
-            try:
-                found = judge.error(tried)
-            except ToolchainError:  # another one may need less
-                continue
+            found = judge.error(tried)
             said = f"the outputs' error {error:.3g} -> {found:.3g}"
             if found <= WORTH * error:
                 options, error = tuple(_noted(one, old, said) for one, old in zip(tried, options, strict=True)), found
             else:
                 refused.append(Refusal(fine.name, task.graph.name, f"{dataclasses.replace(fine, site=())}: {said}, not worth it"))
-            break
     return (solution if options is solution.options else dataclasses.replace(solution, options=options)), tuple(refused)
 
 

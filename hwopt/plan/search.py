@@ -58,7 +58,8 @@ def _attempts(task: Search, priced: Priced) -> tuple[Priced, list[Attempt], str]
         _extremes(task, priced, attempts)
         _polish(task, priced, attempts)
         _single_family(task, priced, attempts)
-        _refine(task, priced, attempts)
+        if task.refine:
+            _refine(task, priced, attempts)
     except KeyboardInterrupt:
         if not attempts:
             raise
@@ -85,12 +86,16 @@ def _one_dtype(task: Search, priced: Priced, attempts: list[Attempt]) -> None:
 
 
 def _extremes(task: Search, priced: Priced, attempts: list[Attempt]) -> None:
-    """What keeps each limit best of all, where nothing else keeps them: sums may be far off near the edge of what can be done."""
-    if all(task.exceeded(attempt.amounts) for attempt in attempts):
-        for name in task.first_limits().stated():
-            solution = solve(priced.base, priced.options, priced.pairs, Limits(), aim=name, tie=task.tie)
-            if solution is not None and _known(attempts, solution) is None:
-                attempts.append(measured(task, priced, solution, solution.error))
+    """What keeps each limit best of all, and all with the least error, where nothing keeps the budget: sums may be far off
+    near the edge of what can be done.
+    """
+    if any(attempt.round.feasible for attempt in attempts):
+        return
+    limits = task.first_limits()
+    for aimed, bounds in (("error", limits), *((name, Limits()) for name in limits.stated())):
+        solution = solve(priced.base, priced.options, priced.pairs, bounds, aim=aimed, tie=task.tie)
+        if solution is not None and _known(attempts, solution) is None:
+            attempts.append(measured(task, priced, solution, solution.error))
 
 
 def _polish(task: Search, priced: Priced, attempts: list[Attempt]) -> None:
