@@ -115,3 +115,8 @@ def test_a_value_that_others_read_is_written() -> None:
     assert not any(averages(spec) for spec in kernels_of(graph))
     for name in graph.outputs:
         np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_copied_between_a_pool_and_the_layer_behind_its_flat_form() -> None:
+    program = compile_program(network("1x1"), find_target("host"))
+    assert len(program.calls) == 3  # the input's channels last, the convolution, the matmul

@@ -16,14 +16,24 @@ ATTRIBUTE = "hwopt.origins"
 
 
 def naming_builder() -> Any:
-    """A BlockBuilder that names variables after the number of the region in `origin`, where nobody names them."""
+    """A BlockBuilder that names variables after the number of the region in `origin`, where nobody names them.
+
+    A reshape of a reshape is one: TVM would fuse the two into a kernel that copies.
+    """
     from tvm import relax
 
     class Naming(relax.BlockBuilder):
         origin = 0
 
         def emit(self, expr: Any, name_hint: str = "") -> Any:
-            return super().emit(expr, name_hint or f"region{self.origin}_")
+            source = self._reshaped(expr)
+            given = self._reshaped(self.lookup_binding(source)) if isinstance(source, relax.Var) else None
+            one = relax.op.reshape(given, expr.args[1]) if given is not None else expr
+            return super().emit(one, name_hint or f"region{self.origin}_")
+
+        def _reshaped(self, expr: Any) -> Any:
+            """What an expression is a reshape of; None if it is none."""
+            return expr.args[0] if getattr(getattr(expr, "op", None), "name", "") == "relax.reshape" else None
 
     return Naming()
 
