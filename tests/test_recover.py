@@ -359,3 +359,18 @@ def test_labels_that_are_asked_for_and_missing_are_an_error() -> None:
     teacher = net()
     with pytest.raises(UsageError, match=r"hard=0\.5 needs labels"):
         recovered(Case(quantized(teacher), teacher, samples(teacher)), "distill{hard=0.5}")
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 7, 5), (6, 5, 4, 3)], ids=["classes", "tokens", "pixels"])
+def test_hard_labels_choose_a_class_for_every_place_of_an_output(shape: tuple[int, ...]) -> None:
+    from hwopt.recover.torch.losses import Distance
+
+    axis = 1 if len(shape) == 4 else len(shape) - 1
+    places = [size for place, size in enumerate(shape) if place != axis]
+    labels = torch.from_numpy(np.random.default_rng(1).integers(0, 5, places))
+    right = torch.nn.functional.one_hot(labels, 5).movedim(-1, axis) * 20.0
+    kind = "logits" if len(shape) == 2 else "values"
+    distance = Distance(parse_recipe("distill{hard=1,logits=0}"), {"y": kind})
+    assert float(distance({"y": right}, {"y": right}, labels)) < 1e-6 < 1 < float(distance({"y": -right}, {"y": right}, labels))
+    with pytest.raises(DataError, match="no cross entropy"):
+        distance({"y": right}, {"y": right}, labels[:, None].repeat(1, 2, *[1] * (labels.ndim - 1)))

@@ -62,12 +62,19 @@ def _relative(found: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _cross_entropy(output: Tensor, labels: Tensor, kind: str) -> Tensor:
-    if kind == "values" or labels.ndim != 1:
-        hint = "give class indices, [samples], or a loss of your own"
+    axis = _class_axis(output, labels)
+    if axis is None or (output.ndim == 2 and kind == "values"):
+        hint = "give class indices for all of the output's places, [samples] or [samples, ...], or a loss of your own"
         raise DataError(f"no cross entropy of a {list(output.shape)} output with labels {list(labels.shape)}", hint=hint)
-    if int(labels.max()) >= output.shape[1]:
-        raise DataError(f"label {int(labels.max())} for a model with {output.shape[1]} classes", place="training data")
-    return functional.cross_entropy(_logits(output, kind), labels.long())
+    if int(labels.max()) >= output.shape[axis]:
+        raise DataError(f"label {int(labels.max())} for a model with {output.shape[axis]} classes", place="training data")
+    return functional.cross_entropy(_logits(output, kind).movedim(axis, 1), labels.long())  # labels of -100 do not count
+
+
+def _class_axis(output: Tensor, labels: Tensor) -> int | None:
+    """The axis of an output that labels of its other axes choose from: the last (tokens), or the second (pixels)."""
+    shape = list(output.shape)
+    return next((axis for axis in (output.ndim - 1, 1) if shape[:axis] + shape[axis + 1 :] == list(labels.shape)), None)
 
 
 def kinds_of(outputs: Mapping[str, Any], graph: Graph) -> dict[str, str]:
