@@ -83,8 +83,9 @@ def priced(job: Job, half: float, seconds: float) -> tuple[Priced, Timed]:
 def test_a_wrong_price_in_doubt_is_corrected_by_measuring(job: Job) -> None:
     """int8 seems slower than float32, so it would be refused; the interval reaches below, so it is measured and offered."""
     found, measuring = priced(job, 0.95, 60.0)
-    assert measuring.graphs and {option.form for option in found.options} == {"int8"}
-    assert all(option.gain == pytest.approx(3e-6, rel=0.05) for option in found.options)
+    static = [option for option in found.options if not option.passes[0].apart]
+    assert measuring.graphs and {option.form for option in static} == {"int8"}
+    assert all(option.gain == pytest.approx(3e-6, rel=0.05) for option in static)
     assert found.base.total_seconds == pytest.approx(4 * 4e-6, rel=0.01)
 
 
