@@ -22,7 +22,8 @@ from hwopt.backends.tvm.learn.features import counted
 from hwopt.backends.tvm.learn.measure import attribute, profile
 from hwopt.backends.tvm.learn.model import Learned
 from hwopt.backends.tvm.learn.networks import FAMILIES, random_network
-from hwopt.backends.tvm.learn.records import Record, append, clocked, judged, read, table_of, together
+from hwopt.backends.tvm.learn.predictor import weighed
+from hwopt.backends.tvm.learn.records import Record, append, clocked, judged, quality, read, table_of, together
 from hwopt.backends.tvm.learn.records import learned as learned_from
 from hwopt.backends.tvm.learn.table import Table, find_table, from_json, load_table, path_for, table_name, work_key
 from hwopt.backends.tvm.learn.tiles import tile_of
@@ -265,6 +266,38 @@ def test_counts_are_never_below_zero_and_facts_finite() -> None:
             found = counted(work, {"float32": MICRO}, 1)
             assert all(value >= 0 for value in found.times.values())
             assert np.isfinite(list(found.shape.values())).all()
+
+
+def loop(kind: str, step: str, read: int, dims: tuple[int, ...], *more: str, dtype: str = "float32") -> Workload:
+    size = 1 if dtype == "uint8" else 4
+    return Workload(
+        "loop", kind, dtype, elements=read, read_bytes=size * read, write_bytes=size * int(np.prod(dims)), dims=dims,
+        steps=(step, *more),
+    )  # fmt: skip
+
+
+def test_sums_over_the_innermost_axis_and_over_others_are_counted_apart() -> None:
+    rows, columns = (counted(loop("reduce", f"ReduceSum {axis}", 64 * 48, (1, 48)), {}, 1).times for axis in (2, 1))
+    assert rows["row_vectors"] + rows["row_singles"] > 0 == rows["sums"]
+    assert columns["sums"] > 0 == columns["row_vectors"] + columns["row_singles"]
+
+
+def test_a_function_of_bytes_is_a_table_and_costs_no_function() -> None:
+    one = counted(loop("elementwise", "Sigmoid", 6400, (1, 64, 100), "QuantizeLinear", dtype="uint8"), {}, 1)
+    other = counted(loop("elementwise", "Sigmoid", 6400, (1, 64, 100)), {}, 1)
+    assert one.family == "tables" and one.times["do_Sigmoid"] == 0 < one.times["looked_up"]
+    assert other.family == "elements" and other.times["do_Sigmoid"] > 0
+
+
+def test_what_a_clock_cannot_read_moves_no_weight() -> None:
+    count = np.array([[1.0]] * 40 + [[200.0]] * 10)
+    seconds = np.array([30e-9] * 40 + [1e-6] * 10)  # 5 ns each, and the clock's step
+    assert weighed(count, seconds)[0] == pytest.approx(5e-9, rel=0.2)
+
+
+def test_networks_are_kept_out_as_a_whole_too(target) -> None:
+    found = quality(synthetic(400), target)
+    assert found is not None and 0.5 < found.networks_within_10 <= 1
 
 
 def test_calls_belong_to_their_regions_and_layouts_of_inputs_to_none() -> None:

@@ -62,3 +62,14 @@ def test_a_transposition_that_waits_for_its_reader_stays_its_own_region_s() -> N
     calls = calls_of(graph)
     assert [call.regions for call in calls if "back" in call.regions]
     assert all(call.regions == ("end",) for call in calls if call.label == "end")
+
+
+def test_workloads_say_axes_and_forms_of_operands_of_what_is_no_product() -> None:
+    graph = graph_of(
+        CONV, ("joined", "Concat", ["a", "a"], "b", {"axis": -2}), ("cut", "MaxPool", ["b"], "c", {"kernel_shape": [7, 1]}),
+        ("twice", "Mul", ["c", "c"], "d", {}), ("turned", "Transpose", ["d"], "e", {}),
+        ("last", "Softmax", ["e"], "y", {"axis": 1}), out=(6, 6, 8, 1),
+    )  # fmt: skip
+    steps = {work.name: work.steps for work in workloads(graph)}
+    assert steps["first"] == ("Conv",) and steps["joined"] == ("Concat 2",) and steps["twice"] == ("Mul full",)
+    assert steps["turned"] == ("Transpose 3,2,1,0",) and steps["last"] == ("Softmax 1",)

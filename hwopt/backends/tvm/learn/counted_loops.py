@@ -7,13 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from hwopt.analysis.workload import FORMS
 from hwopt.backends.tvm.learn.counted import (
     CONVERSIONS,
+    FIRST,
+    GATES,
     LINE,
+    SECOND,
     Counted,
     Numbers,
     floats,
     memory_shape,
+    share,
     step_names,
     steps_of,
     traffic,
@@ -25,6 +30,21 @@ STEPS = ("Add", "Mul", "Relu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish", "G
          "Resize", "Concat", "Slice", "Gather", "Erf", "Sub", "Pow", "Sqrt", "ReduceMean", "ReduceSum", "ReduceMax", "Pad",
          "DepthToSpace", "SpaceToDepth", "Split", "GlobalMaxPool", "LeakyRelu", "Tanh", "Exp", "Softplus", "Abs", "Neg",
          "Max", "Min")  # fmt: skip
+MOVED = ("Concat", "Slice", "Split", "Pad", "Gather", "Resize", "DepthToSpace", "SpaceToDepth", "Transpose")
+TRIVIAL = (
+    "Relu",
+    "Clip",
+    "Add",
+    "Sub",
+    "Mul",
+    "Min",
+    "Max",
+    "Abs",
+    "Neg",
+    "LeakyRelu",
+    "HardSigmoid",
+    "HardSwish",
+)  # as table.py
 SLOW = ("Sigmoid", "Gelu", "Erf", "Tanh", "Exp", "Softplus", "Div", "Sqrt", "Pow", "Log")  # each counts by itself
 DTYPES = ("float32", "bfloat16", "int8", "uint8", "int32", "int64", "bool")
 VECTOR, WIDEST = 16, 64  # lanes of generic schedules, and of their sums over outer axes (generic.py)
@@ -45,10 +65,11 @@ def _family(work: Workload) -> str:
     names = step_names(work)
     if "Softmax" in names or "LayerNormalization" in names:
         return "softmax" if "Softmax" in names else "norms"
+    integers = " int8" if work.dtype == "int8" else ""
     if work.kind == "pool":
-        return "windows" if work.window else "means"
+        return f"windows{integers}" if work.window else f"means{integers}"
     if work.kind == "elementwise":
-        return "relaid" if work.relaid else "elements"
+        return "relaid" if work.relaid else "tables" if Nest(work).looked_up else f"elements{integers}"
     if work.kind == "move":
         return "transposed" if names[:1] == ["Transpose"] else "moves"
     return "reductions"
@@ -96,8 +117,36 @@ class Nest:
     @cached_property
     def behind(self) -> list[str]:
         """The operators that compute something for each result."""
-        skip = 0 if self.work.kind == "elementwise" else 1
-        return self.names[skip:]
+        if self.looked_up:
+            return []
+        return self.names if self.work.kind == "elementwise" else self.names[1:]
+
+    @cached_property
+    def looked_up(self) -> bool:
+        """True where bytes become bytes, nothing else is read, and computing that in vectors takes longer: a table does it."""
+        work, hard = self.work, any(name not in (*TRIVIAL, *CONVERSIONS) for name in self.names)
+        alike = work.kind == "elementwise" and work.read_bytes == work.write_bytes == self.results
+        return hard and alike and work.weight_bytes < LINE
+
+    @cached_property
+    def axes(self) -> tuple[int, ...]:
+        """That the first operator names: those that it joins, cuts, or sums up over."""
+        op, _, detail = self.work.steps[0].partition(" ") if self.work.steps else ("", "", "")
+        return tuple(map(int, detail.split(","))) if op != "Transpose" and detail.replace(",", "").isdigit() else ()
+
+    @cached_property
+    def by_rows(self) -> bool:
+        """True for a reduction over the innermost axis, whether the result keeps it or not."""
+        if not self.axes or not self.names[0].startswith("Reduce"):
+            return False
+        kept = all(axis < len(self.dims) and self.dims[axis] == 1 for axis in self.axes)
+        return max(self.axes) == len(self.dims) + (0 if kept else len(self.axes)) - 1
+
+    @cached_property
+    def inside(self) -> bool:
+        """True where the named axis is the innermost one of the memory."""
+        image = len(self.dims) == 4 and self.work.kind in ("move", "pool")
+        return bool(self.axes) and self.axes[-1] == (1 if image else len(self.dims) - 1)
 
     @cached_property
     def stride(self) -> int:
@@ -122,34 +171,66 @@ def _times(nest: Nest) -> Numbers:
     size = work.read_bytes / nest.results
     slow = {f"do_{name}": parts * nest.behind.count(name) for name in SLOW}
     converted = sum(name in CONVERSIONS for name in nest.behind)
+    slowly = sum(map(nest.behind.count, SLOW))
+    singles = nest.rows * nest.inner * narrow
     moved = float(moves_last(work))
     return {
         "vectors": whole, "ends": ends, "end_pieces": nest.rows * left.bit_count() * (not narrow), "left": ends * left,
-        "left_steps": ends * left * steps, "narrow": nest.rows * nest.inner * narrow,
-        "narrow_steps": nest.rows * nest.inner * narrow * steps, "steps": parts * steps, "rows": nest.rows,
-        "converted": parts * converted, "narrow_slow": nest.rows * nest.inner * narrow * sum(map(nest.behind.count, SLOW)),
-        **slow, **_sums(nest), "window_rows": nest.rows * -(-nest.inner // VECTOR) * nest.each, "moved": moved * nest.results,
+        "left_steps": ends * left * steps, "narrow": singles, "narrow_steps": singles * steps, "steps": parts * steps,
+        "rows": nest.rows, "converted": parts * converted, "narrow_slow": singles * slowly, "left_slow": ends * left * slowly,
+        "narrow_converted": singles * converted, "left_converted": ends * left * converted,
+        "gates": parts * sum(map(nest.behind.count, GATES)), "stacked": nest.results * _stacked(nest),
+        **slow, **_sums(nest), **_row_sums(nest), **_moves(nest),
+        "window_rows": nest.rows * -(-nest.inner // VECTOR) * nest.each, "moved": moved * nest.results,
         "moved_far": moved * nest.results * float(nest.stride >= 4096 or nest.stride * VECTOR > 1 << 15),
         "bytes": float(work.read_bytes + work.write_bytes) / LINE, "single_bytes": nest.results * (size <= 1),
-        "crowded": nest.results * _crowded(work, nest.dims), "looked_up": parts * _looked_up(nest),
+        "crowded": nest.results * _crowded(work, nest.dims), "looked_up": parts * nest.looked_up,
+        "bytes_read": parts * (size < 3), **_streamed(work),
         **traffic(work), "call": 100.0,
     }  # fmt: skip
 
 
-def _sums(nest: Nest) -> Numbers:
-    """Steps over outer axes: as many results at once as divide the channels, which are whole vectors or less."""
-    lanes, whole = math.gcd(nest.inner, WIDEST), nest.inner % VECTOR == 0
-    each = {"summed": nest.work.elements / VECTOR * whole, "summed_less": nest.work.elements / lanes * (not whole)}
-    wide = nest.work.read_bytes > 2 * nest.results * nest.each
+def _streamed(work: Workload) -> Numbers:
+    """Cache lines that go through, by the level that holds all of them together."""
     return {
-        f"{name}_{kind}": value * (wide == (kind == "floats")) for name, value in each.items() for kind in ("floats", "bytes")
+        "through_second": work.bytes / LINE * share(work.bytes, FIRST),
+        "through_third": work.bytes / LINE * share(work.bytes, SECOND),
     }
 
 
-def _looked_up(nest: Nest) -> float:
-    """1 where bytes become bytes and nothing else is read: a table does it."""
-    work = nest.work
-    return float(work.kind == "elementwise" and work.read_bytes == work.write_bytes == nest.results and work.weight_bytes < LINE)
+def _sums(nest: Nest) -> Numbers:
+    """Steps over outer axes: as many results at once as divide the channels, so the data are gone through for every such few."""
+    lanes, work = math.gcd(nest.inner, WIDEST), nest.work
+    steps = work.elements / lanes * (not nest.by_rows)
+    return {
+        "sums": steps, "sum_results": nest.results / lanes, "sum_vectors": steps * lanes / VECTOR * (lanes >= VECTOR),
+        "sum_wide": steps * (work.read_bytes > 3 * nest.results * nest.each),
+        "sum_second": steps * share(work.read_bytes, FIRST), "sum_third": steps * share(work.read_bytes, SECOND),
+    }  # fmt: skip
+
+
+def _row_sums(nest: Nest) -> Numbers:
+    """Sums over the innermost axis: in vectors where whole ones fill it, else one after the other; maxima look for NaN."""
+    whole, elements = nest.each % VECTOR == 0, float(nest.work.elements)
+    ordered = nest.names[:1] in (["ReduceMax"], ["ReduceMin"])
+    return {
+        "row_vectors": elements / VECTOR * (nest.by_rows and whole), "row_singles": elements * (nest.by_rows and not whole),
+        "ordered": elements * ordered / (1 if nest.by_rows else math.gcd(nest.inner, WIDEST)),
+    }  # fmt: skip
+
+
+def _stacked(nest: Nest) -> int:
+    """How often operands are laid behind each other before they are compared."""
+    return sum(name in ("Max", "Min") for name in nest.names) if nest.work.kind == "elementwise" else 0
+
+
+def _moves(nest: Nest) -> Numbers:
+    """Results of each operator that only moves data, in vectors where rows are as long."""
+    name = nest.names[0] if nest.work.kind == "move" and nest.names else ""
+    pieces = nest.results / (VECTOR if nest.inner >= VECTOR else 1)
+    smooth = name == "Resize" and "nearest" not in nest.work.steps[0]
+    found = {f"move_{one}": pieces * (one == name) * (not smooth) for one in MOVED}
+    return {**found, "move_smooth": pieces * smooth, "move_inside": pieces * nest.inside}
 
 
 def _crowded(work: Workload, dims: tuple[int, ...]) -> float:
@@ -175,8 +256,14 @@ def _facts(nest: Nest) -> Numbers:
         "write_each": work.write_bytes / results, "weights_each": work.weight_bytes / results, "work_each": nest.each,
         "log_results": math.log(results), "log_elements": math.log1p(work.elements), "kernel": window[3] * window[4],
         "stride_down": window[5], "padded": any(window[9:]), "reads_more": work.read_bytes / max(1, work.write_bytes),
-        "looked_up": _looked_up(nest), **steps_of(names).shape(), **memory_shape(work),
+        "looked_up": nest.looked_up, "inside": nest.inside, "by_rows": nest.by_rows, "axis": nest.axes[-1] if nest.axes else -1,
+        "form": _form(work), "extent": nest.each % VECTOR == 0, **steps_of(names).shape(), **memory_shape(work),
     }  # fmt: skip
+
+
+def _form(work: Workload) -> int:
+    """The most that a second operand has, as in analysis/workload.py."""
+    return max((_place(FORMS, step.partition(" ")[2]) for step in work.steps), default=-1)
 
 
 def _place(known: Sequence[str], name: str = "") -> int:

@@ -18,6 +18,7 @@ from hwopt.errors import UsageError
 
 TURNS = 8  # of robust regression
 SMALL = 0.03  # relative error that counts as none in it
+RESOLUTION = 20e-9  # seconds that a clock is read to, about
 LEAST = 12  # kernels from which a family is learned
 
 
@@ -121,7 +122,7 @@ def _family(found: Sequence[Counted], seconds: np.ndarray, noise: np.ndarray, me
     weights = weighed(times, seconds)
     rows = features(times, shape, weights.tolist())
     wanted = np.log(seconds / np.maximum(times @ weights, 1e-9))
-    ensemble = train(rows, wanted, 1 / (0.03 + noise), seed, members)
+    ensemble = train(rows, wanted, 1 / (SMALL + noise + RESOLUTION / seconds), seed, members)
     return Family(tuple(found[0].times), tuple(found[0].shape), tuple(float(f"{one:.6g}") for one in weights), ensemble)
 
 
@@ -130,8 +131,9 @@ def weighed(times: np.ndarray, seconds: np.ndarray) -> np.ndarray:
     from scipy.optimize import nnls
 
     rows, wanted = times / seconds[:, None], np.ones(len(seconds))
-    emphasis, found = np.ones(len(seconds)), np.zeros(times.shape[1])
+    sure = SMALL / (SMALL + RESOLUTION / seconds)
+    emphasis, found = sure, np.zeros(times.shape[1])
     for _ in range(TURNS):
         found, _ = nnls(rows * emphasis[:, None], wanted * emphasis)
-        emphasis = 1 / np.sqrt(np.maximum(np.abs(rows @ found - 1), SMALL))
+        emphasis = sure / np.sqrt(np.maximum(np.abs(rows @ found - 1), SMALL))
     return np.asarray(found)

@@ -135,6 +135,7 @@ class Quality:
     median: float  # relative error
     covered: float  # share of the measurements inside of the stated interval
     families: dict[str, tuple[int, float]] = field(default_factory=dict)
+    networks_within_10: float | None = None  # the share where whole networks were kept out of training, not kernels
 
 
 def quality(records: Sequence[Record], target: Target) -> Quality | None:
@@ -145,7 +146,18 @@ def quality(records: Sequence[Record], target: Target) -> Quality | None:
     rest = [one for one in records if not held_out(one)]
     known = [one for one in records if held_out(one) and one.seconds >= SHORT and one.noise <= NOISE]
     held = list({work_key(one.work, one.threads): one for one in known}.values())
-    return judged(learned(rest, target), held, target) if len(held) >= HELD and len(rest) >= 10 * HELD else None
+    found = judged(learned(rest, target), held, target) if len(held) >= HELD and len(rest) >= 10 * HELD else None
+    return dataclasses.replace(found, networks_within_10=_by_networks(records, target)) if found else None
+
+
+def _by_networks(records: Sequence[Record], target: Target) -> float | None:
+    """The same where one of HELD networks is kept out, and whichever of its kernels another one has, too."""
+    rest = [one for one in records if one.seed % HELD != HELD - 1]
+    known = {work_key(one.work, one.threads) for one in rest}
+    good = [one for one in records if one.seed % HELD == HELD - 1 and one.seconds >= SHORT and one.noise <= NOISE]
+    held = list({key: one for one in good if (key := work_key(one.work, one.threads)) not in known}.values())
+    found = judged(learned(rest, target), held, target) if len(held) >= HELD and len(rest) >= 10 * HELD else None
+    return found.within_10 if found else None
 
 
 def held_out(record: Record) -> bool:
@@ -190,4 +202,4 @@ def table_of(records: Sequence[Record], target: Target, found: Quality | None, d
 
 def _rounded(found: Quality) -> dict[str, Any]:
     figures = dataclasses.asdict(found)
-    return {f"held_out_{name}": value if name == "families" else round(value, 4) for name, value in figures.items()}
+    return {f"held_out_{name}": round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}
