@@ -12,13 +12,15 @@ from hwopt.analysis.bfloat16 import widens
 from hwopt.analysis.compressed import compressed
 from hwopt.analysis.regions import constant_nodes
 from hwopt.backends import ort
+from hwopt.backends.tvm.mended import mended
 from hwopt.ir import Graph, Node, numpy_dtype, of_op
 
 LIMIT = 8  # rounds: a shape that depends on a folded shape needs another one
 
 
 def folded(graph: Graph) -> Graph:
-    """The graph with shapes and constant expressions as parameters; dequantized weights stay as they are written."""
+    """The graph as TVM computes it right, shapes and constant expressions as parameters; dequantized weights as written."""
+    graph = mended(graph)
     for _ in range(LIMIT):
         after = _round(graph)
         if after is graph:

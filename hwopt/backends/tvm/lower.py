@@ -21,6 +21,7 @@ from hwopt.backends.tvm import (
     pooling,
     resizing,
     rowwise,
+    scanning,
     sorting,
     table,
 )
@@ -144,7 +145,9 @@ class Lowering:
                 last,
             )
             return
-        made_by_us = any(one.emit(self.graph, node, self.values, self.builder) for one in (pooling, padding, normalizing))
+        made_by_us = any(
+            one.emit(self.graph, node, self.values, self.builder) for one in (pooling, padding, normalizing, scanning)
+        )
         if made_by_us or any(one.emit(self.graph, node, self.values, self.templates) for one in (resizing, sorting)):
             return
         if node.op == "Transpose" and self.values.is_last(node.inputs[0]):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hwopt.backends.tvm.mended import WRITTEN_OTHERWISE
 from hwopt.backends.tvm.resize_tables import tables_of
 from hwopt.backends.tvm.suppression import wrong_suppression
 from hwopt.errors import UnsupportedError
@@ -96,7 +97,7 @@ def _reason(graph: Graph, node: Node) -> str:
     for value in filter(None, (*node.inputs, *node.outputs)):
         if graph.tensor(value).dtype not in DTYPES:
             return f"it works on {graph.tensor(value).dtype}"
-    if node.op not in _converters():
+    if node.op not in _converters() and node.op not in WRITTEN_OTHERWISE:
         return "of a model in integers; give the float model, hwopt quantizes it itself" if node.op in INTEGERS else NO_OPERATOR
     return wrong_in_tvm(graph, node)
 
