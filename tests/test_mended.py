@@ -76,6 +76,14 @@ def test_means_that_count_pads_but_not_what_rounding_up_adds() -> None:
     check(f"(float[1,3,6,6] x) => (float[1,3,n,m] y) {{ y = AveragePool <{attrs}> (x) }}", 1e-6)
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+def test_convolutions_whose_every_window_lies_in_the_pads(groups: int) -> None:
+    weight = ",".join(["1"] * (4 * 4 // groups * 8))
+    text = f"(float[2,4,4,1] x) => (float[2,4,3,1] y) <float[4,{4 // groups},2,4] w = {{{weight}}}, float[4] b = {{1,2,3,4}}>"
+    attrs = f"dilations = [1, 3], group = {groups}, pads = [2, 1, 3, 8], strides = [3, 2]"
+    check(f"{text} {{ c = Conv <{attrs}> (x, w, b) y = Relu (c) }}")
+
+
 @pytest.mark.parametrize("attrs", ["", "exclusive = 1", "reverse = 1", "exclusive = 1, reverse = 1"])
 @pytest.mark.parametrize(("dtype", "axis"), [("float", 1), ("int64", 1), ("int32", -3)])
 def test_sums_of_all_before(attrs: str, dtype: str, axis: int) -> None:

@@ -70,6 +70,14 @@ def weighted_kernel(graph: Graph, region: Region, values: Values, suits: Suits) 
     return _matmul(graph, region, values, operands, suits)
 
 
+def _reads_data(spec: step.ConvSpec, axis: int) -> bool:
+    """False if every window lies in the pads as a whole: a kernel that reads nothing is none to TVM."""
+    size, count = ((spec.height, spec.out_height), (spec.width, spec.out_width))[axis]
+    kernel, stride, hole = spec.kernel[axis], spec.strides[axis], spec.dilations[axis]
+    starts = range(-spec.pads[axis], count * stride - spec.pads[axis], stride)
+    return any(0 <= start + tap * hole < size for start in starts for tap in range(kernel))
+
+
 def _conv(graph: Graph, region: Region, values: Values, operands: IntegerOperands | None) -> Kernel | None:
     anchor = region.anchor
     weight = operands.weight if operands else values.constant(anchor.inputs[1])
@@ -93,7 +101,7 @@ def _conv(graph: Graph, region: Region, values: Values, operands: IntegerOperand
         data_dtype=graph.tensor(data).dtype, weight_dtype=str(full.dtype), out_dtype=graph.tensor(region.output).dtype,
         pad_value=zero_point, epilogue=tuple(fused.steps),
     )  # fmt: skip
-    if (spec.out_height, spec.out_width) != out_image[1:3]:
+    if (spec.out_height, spec.out_width) != out_image[1:3] or not all(_reads_data(spec, axis) for axis in (0, 1)):
         return None
     shape = (out[0], *out[2:], out[1])
     return Kernel(spec, values.get(data, True), full, tuple(fused.tensors), shape, spec.out_dtype, True)
