@@ -50,6 +50,14 @@ def assert_like_ort(graph: Graph, feeds: dict[str, np.ndarray], tolerance: float
 # Values
 
 
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+def test_ratios_that_are_whole_in_float32_only_resize_as_in_onnx_runtime(mode: str) -> None:
+    attrs = f'mode = "{mode}", nearest_mode = "ceil", coordinate_transformation_mode = "asymmetric"'
+    text = f"(float[1,1,10,20] x) => (float[1,1,n,m] y) <float[4] s = {{1,1,1.3,0.7}}> {{ y = Resize <{attrs}> (x, , s) }}"
+    graph = load(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]> agraph {text}'))
+    assert_like_ort(graph, {"x": np.arange(200, dtype=np.float32).reshape(1, 1, 10, 20)})
+
+
 PACKED = ("INT4", "INT2")  # the harness feeds and fetches these as packed bytes
 
 
