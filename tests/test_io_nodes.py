@@ -20,6 +20,8 @@ RANDOM = {"test_bernoulli", "test_bernoulli_double", "test_bernoulli_seed", "tes
 ILLEGAL = {"test_affine_grid_2d_expanded", "test_affine_grid_2d_align_corners_expanded"}
 # ONNX Runtime 1.32 gives a second axis where ONNX says that a Range has one.
 ILLEGAL |= {"test_range_bfloat16_type_positive_delta", "test_range_bfloat16_type_positive_delta_expanded"}
+
+
 @cache
 def known() -> tuple[tuple[Any, list[Any], list[Any]], ...]:
     return tuple(runnable())
