@@ -105,6 +105,7 @@ def _shapes() -> Iterator[Case]:
     yield Case("Split", ((7, 4),), attrs={"split": [2, 5]}, until=12, outputs=2)
     yield Case("Split", ((6, 4),), attrs={"axis": 1}, until=17, outputs=2)
     yield Case("Split", ((6, 4),), (whole(1, 3),), {"axis": -1}, since=13, outputs=2)
+    yield Case("Split", ((7, 4),), attrs={"num_outputs": 3}, since=18, outputs=3)
     yield Case("Slice", ((5, 6),), attrs={"starts": [1, -4], "ends": [4, 100], "axes": [0, 1]}, until=9)
     yield Case("Slice", ((5, 6),), attrs={"starts": [1], "ends": [-1]}, until=9)
     yield Case("Slice", ((5, 6),), (whole(4), whole(-6), whole(1), whole(-2)), since=10)
@@ -195,6 +196,11 @@ def _layers() -> Iterator[Case]:
         weights = tuple(random.normal(size=(1, gates * 3, width)).astype(np.float32) for width in (4, 3))
         yield Case(op, ((5, 2, 4),), weights, {"hidden_size": 3}, outputs=2)
     yield Case("RoiAlign", ((1, 2, 8, 8),), (np.array([[0, 1, 5, 7]], np.float32), whole(0)), {"spatial_scale": 0.7}, since=10)
+    for axis, attrs in ((1, {}), (2, {"onesided": 1})):
+        yield Case("DFT", ((2, 8, 6, 1),), attrs={"axis": axis, **attrs}, since=17, until=19)
+    grid = np.linspace(-1.1, 1.1, 18, dtype=np.float32).reshape(1, 3, 3, 2)
+    for mode in ("bilinear", "nearest", "bicubic"):
+        yield Case("GridSample", (IMAGE,), (grid,), {"mode": mode}, since=16, until=19)
     yield Case("GlobalAveragePool", (IMAGE,))
     yield Case("LpNormalization", ((3, 4),), attrs={"axis": 1, "p": 1})
 

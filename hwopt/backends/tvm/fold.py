@@ -48,6 +48,7 @@ def _round(graph: Graph) -> Graph:
         if kind.static and node.name not in names:
             dims = np.array(kind.dims, np.int64)
             found[node.output] = dims[node.attr("start", 0) : node.attr("end", None)] if node.op == "Shape" else dims.prod()
+    found.update(_empty(graph))
     found = {value: array for value, array in found.items() if value not in graph.outputs}
     if not found:
         return graph
@@ -55,6 +56,13 @@ def _round(graph: Graph) -> Graph:
     for value, array in found.items():
         edit.forward(value, edit.param(value, np.asarray(array)))
     return edit.finish("fold")
+
+
+def _empty(graph: Graph) -> Mapping[str, np.ndarray]:
+    """Computed values of no elements, such as slices of nothing: known whatever the inputs are."""
+    kinds = ((value, graph.tensor(value)) for node in graph.nodes for value in node.outputs if value)
+    known = ((value, kind) for value, kind in kinds if kind.static and 0 in kind.dims and kind.dtype != "undefined")
+    return {value: np.zeros(kind.dims, numpy_dtype(kind.dtype)) for value, kind in known}
 
 
 def decoding(graph: Graph) -> frozenset[str]:

@@ -2,7 +2,7 @@
 
 RoiAlign         TVM shifts the regions by half a pixel before it scales them: they are scaled before
 ScatterElements  TVM takes updates of fewer rows than the data for as many: each axis is cut to them and put together again
-pools            a ceil_mode is its pads at the end; TVM also counts a last window that starts behind the data
+pools            a ceil_mode is pads at the end, and such pools are computed channels last
 the rest         Celu, OneHot, exponents in integers, the statistics of LayerNormalization: spelled otherwise
 """
 
