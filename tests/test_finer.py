@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,10 @@ from hwopt.io.onnx import save
 from hwopt.ir import Graph
 from hwopt.job import Job, prepare, quiet
 from hwopt.pipeline import Context, Pass, Refusal, merged, parse, run_pass
-from hwopt.plan.attempt import Search, price
+from hwopt.plan.attempt import Priced, Search, measured, price
 from hwopt.plan.budget import Budget
 from hwopt.plan.finer import refined
-from hwopt.plan.search import search
+from hwopt.plan.search import make_plan, search
 from hwopt.plan.solve import Solution, predicted
 from hwopt.plugins import find_passes, find_target
 from passes.quantize import Quantize
@@ -103,9 +104,13 @@ def test_a_plan_has_4_bits_where_bytes_ask_for_them_and_rounds_them_with_care(ne
 
 
 def solution_of(task: Search, *texts: str) -> Solution:
-    options = tuple(option for option in price(task).options if option.text in texts)
+    return _chosen(price(task), texts)
+
+
+def _chosen(priced: Priced, texts: Sequence[str]) -> Solution:
+    options = tuple(option for option in priced.options if option.text in texts)
     assert len(options) == len(texts)
-    figures = predicted(price(task).base, options, ())
+    figures = predicted(priced.base, options, ())
     return Solution(options, figures["seconds"], 0, 0, figures["joules"], figures["error"], 0.0, "stated")
 
 
@@ -119,6 +124,17 @@ def test_care_is_taken_where_outputs_err_less_and_else_it_is_refused(network: Pa
     same, refused = refined(task, plain)
     assert same is plain
     assert "not worth it" in refused[0].reason
+
+
+def test_what_is_done_with_more_care_is_what_was_chosen(network: Path) -> None:
+    task, names = task_for(network, size=1e5), layers(network)
+    priced = price(task)
+    texts = [f"quantize{{site={name},weights=int4}}" for name in names]
+    better, _ = refined(task, _chosen(priced, texts))
+    plan = make_plan(task, priced, measured(task, priced, better, 1.0), (), task.amounts(task.graph))
+    assert [offer.text for offer in plan.offers if offer.chosen] == [one.by[0] for one in plan.decisions]
+    assert all("rounding=adaround" in one.by[0] for one in plan.decisions) and len(plan.decisions) == len(names)
+    assert not [one for one in plan.refused if one.reason.startswith(tuple(f"{text}:" for text in texts))]
 
 
 def test_what_is_trained_anyway_is_not_rounded_with_care(network: Path) -> None:

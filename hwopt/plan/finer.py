@@ -67,7 +67,7 @@ def _with(option: Option, coarse: Pass, fine: Pass) -> Option:
     names = [one.name for one in dataclasses.fields(fine)]
     turned = {name: getattr(fine, name) for name in names if getattr(fine, name) != getattr(coarse, name)}
     passes = tuple(dataclasses.replace(one, **turned) if _inside(one, coarse) else one for one in option.passes)
-    return option if passes == option.passes else dataclasses.replace(option, passes=passes)
+    return option if passes == option.passes else dataclasses.replace(option, passes=passes, coarse=option.offered)
 
 
 def _inside(one: Pass, whole: Pass) -> bool:

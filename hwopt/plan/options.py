@@ -43,6 +43,12 @@ class Option:
     work: Work = field(default_factory=dict)
     conversions: tuple[Workload, ...] = ()  # kernels of its own that neighbours may make needless
     note: str = ""  # what a reader of the plan should know
+    coarse: Option | None = field(default=None, repr=False)  # the option that was offered, if this does it with more care
+
+    @property
+    def offered(self) -> Option:
+        """The option as the solver saw it."""
+        return self.coarse or self
 
     @property
     def text(self) -> str:

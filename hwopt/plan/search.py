@@ -246,9 +246,9 @@ def found_of(task: Search, priced: Priced, best: Attempt, attempts: Sequence[Att
 
 def make_plan(task: Search, priced: Priced, best: Attempt | None, attempts: Sequence[Attempt], start: Amounts) -> Plan:
     chosen = best.solution.options if best else ()
-    inside = set(map(id, chosen))
+    taken = {id(option.offered): option for option in chosen}
     after = best.amounts if best else start
-    not_chosen = [_not_chosen(option, chosen, task.scale) for option in priced.options if id(option) not in inside]
+    not_chosen = [_not_chosen(option, chosen, task.scale) for option in priced.options if id(option) not in taken]
     decisions = tuple(_decision(option, priced, task.scale) for option in chosen)
     tried = best.refused if best else ()
     return Plan(
@@ -256,12 +256,15 @@ def make_plan(task: Search, priced: Priced, best: Attempt | None, attempts: Sequ
         decisions=decisions, refused=(*priced.refused, *tried, *not_chosen), rounds=tuple(attempt.round for attempt in attempts),
         seconds_before=start.seconds, seconds_after=after.seconds, time_scale=task.scale,
         joules_before=start.joules, joules_after=after.joules,
-        offers=tuple(
-            Offer(o.text, o.group, o.gain * task.scale, -o.bytes, -o.joules, o.error, id(o) in inside) for o in priced.options
-        ),
+        offers=tuple(_offer(taken.get(id(option), option), id(option) in taken, task.scale) for option in priced.options),
         calibration_digest=task.ctx.calibration.digest if task.ctx.calibration else "", versions=versions(),
         knobs={key: str(value) for key, value in task.knobs.items()},
     )  # fmt: skip
+
+
+def _offer(option: Option, chosen: bool, scale: float) -> Offer:
+    seconds = option.gain * scale
+    return Offer(option.text, option.group, seconds, -option.bytes, -option.joules, option.error, chosen)
 
 
 def _decision(option: Option, priced: Priced, scale: float) -> Decision:
