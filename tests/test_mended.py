@@ -133,3 +133,11 @@ def test_what_layer_normalization_subtracts_and_divides_by(axis: int) -> None:
     values = ",".join(str(one % 5 - 2) for one in range(21 if axis == 1 else 7))
     text = f"(float[2,3,7] x) => (float[2,3,7] y, float[{shape}] m, float[{shape}] d) <float[{weights}] g = {{{values}}}>"
     check(f"{text} {{ y, m, d = LayerNormalization <axis = {axis}> (x, g) }}", 1e-5)
+
+
+def test_places_of_maxima_are_refused_at_the_door_where_somebody_reads_them() -> None:
+    text = "(float[1,1,4,4] x) => ({}) {{ y, i = MaxPool <kernel_shape = [2, 2]> (x) }}"
+    header = '<ir_version: 10, opset_import: ["" : 21]>\nagraph '
+    graph = from_model(parser.parse_model(header + text.format("float[1,1,3,3] y, int64[1,1,3,3] i")))
+    assert [reason for _, reason in unsupported(graph)] == ["TVM does not say where the largest elements lie"]
+    check(text.format("float[1,1,3,3] y"))

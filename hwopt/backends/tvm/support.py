@@ -110,6 +110,8 @@ def wrong_in_tvm(graph: Graph, node: Node) -> str:
         return "it is in training mode"
     if node.op == "Dropout" and len(node.inputs) > 2 and node.inputs[2] and np.any(graph.constant(node.inputs[2])):
         return "it is in training mode"
+    if node.op == "MaxPool" and any(graph.users.get(value) or value in graph.outputs for value in node.outputs[1:]):
+        return "TVM does not say where the largest elements lie"
     if node.op == "IsInf" and not (node.attr("detect_positive", 1) and node.attr("detect_negative", 1)):
         return "TVM finds infinities of both signs"
     if node.op == "BitShift" and graph.tensor(node.inputs[0]).dtype.startswith("int"):
