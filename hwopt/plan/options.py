@@ -20,7 +20,7 @@ from hwopt.target import Cost, Target, Workload, total
 
 CONVERSIONS = {"QuantizeLinear", "DequantizeLinear", "Cast"}
 PER_GROUP = 6  # options of one family that are measured for one group: enough for a convex staircase
-TOO_LITTLE, SAME = 1e-4, 0.02  # of the whole model's time, of an option's gain: prices are not that good
+TOO_LITTLE, SAME = 1e-4, 0.02  # of the whole model's time; of an option's gain and of what is left: prices are not that good
 Progress = Callable[[str, int, int], None]
 Work = Mapping[str, tuple[Workload, ...]]  # the kernels at each place: several where a layer was factored
 
@@ -39,6 +39,7 @@ class Option:
     peak_bytes: int
     error: float = 0.0
     joules: float = 0.0
+    left: float = 0.0  # seconds that the kernels take which it changes
     form: str = ""
     work: Work = field(default_factory=dict)
     conversions: tuple[Workload, ...] = ()  # kernels of its own that neighbours may make needless
@@ -238,7 +239,7 @@ def repriced(option: Option, base: Base, pricer: Pricer) -> Option:
     """The same at the prices of now."""
     before, after, extra = _costs(option, base, pricer)
     gain = before.seconds - after.seconds - extra.seconds
-    return dataclasses.replace(option, gain=gain, joules=after.joules + extra.joules - before.joules)
+    return dataclasses.replace(option, gain=gain, joules=after.joules + extra.joules - before.joules, left=after.seconds)
 
 
 def useful(options: Iterable[Option], base: Base, pricer: Pricer, budget: Budget, refused: list[Refusal]) -> list[Option]:
@@ -336,7 +337,7 @@ def _right_edges(options: Sequence[Option], refused: list[Refusal], alike: float
 
 def _another_step(option: Option, last: Option, alike: float) -> bool:
     """True if an option is faster than the last one, or smaller in another time."""
-    apart = not alike or abs(option.gain - last.gain) > max(alike, SAME * abs(last.gain))
+    apart = not alike or abs(option.gain - last.gain) > max(alike, SAME * min(abs(last.gain), last.left))
     return apart and (option.gain > last.gain or option.bytes < last.bytes)
 
 
