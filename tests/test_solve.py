@@ -21,7 +21,7 @@ from hwopt.plan.options import Base, Option, Pair
 from hwopt.plan.problem import Problem, solve_exactly
 from hwopt.plan.solve import Limits, predicted, solve, solve_problem
 
-BASE = Base({}, 10.0, 1000, 100, 5.0)
+BASE = Base({}, 10.0, 1000, {"a": 100, "b": 98, "c": 60}, 5.0)
 RESOURCES = ("seconds", "bytes", "peak_bytes", "joules")
 
 
@@ -33,7 +33,8 @@ class Step(Pass):
 
 
 def option(group: str, gain: float, error: float, size: int = 0, level: int = 0, **more: float) -> Option:
-    return Option(group, (Step((group,), level),), gain, size, int(more.get("peak", 0)), error, more.get("joules", 0.0))
+    alive = {"a": int(more.get("peak", 0)), "b": int(more.get("other", 0))}
+    return Option(group, (Step((group,), level),), gain, size, alive, error, more.get("joules", 0.0))
 
 
 def instance(seed: int, groups: int = 5, chain: bool = False) -> tuple[list[Option], list[Pair]]:
@@ -41,14 +42,15 @@ def instance(seed: int, groups: int = 5, chain: bool = False) -> tuple[list[Opti
     random = np.random.default_rng(seed)
     options = [
         option(f"g{g}", random.uniform(-0.2, 1), random.uniform(0, 1), -int(random.integers(0, 100)), level,
-               peak=-int(random.integers(0, 10)), joules=-random.uniform(0, 0.5))
+               peak=-int(random.integers(0, 10)), other=int(random.integers(-12, 3)), joules=-random.uniform(0, 0.5))
         for g in range(groups) for level in range(random.integers(1, 4))
     ]  # fmt: skip
     pairs = []
     for a, b in itertools.combinations(range(groups), 2):
         if b - a == 1 or (not chain and random.random() < 0.3):
             for one, other in itertools.product(*([o for o in options if o.group == f"g{g}"] for g in (a, b))):
-                pairs.append(Pair(one, other, random.uniform(-0.3, 0.3), random.uniform(-0.1, 0.1), random.uniform(-5, 5)))
+                pairs.append(Pair(one, other, random.uniform(-0.3, 0.3), random.uniform(-0.1, 0.1), random.uniform(-5, 5),
+                                  alive={"a": float(random.integers(-3, 3)), "b": float(random.integers(-3, 3))}))  # fmt: skip
     return options, pairs
 
 

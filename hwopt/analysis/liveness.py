@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from hwopt.analysis.memo import remembered
 from hwopt.analysis.qdq import dequantized
 from hwopt.analysis.regions import Region, regions
@@ -9,9 +11,15 @@ from hwopt.analysis.workload import is_view
 from hwopt.ir import Graph
 
 
-@remembered
 def peak_activation_bytes(graph: Graph) -> int:
-    """Largest sum of bytes of values alive at one kernel; inputs and outputs of the network are the caller's and not counted.
+    """Largest sum of bytes of values alive at one kernel."""
+    return max(alive_bytes(graph).values(), default=0)
+
+
+@remembered
+def alive_bytes(graph: Graph) -> Mapping[str, int]:
+    """Region -> bytes of the values alive while it runs, in running order; inputs and outputs of the network are the caller's
+    and not counted.
 
     Values inside of a fused kernel never exist. Views share the memory of what they view, residual sums that of what they add
     where that is read no more. Values without a static shape count as nothing.
@@ -24,17 +32,17 @@ def peak_activation_bytes(graph: Graph) -> int:
             if value in owner:
                 last[owner[value]] = index
     external = {owner[value] for value in graph.outputs if value in owner}
-    alive, peak = 0, 0
+    alive, found = 0, {}
     for index, region in enumerate(order):
         made = [v for v in region.outputs if owner.get(v) == v and v not in external]
         alive += sum(_bytes(graph, value) for value in made)
         over = owner.get(_addend(graph, region), "")
         in_place = over not in external and last.get(over) == index and [_bytes(graph, over)] == [_bytes(graph, v) for v in made]
-        peak = max(peak, alive - _bytes(graph, over) if in_place else alive)
+        found[region.name] = alive - _bytes(graph, over) if in_place else alive
         done = [value for value, end in last.items() if end == index and value not in external]
         alive -= sum(_bytes(graph, value) for value in done)
         alive -= sum(_bytes(graph, value) for value in made if value not in last)
-    return peak
+    return found
 
 
 def _addend(graph: Graph, region: Region) -> str:

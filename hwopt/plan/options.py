@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hwopt.analysis.liveness import peak_activation_bytes
+from hwopt.analysis.liveness import alive_bytes
 from hwopt.analysis.size import weight_bytes
 from hwopt.analysis.workload import kernels
 from hwopt.errors import PassError
@@ -20,6 +20,8 @@ from hwopt.target import Cost, Target, Workload, total
 
 CONVERSIONS = {"QuantizeLinear", "DequantizeLinear", "Cast"}
 PER_GROUP = 6  # options of one family that are measured for one group: enough for a convex staircase
+ALIVE = "alive at "  # resources by this name and a kernel's: bytes of activations while it runs
+CROWDED = 0.5  # of the memory limit: kernels that more than this is alive at may break it, together with other changes
 TOO_LITTLE, SAME = 1e-4, 0.02  # of the whole model's time; of an option's gain and of what is left: prices are not that good
 Progress = Callable[[str, int, int], None]
 Work = Mapping[str, tuple[Workload, ...]]  # the kernels at each place: several where a layer was factored
@@ -27,7 +29,7 @@ Work = Mapping[str, tuple[Workload, ...]]  # the kernels at each place: several 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to change one group. `seconds` maps each kernel that changes to its new time; the other figures are differences.
+    """One way to change one group; the figures are differences. `alive`: of the bytes of activations, kernel by kernel.
 
     `form` is the dtype that the layer computes in, "" where that stays; `work` are the kernels behind `seconds`.
     """
@@ -36,7 +38,7 @@ class Option:
     passes: tuple[Pass, ...]
     gain: float  # seconds that it saves by itself (negative: costs)
     bytes: int
-    peak_bytes: int
+    alive: Mapping[str, int] = field(default_factory=dict)
     error: float = 0.0
     joules: float = 0.0
     left: float = 0.0  # seconds that the kernels take which it changes
@@ -64,10 +66,12 @@ class Option:
     def likeness(self) -> tuple:
         """Equal for options of isomorphic groups: the same passes elsewhere with the same prices."""
         passes = tuple(str(dataclasses.replace(one, site=())) for one in self.passes)
-        return passes, round(self.gain * 1e9, 1), self.bytes, self.peak_bytes
+        return passes, round(self.gain * 1e9, 1), self.bytes, tuple(sorted(self.alive.values()))
 
     def amount(self, resource: str) -> float:
         """What it adds to the whole model's sum of a resource."""
+        if resource.startswith(ALIVE):
+            return float(self.alive.get(resource.removeprefix(ALIVE), 0))
         return -self.gain if resource == "seconds" else float(getattr(self, resource))
 
 
@@ -81,24 +85,29 @@ class Pair:
     joules: float = 0.0
     bytes: float = 0.0
     error: float = 0.0
+    alive: Mapping[str, float] = field(default_factory=dict)
 
     def amounts(self) -> Iterator[tuple[str, float]]:
         """(resource, extra) where there is any."""
-        return ((name, getattr(self, name)) for name in ("seconds", "joules", "bytes", "error") if getattr(self, name))
+        yield from ((name, getattr(self, name)) for name in ("seconds", "joules", "bytes", "error") if getattr(self, name))
+        yield from ((ALIVE + place, extra) for place, extra in self.alive.items() if extra)
 
 
 @dataclass(frozen=True)
 class Base:
-    """The unchanged graph: kernels by name, what they cost, weight bytes, peak activation bytes."""
+    """The unchanged graph: kernels by name, what they cost, weight bytes, bytes of activations alive at each kernel."""
 
     work: Work
     total_seconds: float
     bytes: int
-    peak_bytes: int
+    alive: Mapping[str, int]
     joules: float = 0.0
 
     def amount(self, resource: str) -> float:
-        values = {"seconds": self.total_seconds, "error": 0.0, "bytes": self.bytes, "peak_bytes": self.peak_bytes}
+        if resource.startswith(ALIVE):
+            return float(self.alive[resource.removeprefix(ALIVE)])
+        peak = max(self.alive.values(), default=0)
+        values = {"seconds": self.total_seconds, "error": 0.0, "bytes": self.bytes, "peak_bytes": peak}
         return float(values.get(resource, self.joules))
 
 
@@ -108,7 +117,7 @@ class Pricer:
     def __init__(self, target: Target, threads: int, scale: float = 1.0) -> None:
         self.target, self.threads, self.scale = target, threads, scale
         self._known: dict[tuple[Workload, int], Cost] = {}
-        self._made: dict[tuple[str, tuple[Pass, ...]], tuple[Workload, ...]] = {}
+        self._made: dict[tuple[str, tuple[Pass, ...]], tuple[tuple[Workload, ...], Mapping[str, int]]] = {}
 
     def forget(self) -> None:
         """Ask again: something was measured."""
@@ -124,10 +133,18 @@ class Pricer:
 
     def changed(self, graph: Graph, passes: tuple[Pass, ...], ctx: Context) -> Cost:
         """One run of what the passes make of a graph. Its kernels are remembered: data play no part in them."""
+        return self.cost(self._make(graph, passes, ctx)[0])
+
+    def alive(self, graph: Graph, passes: tuple[Pass, ...], ctx: Context) -> Mapping[str, int]:
+        """Bytes alive at each kernel of what the passes make of a graph, by the names that the graph has for them."""
+        return self._make(graph, passes, ctx)[1]
+
+    def _make(self, graph: Graph, passes: tuple[Pass, ...], ctx: Context) -> tuple[tuple[Workload, ...], Mapping[str, int]]:
         key = graph.digest, passes
         if key not in self._made:
-            self._made[key] = tuple(work for _, work in kernels(PassManager(passes).run(graph, ctx).graph))
-        return self.cost(self._made[key])
+            changed = PassManager(passes).run(graph, ctx).graph
+            self._made[key] = tuple(work for _, work in kernels(changed)), alive_at(changed, alive_bytes(graph))
+        return self._made[key]
 
     def _one(self, work: Workload) -> Cost:
         key = (work, work.footprint)  # which workloads are equal without
@@ -141,7 +158,21 @@ def base_of(graph: Graph, pricer: Pricer) -> Base:
     for _, one in kernels(graph):
         work[one.name] = (*work.get(one.name, ()), one)
     cost = pricer.graph(graph)
-    return Base(work, cost.seconds, weight_bytes(graph), peak_activation_bytes(graph), cost.joules)
+    return Base(work, cost.seconds, weight_bytes(graph), alive_bytes(graph), cost.joules)
+
+
+def alive_at(changed: Graph, places: Mapping[str, int]) -> dict[str, int]:
+    """Bytes alive at each of these kernels; what a kernel of another name (a conversion, a factor) takes counts to the next."""
+    found: dict[str, int] = dict.fromkeys(places, 0)
+    waiting = 0
+    for name, size in alive_bytes(changed).items():
+        waiting = max(waiting, size)
+        if name in found:
+            found[name], waiting = max(found[name], waiting), 0
+    if found:
+        last = next(reversed(found))
+        found[last] = max(found[last], waiting)
+    return found
 
 
 def collect(
@@ -223,10 +254,11 @@ def _priced(
         changed = after
     site = _site(combination[0])
     work, conversions = _changed_work(changed, base, site)
+    alive = {place: size - base.alive[place] for place, size in alive_at(changed, base.alive).items()}
     option = repriced(
         Option(
             group=_group(combination), passes=combination, gain=0.0, bytes=weight_bytes(changed) - base.bytes,
-            peak_bytes=peak_activation_bytes(changed) - base.peak_bytes, work=work,
+            alive={place: change for place, change in alive.items() if change}, work=work,
             form="" if any(one.apart for one in combination) else _form(base, work, site),
             conversions=tuple(conversions),
         ), base, pricer,
@@ -284,9 +316,10 @@ def _useless(option: Option, base: Base, pricer: Pricer, budget: Budget, hopeful
     hope = _high(before) - _low(after) - (0.0 if option.form else _low(extra)) if hopeful else inside
     if max(inside, hope) > 0:
         return ""
+    most = CROWDED * (budget.activation_bytes or 0.0)
     wanted = (
         (budget.weight_bytes, option.bytes),
-        (budget.activation_bytes, option.peak_bytes),
+        (budget.activation_bytes, min((d for place, d in option.alive.items() if base.alive[place] > most), default=0)),
         (budget.joules, option.joules - (extra.joules if option.form else 0.0)),
     )
     if any(limit is not None and change < 0 for limit, change in wanted):

@@ -40,11 +40,12 @@ def width_pairs(base: Base, options: Sequence[Option], pricer: Pricer) -> Iterat
             continue
         width, rest = (one, other) if one.prunes else (other, one)
         shared = [name for name in width.work if name in rest.work and base.work.get(name)]
-        if not shared:
+        alive = {} if rest.prunes else _excess_alive(base, width, rest)
+        if not shared and not alive:
             continue
         costs = [_excess(base.work[name], width.work[name], rest.work[name], pricer) for name in shared]
         size = sum(_excess_bytes(base, width, rest, name) for name in shared)
-        pair = Pair(one, other, sum(c.seconds for c in costs), sum(c.joules for c in costs), size)
+        pair = Pair(one, other, sum(c.seconds for c in costs), sum(c.joules for c in costs), size, alive=alive)
         if any(True for _ in pair.amounts()):
             yield pair
 
@@ -87,6 +88,12 @@ def _excess_bytes(base: Base, width: Option, rest: Option, name: str) -> float:
     return rest.bytes * (share - 1) if rest.group == name else 0.0
 
 
+def _excess_alive(base: Base, width: Option, rest: Option) -> dict[str, float]:
+    """Of activations: fewer channels, each of fewer bytes. Two widths add up: they are of different values."""
+    both = ((place, base.alive[place]) for place in width.alive if place in rest.alive)
+    return {place: width.alive[place] * rest.alive[place] / size for place, size in both if size}
+
+
 def form_pairs(graph: Graph, ctx: Context, base: Base, options: Sequence[Option], pricer: Pricer) -> list[Pair]:
     """What neighbours save if both of them change their dtype: conversions that nobody needs any more."""
     forms: dict[str, dict[str, list[Option]]] = {}
@@ -103,11 +110,13 @@ def form_pairs(graph: Graph, ctx: Context, base: Base, options: Sequence[Option]
     ]  # fmt: skip
     cheap = ctx.roughly(graph)
     few = len(links) <= NEIGHBOURS
-    savings = [_saving(graph, cheap, base, (one[0], other[0]), pricer) if few else Cost() for one, other in links]
+    none = np.zeros(2 + len(base.alive))
+    savings = [_savings(graph, cheap, base, (one[0], other[0]), pricer) if few else none for one, other in links]
     savings = _completed(graph, cheap, base, forms, links, savings, pricer)
     return [
-        Pair(one, other, saving.seconds, saving.joules)
-        for (first, second), saving in zip(links, savings, strict=True) if saving.seconds or saving.joules
+        Pair(one, other, float(saving[0]), float(saving[1]), alive=alive)
+        for (first, second), saving in zip(links, savings, strict=True) if saving.any()
+        for alive in [{place: round(d) for place, d in zip(base.alive, saving[2:].tolist(), strict=True) if round(d)}]
         for one, other in itertools.product(first, second)
     ]  # fmt: skip
 
@@ -152,8 +161,8 @@ Link = tuple[list[Option], list[Option]]
 
 def _completed(
     graph: Graph, ctx: Context, base: Base, forms: Mapping[str, Mapping[str, Sequence[Option]]], links: Sequence[Link],
-    savings: Sequence[Cost], pricer: Pricer,
-) -> list[Cost]:  # fmt: skip
+    savings: Sequence[np.ndarray], pricer: Pricer,
+) -> list[np.ndarray]:  # fmt: skip
     """The savings, corrected so that they are right where plans end up: all layers in one dtype, and all but one.
 
     Conversions of a value with several readers disappear only with the last of them, which no pair can see by itself. The
@@ -167,18 +176,25 @@ def _completed(
             continue
         ends = [{links[i][0][0].group, links[i][1][0].group} for i in inside]
         left_out = ["", *(firsts if len(inside) <= NEIGHBOURS else ())]
-        wholes = [_saving(graph, ctx, base, [o for g, o in firsts.items() if g != group], pricer) for group in left_out]
+        wholes = [_savings(graph, ctx, base, [o for g, o in firsts.items() if g != group], pricer) for group in left_out]
         sums = np.array([[float(group not in pair) for pair in ends] for group in left_out])
-        sums[0], wholes[0] = WHOLE * sums[0], Cost(WHOLE * wholes[0].seconds, WHOLE * wholes[0].joules)
+        sums[0], wholes[0] = WHOLE * sums[0], WHOLE * wholes[0]
         for place, change in zip(inside, _corrections(sums, wholes, [found[i] for i in inside]), strict=True):
-            found[place] = Cost(found[place].seconds + change[0], found[place].joules + change[1])
+            found[place] = found[place] + change
     return found
 
 
-def _corrections(sums: np.ndarray, wholes: Sequence[Cost], savings: Sequence[Cost]) -> np.ndarray:
-    """The least changes of `savings` [links, (seconds, joules)] with which sums @ savings = wholes."""
-    now, wanted = (np.array([(cost.seconds, cost.joules) for cost in costs]) for costs in (savings, wholes))
-    return np.linalg.lstsq(sums, wanted - sums @ now, rcond=1e-9)[0]
+def _corrections(sums: np.ndarray, wholes: Sequence[np.ndarray], savings: Sequence[np.ndarray]) -> np.ndarray:
+    """The least changes of `savings` [links, resources] with which sums @ savings = wholes."""
+    return np.linalg.lstsq(sums, np.array(wholes) - sums @ np.array(savings), rcond=1e-9)[0]
+
+
+def _savings(graph: Graph, ctx: Context, base: Base, options: Sequence[Option], pricer: Pricer) -> np.ndarray:
+    """[seconds, joules, bytes alive at each kernel] of the graph with all of these options, less what they cost one by one."""
+    cost = _saving(graph, ctx, base, options, pricer)
+    alive = pricer.alive(graph, merged(one for option in options for one in option.passes), ctx)
+    extra = [alive[place] - size - sum(option.alive.get(place, 0) for option in options) for place, size in base.alive.items()]
+    return np.array([cost.seconds, cost.joules, *extra])
 
 
 def _saving(graph: Graph, ctx: Context, base: Base, options: Sequence[Option], pricer: Pricer) -> Cost:

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
-RESOURCES = ("seconds", "error", "bytes", "peak_bytes", "joules")
+RESOURCES = ("seconds", "error", "bytes", "joules")
 COLUMNS = 80_000  # above this many the Lagrangian bound is nearly as good and a hundred times faster
 NODES = 2_000  # of branch and bound; a limit in seconds would make plans depend on the machine's load
 SAFETY_SECONDS = 120.0

@@ -13,11 +13,13 @@ import numpy as np
 
 from hwopt.errors import HwoptError
 from hwopt.plan.lagrange import solve_by_prices
-from hwopt.plan.options import Base, Option, Pair
+from hwopt.plan.options import ALIVE, Base, Option, Pair
 from hwopt.plan.problem import RESOURCES, Choice, Problem, solve_exactly
 
 GAP = 1e-3  # of the whole model: what deciding groups that look alike together may lose
 CLOSE = 1e-4  # what HiGHS, too, is asked for
+MANY = 8  # limits, above which prices for all of them take longer than HiGHS
+HALVINGS, EVEN = 16, 0.01  # steps towards the least peak, and how near is enough
 ROUNDING = 1e-6  # relative, of recomputed sums
 
 
@@ -60,7 +62,8 @@ def solve(
 ) -> Solution | None:
     """The best choice within the limits, or None if there is none.
 
-    Minimises `aim` (one of problem.RESOURCES): seconds if not stated, or the error where the seconds are limited. With `tie`,
+    Minimises `aim` (an amount): seconds if not stated, or the error where the seconds are limited. A peak is the largest of
+    many sums, one for each kernel, and a limit on it one limit on each of them. With `tie`,
     groups that look alike are decided once, if the proven gap says that this loses nothing. Raises HwoptError if a solver's
     answer does not keep the limits when it is computed again.
     """
@@ -68,12 +71,15 @@ def solve(
     if not options:
         kept = all(base.amount(name) <= limit for name, limit in limits.stated().items())
         return _checked(base, (), (), (), limits, 0.0, "milp") if kept else None
-    menus = _menus(options)
-    bundles = _tied(menus, pairs) if tie else []
-    problem = make_problem(menus, pairs)
-    weights, room = _weights(base, problem, aim), _room(base, limits)
+    if aim == "peak_bytes":
+        return _least_peak(base, options, pairs, limits, tie)
+    menus, room = _menus(options), _room(base, options, pairs, limits)
+    bundles = _tied(menus, pairs) if tie and len(room) <= MANY else []
+    names = tuple(dict.fromkeys((*RESOURCES, *room)))
+    problem = make_problem(menus, pairs, names)
+    weights = _weights(base, problem, aim)
     if bundles:
-        few = make_problem(bundles, pairs)
+        few = make_problem(bundles, pairs, names)
         choice, _ = solve_problem(few, weights, room)
         spread = None if choice is None else _untied(menus, bundles, choice)
         bound = solve_by_prices(problem, weights, room)[1] if spread is not None else -np.inf
@@ -83,6 +89,20 @@ def solve(
     if choice is None:
         return None
     return _checked(base, menus, pairs, choice, limits, _gap(base, problem, weights, aim, choice, bound), by)
+
+
+def _least_peak(base: Base, options: Sequence[Option], pairs: Sequence[Pair], limits: Limits, tie: bool) -> Solution | None:
+    """The choice with the least peak within the other limits, to EVEN of it: halving what is allowed."""
+    best = solve(base, options, pairs, dataclasses.replace(limits, peak_bytes=None), "error", tie)
+    low = 0.0
+    for _ in range(HALVINGS):
+        if best is None or best.peak_bytes - low <= EVEN * best.peak_bytes:
+            break
+        allowed = (low + best.peak_bytes) / 2
+        found = solve(base, options, pairs, dataclasses.replace(limits, peak_bytes=allowed), "error", tie)
+        best, low = (best, allowed) if found is None else (found, low)
+    kept = best is None or limits.peak_bytes is None or best.peak_bytes <= limits.peak_bytes
+    return best if kept else None
 
 
 Menu = list[tuple[Option, ...]]  # each choice of a group: the options it stands for; the first is ()
@@ -95,7 +115,7 @@ def _menus(options: Sequence[Option]) -> list[Menu]:
     return list(groups.values())
 
 
-def make_problem(menus: Sequence[Menu], pairs: Sequence[Pair]) -> Problem:
+def make_problem(menus: Sequence[Menu], pairs: Sequence[Pair], names: Sequence[str] = RESOURCES) -> Problem:
     """Menus and pair prices as arrays; a pair inside of one (tied) choice counts to that choice."""
     places: dict[int, list[tuple[int, int]]] = {}
     for g, menu in enumerate(menus):
@@ -104,15 +124,17 @@ def make_problem(menus: Sequence[Menu], pairs: Sequence[Pair]) -> Problem:
                 places.setdefault(id(option), []).append((g, c))
     single = {
         name: [np.array([float(sum(option.amount(name) for option in chosen)) for chosen in menu]) for menu in menus]
-        for name in RESOURCES
+        for name in names
     }
-    tables: dict[str, dict[tuple[int, int], np.ndarray]] = {name: {} for name in RESOURCES}
+    tables: dict[str, dict[tuple[int, int], np.ndarray]] = {name: {} for name in names}
     for pair in pairs:
         for g, c in places.get(id(pair.one), ()):
             for h, d in places.get(id(pair.other), ()):
                 if g == h and c != d:
                     continue  # two choices of one group are never made together
                 for name, extra in pair.amounts():
+                    if name not in tables:
+                        continue
                     if g == h:
                         single[name][g][c] += extra
                         continue
@@ -126,24 +148,46 @@ def _weights(base: Base, problem: Problem, aim: str) -> dict[str, float]:
     """The aim, with the other side of the bargain and the bytes as tie breakers; scaled to be near one."""
     sizes = {
         "seconds": base.total_seconds, "error": problem.scale("error"), "bytes": float(base.bytes),
-        "peak_bytes": float(base.peak_bytes), "joules": base.joules,
+        "joules": base.joules,
     }  # fmt: skip
     breakers = {"error": 1e-5} if aim != "error" else {"seconds": 1e-3}
     parts = {"bytes": 1e-7, **breakers, aim: 1.0}
     return {name: weight / (sizes[name] or 1.0) for name, weight in parts.items()}
 
 
-def _room(base: Base, limits: Limits) -> dict[str, float]:
-    """Limits on the differences to the unchanged model."""
-    return {name: limit - base.amount(name) for name, limit in limits.stated().items()}
+def _room(base: Base, options: Sequence[Option], pairs: Sequence[Pair], limits: Limits) -> dict[str, float]:
+    """Limits on the differences to the unchanged model; that on the peak for every kernel that may break it."""
+    stated = limits.stated()
+    peak = stated.pop("peak_bytes", None)
+    room = {name: limit - base.amount(name) for name, limit in stated.items()}
+    return room if peak is None else room | _room_alive(base, options, pairs, peak)
+
+
+def _room_alive(base: Base, options: Sequence[Option], pairs: Sequence[Pair], peak: float) -> dict[str, float]:
+    """Of kernels that every option and pair changes alike, only the one where most is alive."""
+    changes: dict[str, list[tuple[int, float]]] = {place: [] for place in base.alive}
+    every: list[Mapping[str, float]] = [*(option.alive for option in options), *(pair.alive for pair in pairs)]
+    for number, alive in enumerate(every):
+        for place, change in alive.items():
+            changes[place].append((number, float(change)))
+    fullest: dict[tuple, str] = {}
+    for place, found in changes.items():
+        if base.alive[place] + sum(max(0.0, change) for _, change in found) > peak:
+            key = tuple(found)
+            fullest[key] = max(place, fullest.get(key, place), key=lambda one: base.alive[one])
+    return {ALIVE + place: peak - base.alive[place] for place in fullest.values()}
 
 
 def solve_problem(
     problem: Problem, weights: Mapping[str, float], room: Mapping[str, float]
 ) -> tuple[Choice | None, tuple[float, str]]:
     """(the cheapest choice, (a proven bound, by which solver)). Where prices prove enough nothing is branched on."""
-    other, second = solve_by_prices(problem, weights, room)
     cost = problem.weighted(weights)
+    if len(room) > MANY:
+        choice, bound = solve_exactly(problem, weights, room)
+        if bound == np.inf or (choice is not None and problem.keeps(choice, room)):
+            return choice, (bound, "milp")
+    other, second = solve_by_prices(problem, weights, room)
     if other is not None:
         found = cost.amount("cost", other)
         if found - second <= CLOSE * abs(found):
@@ -208,8 +252,12 @@ def predicted(base: Base, chosen: Sequence[Option], pairs: Sequence[Pair]) -> di
     """Every resource of the whole model with these options, by the definitions of the terms."""
     inside = {id(option) for option in chosen}
     totals = {name: base.amount(name) + sum(option.amount(name) for option in chosen) for name in RESOURCES}
+    totals |= {ALIVE + place: float(size) for place, size in base.alive.items()}
+    for option in chosen:
+        for place, change in option.alive.items():
+            totals[ALIVE + place] += change
     for pair in pairs:
         if id(pair.one) in inside and id(pair.other) in inside:
             for name, extra in pair.amounts():
                 totals[name] += extra
-    return totals
+    return totals | {"peak_bytes": max((totals[ALIVE + place] for place in base.alive), default=0.0)}

@@ -1,0 +1,88 @@
+"""Limits on memory and size: a peak is the largest of many sums, and what can be met is met, in the library too."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from hwopt.analysis.liveness import alive_bytes, peak_activation_bytes
+from hwopt.decide import make_task
+from hwopt.job import Job, prepare, quiet
+from hwopt.pipeline import PassManager, merged
+from hwopt.plan.attempt import price
+from hwopt.plan.budget import parse_budget
+from hwopt.plan.search import search
+from hwopt.plan.solve import Limits, predicted, solve
+
+CLASSES = 8
+
+
+def equal_peaks() -> ModelProto:
+    """A stem and three wide blocks one behind the other: the memory that each of them needs is the same."""
+    random = np.random.default_rng(0)
+    shapes = {"stem": (16, 3, 3, 3), "out": (16, CLASSES)}
+    for number in range(3):
+        shapes |= {f"e{number}": (32, 16, 1, 1), f"p{number}": (16, 32, 1, 1)}
+    weights = {n: (random.standard_normal(s) / np.sqrt(np.prod(s[1:]))).astype(np.float32) for n, s in shapes.items()}
+    nodes, value = [helper.make_node("Conv", ["x", "stem"], ["s"], name="stem", pads=[1, 1, 1, 1])], "s"
+    for number in range(3):
+        nodes += [
+            helper.make_node("Conv", [value, f"e{number}"], [f"e{number}.y"], name=f"e{number}"),
+            helper.make_node("Relu", [f"e{number}.y"], [f"r{number}"], name=f"r{number}"),
+            helper.make_node("Conv", [f"r{number}", f"p{number}"], [f"p{number}.y"], name=f"p{number}"),
+            helper.make_node("Relu", [f"p{number}.y"], [f"b{number}"], name=f"b{number}"),
+        ]
+        value = f"b{number}"
+    nodes += [
+        helper.make_node("GlobalAveragePool", [value], ["p"], name="pool"),
+        helper.make_node("Flatten", ["p"], ["f"], name="flat"),
+        helper.make_node("Gemm", ["f", "out"], ["y"], name="out"),
+    ]
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", [1, 3, 8, 8]), ("y", [1, CLASSES]))]
+    arrays = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "peaks", ends[:1], ends[1:], arrays)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+def noise(count: int) -> dict[str, np.ndarray]:
+    return {"x": np.random.default_rng(1).standard_normal((count, 3, 8, 8)).astype(np.float32)}
+
+
+def job_for(*limits: str, drop: str = "100%", passes: str = "prune-channels", target: str = "systolic-16x16") -> Job:
+    return prepare(
+        equal_peaks(), target=target, shapes=None, binds=None, calibrate=noise(16), evaluate=noise(32),
+        budget=parse_budget(drop, limits), passes=passes, threads=1, seed=0, progress=quiet,
+    )  # fmt: skip
+
+
+def test_a_peak_that_several_kernels_share_is_lowered_at_all_of_them() -> None:
+    job = job_for("memory=9kB")
+    peaks = [size for size in alive_bytes(job.graph).values() if size == peak_activation_bytes(job.graph)]
+    assert len(peaks) > 3  # no single width lowers it
+    task = make_task(job)
+    assert task is not None
+    found = search(task, price(task))
+    assert peak_activation_bytes(found.graph) <= 9000
+
+
+def test_what_several_changes_do_to_the_peak_is_what_the_graph_says() -> None:
+    job = job_for("memory=9kB", passes="prune-channels,quantize")
+    task = make_task(job)
+    assert task is not None
+    priced = price(task)
+    dtypes = list({o.group: o for o in priced.options if o.form == "int8"}.values())
+    widths = list({o.group: o for o in priced.options if o.prunes}.values())
+    for chosen in (dtypes, dtypes[1:], widths, widths[:1] + dtypes[-1:]):
+        graph = PassManager(merged(one for option in chosen for one in option.passes)).run(job.graph, job.ctx).graph
+        said = predicted(priced.base, chosen, priced.pairs)["peak_bytes"]
+        assert said == pytest.approx(peak_activation_bytes(graph), rel=0.05)
+
+
+def test_the_least_peak_is_found() -> None:
+    task = make_task(job_for("memory=9kB"))
+    assert task is not None
+    priced = price(task)
+    found = solve(priced.base, priced.options, priced.pairs, Limits(), aim="peak_bytes")
+    assert found is not None
+    assert solve(priced.base, priced.options, priced.pairs, Limits(peak_bytes=0.97 * found.peak_bytes)) is None
