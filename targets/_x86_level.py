@@ -47,7 +47,7 @@ def level(name: str, processor: str, hertz: float, memories: tuple[Memory, ...])
         peak=peak,
         memories=memories,
         granule=granule,
-        cost=shipped(model, kernels, llvm),
+        cost=shipped(model, kernels, llvm, hertz),
         tvm=llvm,
         microkernels=kernels,
         features=needed,

@@ -36,7 +36,7 @@ def TARGET() -> Target:
         peak=peak,
         memories=memories,
         granule=granule,
-        cost=learned(priced(kernels, memories, hertz, JOULES_PER_OP), kernels, llvm),
+        cost=learned(priced(kernels, memories, hertz, JOULES_PER_OP), kernels, llvm, hertz),
         tvm=llvm,
         microkernels=kernels,
         features=needed_features(llvm),

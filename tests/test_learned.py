@@ -173,6 +173,12 @@ def on_two(records: list[Record]) -> list[Record]:
 
 
 @pytest.mark.usefixtures("few_trees")
+def test_a_table_says_how_much_faster_than_stated_the_clock_was(learned: Learned) -> None:
+    assert learned.clock == 1.0  # nobody stated one
+    assert dataclasses.replace(learned, hertz=4e9).clock == pytest.approx(80_000 / 1e-5 / 4e9)
+
+
+@pytest.mark.usefixtures("few_trees")
 def test_two_threads_are_learned_where_they_were_measured(target, tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     path.write_text(table_of([*synthetic(), *on_two(synthetic())], target, None).to_json())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -9,9 +10,14 @@ import pytest
 
 from hwopt.pipeline import Refusal
 from hwopt.plan.budget import Budget
+from hwopt.plan.options import Pricer
 from hwopt.plan.plan import Decision, Offer, Plan, Round
+from hwopt.plugins import find_target
 from hwopt.report.chart import Axis, Dot, axis, chart, number
+from hwopt.report.figures import hardware, layer_table
 from hwopt.report.page import page
+from hwopt.target import Target
+from tests._recover import net
 
 CHOSEN, OTHER = "quantize{site=fc1}", "low-rank{site=fc1,rank=16}"
 
@@ -91,3 +97,38 @@ def test_dots_lie_where_their_values_say() -> None:
 
 def test_numbers_are_short() -> None:
     assert [number(v) for v in (0.0123, 12.3, 1000, 2.5e6, 3e9, 4e12)] == ["0.0123", "12.3", "1k", "2.5M", "3G", "4T"]
+
+
+def test_times_of_layers_are_in_the_plans_seconds() -> None:
+    graph, target = net(), find_target("systolic-16x16")
+    whole = Pricer(target, 1).graph(graph).seconds
+    plan = Plan(target.name, 1, graph.digest, Budget(), 0, seconds_before=3 * whole, seconds_after=3 * whole, time_scale=3.0)
+    rows = layer_table(graph, graph, plan, target, 1)
+    for key in ("predicted_seconds", "predicted_seconds_before"):
+        assert sum(row[key] for row in rows) == pytest.approx(plan.seconds_after)
+
+
+class Clocked:
+    """A cost model whose table was measured at a clock of its own."""
+
+    def __init__(self, target: Target, clock: float) -> None:
+        self.estimate, self.clock = target.cost.estimate, clock
+
+
+def test_no_kernel_lies_above_the_roof_and_a_measured_clock_says_how_high_it_is() -> None:
+    stated = find_target("cortex-a72")
+    peak, (near, *_, far) = stated.peak["float32"], stated.memories
+    slow, fast = ([layer("fc", 1.0, 2 * 1000 / (share * 2 * peak), "float32")] for share in (0.5, 1.4))
+    assert hardware(stated, 2, slow)["peak"]["float32"] == peak
+    found = hardware(stated, 2, fast)
+    assert found["clock"] == pytest.approx(1.4) and found["peak"]["float32"] == pytest.approx(1.4 * peak)
+    assert found["memories"][0]["bytes_per_second"] == pytest.approx(1.4 * near.bytes_per_second)
+    assert found["memories"][-1]["bytes_per_second"] == far.bytes_per_second
+    table = dataclasses.replace(stated, cost=Clocked(stated, 1.6))
+    assert hardware(table, 2, fast)["peak"]["float32"] == pytest.approx(1.6 * peak)
+
+
+def test_a_raised_roof_is_said(report: dict[str, Any], plan: Plan) -> None:
+    assert "times the clock" not in page(report, plan)
+    report["hardware"]["clock"] = 1.46
+    assert "at 1.46 times the clock that is stated for it" in page(report, plan)

@@ -29,7 +29,6 @@ LEVELS = (1, 2, 3)
 FAR = 8  # main memory is read over so many times the last cache, at least
 LEAST_FAR, MOST_FAR = 32 << 20, 256 << 20
 ROUNDS, TURN_SECONDS = 9, 2e-3
-CYCLES = 20_000 * 4  # of the clock's reference: a product and a sum in a row take 4 cycles on most processors
 SESSION_SECONDS, HANG_SECONDS = 600, 60.0
 
 

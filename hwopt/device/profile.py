@@ -22,6 +22,7 @@ import numpy as np
 
 from hwopt.backends.tvm.build import compile_program
 from hwopt.backends.tvm.learn.measure import LOW, Profile, attribute
+from hwopt.backends.tvm.learn.model import CYCLES
 from hwopt.backends.tvm.learn.records import HELD, append, clocked, quality, read, records_of, table_of
 from hwopt.device import link, probe
 from hwopt.device.bench import tensors_on
@@ -109,7 +110,7 @@ def measured_figures(address: Address, device: Mapping[str, Any], threads: int, 
     check_fit(device, target, threads, str(address))
     found = probe.memories(address, target, size, folder, drift)
     device = {**device, "features": target.features}
-    figures = Figures(device, found.levels, stated or probe.CYCLES / found.clock)
+    figures = Figures(device, found.levels, stated or CYCLES / found.clock)
     with DeviceRunner(address, 1, drift=drift) as runner:
         return replace(figures, rates=probe.rates(target, runner, str(address)))
 

@@ -16,7 +16,7 @@ from hwopt.evaluate import Comparison
 from hwopt.ir import Graph
 from hwopt.plan.plan import Plan
 from hwopt.plan.search import versions
-from hwopt.target import Target
+from hwopt.target import Target, Workload
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def make_report(
     peers: Mapping[str, float],
     notes: Sequence[str],
 ) -> dict[str, Any]:
-    """report.json as a dictionary; ratios above 1 mean that the result is better."""
+    """report.json as a dictionary; ratios above 1 mean that the result is better. `layers` as layer_table gives them."""
     flips = None
     if comparison is not None and comparison.right_to_wrong is not None:
         flips = {
@@ -69,22 +69,37 @@ def make_report(
             peer: {"latency_seconds": seconds, "ratio": seconds / result.latency_seconds} for peer, seconds in peers.items()
         },
         "layers": list(layers),
-        "hardware": hardware(target),
+        "hardware": hardware(target, threads, layers),
         "notes": list(notes),
         "machine": machine(),
         "versions": versions(),
     }
 
 
-def hardware(target: Target) -> dict[str, Any]:
-    """What a roofline needs of a target: peaks of one core in operations per second, bandwidths in bytes per second."""
-    memories = [{"name": m.name, "bytes": m.bytes, "bytes_per_second": m.bytes_per_second} for m in target.memories]
-    return {"kind": target.kind, "peak": dict(target.peak), "memories": memories}
+def hardware(target: Target, threads: int, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a roofline needs of a target: peaks of one core in operations per second, bandwidths in bytes per second.
+
+    Processors run faster than the clock that their systems state. `clock` is how many times, by the reference in a table of
+    measured kernels, or at least so many that no kernel in `layers` does more than the peak; peaks and caches are raised by it.
+    """
+    cores = threads if target.kind == "cpu" else 1
+    shown = [
+        2 * row["macs"] / row["predicted_seconds"] / (target.peak[row["dtype"]] * cores)
+        for row in layers if row["dtype"] in target.peak and row["predicted_seconds"] > 0
+    ]  # fmt: skip
+    clock = max(getattr(target.cost, "clock", 1.0), *shown, 1.0)
+    *caches, far = target.memories
+    levels = [*((one, clock) for one in caches), (far, 1.0)]
+    memories = [{"name": m.name, "bytes": m.bytes, "bytes_per_second": m.bytes_per_second * by} for m, by in levels]
+    return {"kind": target.kind, "peak": {k: v * clock for k, v in target.peak.items()}, "memories": memories, "clock": clock}
 
 
 def layer_table(before: Graph, after: Graph, plan: Plan, target: Target, threads: int) -> list[dict[str, Any]]:
-    """One row per kernel of the result: its nodes, dtype, work, predicted time, and the time of the same kernel before."""
-    earlier = {work.name: target.cost.estimate(work, threads).seconds for _, work in kernels(before)}
+    """One row per kernel of the result: its nodes, dtype, work, predicted time, and the time of the same kernel before.
+
+    Times are in the plan's seconds: multiplied by what the measured model takes over what was predicted for it.
+    """
+    earlier = {work.name: _seconds(work, plan, target, threads) for _, work in kernels(before)}
     rows = []
     for region, work in kernels(after):
         node = region.anchor
@@ -97,11 +112,15 @@ def layer_table(before: Graph, after: Graph, plan: Plan, target: Target, threads
                 "bytes": work.bytes,
                 "weight_bytes": work.weight_bytes,
                 "predicted_seconds_before": earlier.get(work.name),
-                "predicted_seconds": target.cost.estimate(work, threads).seconds,
+                "predicted_seconds": _seconds(work, plan, target, threads),
                 "changes": [one for one in dict.fromkeys(h for n in region.nodes for h in n.history) if _decided(one, plan)],
             }
         )
     return rows
+
+
+def _seconds(work: Workload, plan: Plan, target: Target, threads: int) -> float:
+    return plan.time_scale * target.cost.estimate(work, threads).seconds
 
 
 def _decided(history: str, plan: Plan) -> bool:

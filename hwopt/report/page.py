@@ -117,7 +117,9 @@ def _roofline(report: Data) -> Iterator[str]:
     if not hardware or not rows:
         return
     yield "<h2>Roofline</h2>"
-    yield "<p>Each kernel of the result, as it is predicted to run, under the peaks and bandwidths of the target.</p>"
+    faster = hardware.get("clock", 1.0)
+    raised = f", at {faster:.3g} times the clock that is stated for it, as measured kernels show" if faster > 1 else ""
+    yield f"<p>Each kernel of the result, as it is predicted to run, under the peaks and bandwidths of the target{raised}.</p>"
     threads = report["threads"] if hardware["kind"] == "cpu" else 1
     dots, colors = [], {dtype: COLORS[place % len(COLORS)] for place, dtype in enumerate(hardware["peak"])}
     for row in rows:

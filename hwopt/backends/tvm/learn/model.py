@@ -18,6 +18,7 @@ from hwopt.target import Cost, CostModel, MicroKernel, Workload
 if TYPE_CHECKING:  # measuring imports more than listing targets may
     from hwopt.backends.tvm.learn.measure import Profile
 
+CYCLES = 20_000 * 4  # of the clock's reference (tune/timing.c): a product and a sum in a row take 4 on most processors
 DTYPES = ("float32", "int8", "bfloat16")  # of products; other kernels were measured in whichever dtype they have
 
 
@@ -35,6 +36,7 @@ class Learned:
     analytical: CostModel
     micros: Mapping[str, MicroKernel]
     more: dict[str, tuple[float, float, int]] = field(default_factory=dict, compare=False)
+    hertz: float = 0.0  # that the target's peaks are stated at; 0: unknown
 
     @cached_property
     def table(self) -> Table:
@@ -45,6 +47,12 @@ class Learned:
         """For people: where the prices are from."""
         table = self.table
         return f"measured and learned on {table.cpu}, {table.facts.get('date', '')} ({len(table.measured)} kernels)"
+
+    @property
+    def clock(self) -> float:
+        """The clock that the table was measured at over the stated one; 1 where one of them is unknown."""
+        seconds = float(self.table.facts.get("clock_seconds", 0.0))
+        return CYCLES / seconds / self.hertz if seconds and self.hertz else 1.0
 
     def fresh(self) -> Learned:
         """The same without what was measured since, and with a place of its own for more of it."""
