@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from hwopt.analysis.liveness import alive_bytes, peak_activation_bytes
 from hwopt.decide import make_task
+from hwopt.errors import BudgetError
 from hwopt.job import Job, prepare, quiet
 from hwopt.pipeline import PassManager, merged
 from hwopt.plan.attempt import price
@@ -86,3 +89,25 @@ def test_the_least_peak_is_found() -> None:
     found = solve(priced.base, priced.options, priced.pairs, Limits(), aim="peak_bytes")
     assert found is not None
     assert solve(priced.base, priced.options, priced.pairs, Limits(peak_bytes=0.97 * found.peak_bytes)) is None
+
+
+def test_the_unchanged_model_is_among_the_nearest() -> None:
+    job = job_for("energy=1nJ", drop="0%", passes="share-weights")
+    task = make_task(job)
+    assert task is not None
+    start = f"{task.amounts(task.graph).joules * 1e9:.0f}"
+    with pytest.raises(BudgetError, match=rf"nearest plans: energy={start[:3]}\d*nJ at a drop of 0.00%"):
+        search(task, price(task))
+
+
+def test_what_nearest_states_is_met_when_it_is_stated() -> None:
+    priced = price(task) if (task := make_task(job_for("memory=1kB"))) else None
+    assert task is not None and priced is not None
+    with pytest.raises(BudgetError) as refused:
+        search(task, priced)
+    stated = str(refused.value).partition("nearest plans: ")[2].partition(" at a drop")[0]
+    found = search(dataclasses.replace(task, budget=parse_budget("100%", (stated,))), priced)
+    assert peak_activation_bytes(found.graph) <= found.plan.budget.limits()["peak_bytes"]
+    with pytest.raises(BudgetError):  # and it is the least
+        below = parse_budget("100%", (f"memory={peak_activation_bytes(found.graph) * 0.97}B",))
+        search(dataclasses.replace(task, budget=below), priced)

@@ -24,13 +24,13 @@ from hwopt.ir import Graph
 from hwopt.job import Job, prepare, quiet
 from hwopt.measure import difference
 from hwopt.pipeline import Context, PassManager, merged
-from hwopt.plan.attempt import price
+from hwopt.plan.attempt import measured, price
 from hwopt.plan.budget import Amounts, Budget, exceeded, parse_budget
 from hwopt.plan.explain import explain
 from hwopt.plan.options import Pricer
 from hwopt.plan.plan import plan_from_json
 from hwopt.plan.polish import polished
-from hwopt.plan.search import _next, aim, found_within, search
+from hwopt.plan.search import _next, aim, found_within, make_plan, ranking, search
 from hwopt.plan.solve import Solution, predicted
 from hwopt.plan.trials import knobs_of
 from hwopt.plan.uniform import uniform_solutions
@@ -264,6 +264,22 @@ def test_one_precision_for_all_needs_no_margin_below_the_allowed_drop(network: P
     assert not search(over, price(task)).uniform
 
 
+def test_a_faster_plan_that_lost_says_why(network: Path) -> None:
+    job = job_for(network, passes="quantize")
+    task = make_task(job)
+    assert task is not None
+    close = dataclasses.replace(task, scorer=Coarse(job, plain=1, other=0), budget=Budget(0.02))
+    priced = price(close)
+    (uniform, *_) = uniform_solutions(priced)
+    best = measured(close, priced, uniform, uniform.error)
+    amounts = dataclasses.replace(best.amounts, seconds=best.amounts.seconds / 2)
+    lost = dataclasses.replace(best, solution=dataclasses.replace(uniform, by="milp"), amounts=amounts)
+    start = close.amounts(close.graph)
+    assert ranking(close, [best, lost], start) == [best]
+    first, second = explain(make_plan(close, priced, best, [best, lost], start)).split("round 2")
+    assert "passed over" not in first and "passed over: a drop above" in second
+
+
 def test_allowances_shrink_by_what_the_drop_was_too_large_and_grow_in_steps() -> None:
     assert _next(0.0, np.inf, 1.0, 1.0) == 0.0 and _next(0.1, np.inf, 1.0, 1.0) == pytest.approx(0.4)
     assert _next(0.4, np.inf, 1.0, 1.0) == 1.0  # all options together have no more
@@ -484,7 +500,7 @@ def test_where_no_drop_would_do_the_smallest_plan_is_named(network: Path) -> Non
     task = make_task(job)
     assert task is not None
     unlucky = dataclasses.replace(task, scorer=Coarse(job, plain=8, other=8), budget=Budget(1e-6, weight_bytes=2e3))
-    with pytest.raises(BudgetError, match=r"nearest.*; or size=[\d.]+KB at a drop of 12.50%, the least that there is"):
+    with pytest.raises(BudgetError, match=r"nearest.*; or size=[\d.]+KB at a drop of 12.50%, the least that was found"):
         search(unlucky, price(task))
 
 

@@ -12,9 +12,9 @@ from hwopt.pipeline import Phase, Refusal, merged
 from hwopt.plan.attempt import Attempt, Found, Priced, Search, measured, price, tightened, versions
 from hwopt.plan.budget import Amounts, Budget
 from hwopt.plan.finer import refined
-from hwopt.plan.nearest import nearest
+from hwopt.plan.nearest import nearest, widened
 from hwopt.plan.options import Option
-from hwopt.plan.plan import Decision, Offer, Plan
+from hwopt.plan.plan import Decision, Offer, Plan, Round
 from hwopt.plan.polish import polished
 from hwopt.plan.solve import Limits, Solution, solve
 from hwopt.plan.uniform import UNIFORM, uniform_solutions
@@ -198,15 +198,20 @@ def aim(budget: Budget, comparison: Comparison) -> float:
 
 
 def _best(task: Search, priced: Priced, attempts: Sequence[Attempt]) -> Found:
-    """The fastest feasible attempt; the unchanged model if none is better; BudgetError if limits are set and not met."""
+    """The fastest feasible attempt; the unchanged model if none is better; BudgetError if limits are set and not met.
+
+    What was only tried to name the nearest budget may keep this one.
+    """
     start = task.amounts(task.graph)
     ranked = ranking(task, attempts, start)
-    best = ranked[0] if ranked else None
-    if best is None and (broken := task.exceeded(start)):
+    if not ranked and (broken := task.exceeded(start)):
         free: list[Attempt] = []  # what the drop alone allows
         _rounds(dataclasses.replace(task, budget=Budget(task.budget.max_drop)), priced, free)
-        message = nearest(task, priced, [*attempts, *free], broken)
-        raise BudgetError(message, place="plan", hint="relax the budget or --max-drop")
+        attempts = widened(task, priced, [*attempts, *free])
+        ranked = ranking(task, attempts, start)
+        if not ranked:
+            raise BudgetError(nearest(task, attempts, broken), place="plan", hint="relax the budget or --max-drop")
+    best = ranked[0] if ranked else None
     if best is None:
         plan = make_plan(task, priced, None, attempts, start)
         return Found(plan, task.graph, compare(task.scorer.metric, priced.baseline, priced.baseline))
@@ -223,13 +228,28 @@ def ranking(task: Search, attempts: Sequence[Attempt], start: Amounts) -> list[A
     feasible = [attempt for attempt in attempts if attempt.round.feasible]
     if not task.budget.limited:
         feasible = [attempt for attempt in feasible if attempt.amounts.seconds < start.seconds]
-    careful = [
-        attempt for attempt in feasible
-        if attempt.solution.by == UNIFORM or attempt.comparison.drop <= aim(task.budget, attempt.comparison)
-    ]  # fmt: skip
-    if task.budget.latency_seconds is not None:
-        return sorted(careful or feasible, key=lambda attempt: (attempt.comparison.drop, attempt.amounts.seconds))
-    return sorted(careful or feasible, key=lambda attempt: attempt.amounts.seconds)
+    careful = [attempt for attempt in feasible if _careful(task, attempt)]
+    return sorted(careful or feasible, key=lambda attempt: _rank(task, attempt))
+
+
+def _careful(task: Search, attempt: Attempt) -> bool:
+    return attempt.solution.by == UNIFORM or attempt.comparison.drop <= aim(task.budget, attempt.comparison)
+
+
+def _rank(task: Search, attempt: Attempt) -> tuple[float, ...]:
+    """Less is better."""
+    drop, seconds = attempt.comparison.drop, attempt.amounts.seconds
+    return (seconds,) if task.budget.latency_seconds is None else (drop, seconds)
+
+
+def _round(task: Search, attempt: Attempt, best: Attempt | None) -> Round:
+    """What an attempt came to, and why it lost to `best` where it is the better by its figures."""
+    if best is None or not attempt.round.feasible or _careful(task, attempt) or _rank(task, attempt) >= _rank(task, best):
+        return attempt.round
+    edge = aim(task.budget, attempt.comparison)
+    margin = "plans that are searched for keep one standard error inside the budget, to hold on other data"
+    note = f"passed over: a drop above {edge:+.4f} is too close to what is allowed ({margin}; one precision for all needs none)"
+    return dataclasses.replace(attempt.round, note=note)
 
 
 def found_of(task: Search, priced: Priced, best: Attempt, attempts: Sequence[Attempt], start: Amounts) -> Found:
@@ -253,7 +273,8 @@ def make_plan(task: Search, priced: Priced, best: Attempt | None, attempts: Sequ
     tried = best.refused if best else ()
     return Plan(
         target=task.target.name, threads=task.threads, graph_digest=task.graph.digest, budget=task.budget, seed=task.ctx.seed,
-        decisions=decisions, refused=(*priced.refused, *tried, *not_chosen), rounds=tuple(attempt.round for attempt in attempts),
+        decisions=decisions, refused=(*priced.refused, *tried, *not_chosen),
+        rounds=tuple(_round(task, attempt, best) for attempt in attempts),
         seconds_before=start.seconds, seconds_after=after.seconds, time_scale=task.scale,
         joules_before=start.joules, joules_after=after.joules,
         offers=tuple(_offer(taken.get(id(option), option), id(option) in taken, task.scale) for option in priced.options),
