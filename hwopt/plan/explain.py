@@ -90,7 +90,7 @@ def _rounds(plan: Plan) -> Iterator[str]:
         verdict = "feasible" if one.feasible else "not feasible"
         size, time = f"{one.weight_bytes / 1e6:.3g} MB", f"{one.predicted_seconds * 1e3:.4g} ms"
         yield f"round {number}: allowed error {one.allowed_error:.3g}, {one.decisions} changes, {time}, {size}: {verdict}"
-        yield f"  score {one.score:.4f}, drop {one.drop:+.4f}"
+        yield f"  score {one.score:.4f}, drop {one.drop:+.4f}" + (f"; {one.note}" if one.note else "")
 
 
 def _sites(decision: Decision) -> set[str]:

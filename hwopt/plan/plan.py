@@ -48,6 +48,7 @@ class Round:
     joules: float = 0.0
     solved_seconds: float = 0.0  # what the solver's sums and pairs promised; predicted_seconds prices the graph itself
     gap: float = 0.0  # proven: (cost of the solution - bound) / cost
+    note: str = ""  # why it lost, where its figures do not say so
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,7 @@ def _pareto(report: Data, plan: Plan, front: Sequence[Data]) -> Iterator[str]:
     dots = [Dot(plan.seconds_before * 1e3, 0.0, GRAY, "unchanged", "unchanged")]
     for index, one in enumerate(plan.rounds, 1):
         tip = f"round {index}: {one.decisions} changes, {one.predicted_seconds * 1e3:.4g} ms, drop {one.drop:.2%}"
+        tip += f"; {one.note}" if one.note else ""
         color = BLUE if one.feasible else RED
         dots.append(Dot(one.predicted_seconds * 1e3, one.drop * 100, color, tip, "", not one.feasible))
     if plan.decisions and report.get("score_drop") is not None:
