@@ -26,6 +26,10 @@ else:
     import tomli as tomllib
 
 COMMON = ("name", "kind", "summary")
+COUNTS = ("rows", "columns", "pixels", "channels", "depth", "engines", "vector_lanes", "cores", "sms")
+WITHIN = {  # by how a key ends: what hardware may have, so that a slip of the pen is no target
+    **dict.fromkeys(COUNTS, (1, 4096)), "clock_hz": (1e3, 1e11), "bytes": (1, 1e15), "bytes_per_second": (1, 1e18),
+}  # fmt: skip
 
 
 class TargetFile(Protocol):
@@ -49,8 +53,8 @@ class Source:
     def line(self, key: str, nth: int = 0) -> int:
         """The number of the line that sets a key or opens a table; 0 if none does. tomllib does not keep them."""
         name = rf"(?:\"{re.escape(key)}\"|'{re.escape(key)}'|{re.escape(key)})"
-        pattern = re.compile(rf"\s*(?:{name}\s*=|\[\[?\s*{name}\s*\]\]?)")
-        found = [number for number, line in enumerate(self.text.splitlines(), 1) if pattern.match(line)]
+        pattern = re.compile(rf"^[^#]*?(?:(?:^|[{{,])\s*{name}\s*=|^\s*\[\[?\s*{name}\s*\]\]?)")
+        found = [number for number, line in enumerate(self.text.splitlines(), 1) if pattern.search(line)]
         return found[min(nth, len(found) - 1)] if found else 0
 
 
@@ -123,6 +127,9 @@ def _value(kind: Any, value: Any, source: Source, key: str, nth: int) -> Any:
         raise source.error(f"needs {_named(kind)}, not {value!r}", key, nth)
     if kind in (int, float) and not 0 < value < float("inf"):
         raise source.error(f"needs a number above zero, not {value!r}", key, nth)
+    low, high = next((limits for end, limits in WITHIN.items() if re.search(rf"(^|_){end}$", key)), (0.0, float("inf")))
+    if kind in (int, float) and not low <= value <= high:
+        raise source.error(f"{value!r} is not within {low:g} to {high:g}", key, nth)
     return kind(value)
 
 
