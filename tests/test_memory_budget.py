@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +14,13 @@ from hwopt.decide import make_task
 from hwopt.errors import BudgetError
 from hwopt.job import Job, prepare, quiet
 from hwopt.pipeline import PassManager, merged
-from hwopt.plan.attempt import price
+from hwopt.plan.attempt import Search, price
 from hwopt.plan.budget import parse_budget
+from hwopt.plan.front import front
+from hwopt.plan.plan import plan_from_json
 from hwopt.plan.search import search
 from hwopt.plan.solve import Limits, predicted, solve
+from hwopt.plan.store import identity
 
 CLASSES = 8
 
@@ -111,3 +115,26 @@ def test_what_nearest_states_is_met_when_it_is_stated() -> None:
     with pytest.raises(BudgetError):  # and it is the least
         below = parse_budget("100%", (f"memory={peak_activation_bytes(found.graph) * 0.97}B",))
         search(dataclasses.replace(task, budget=below), priced)
+
+
+def test_another_target_of_the_same_name_goes_on_with_no_others_folder() -> None:
+    task = make_task(job_for())
+    assert task is not None
+    slower = dataclasses.replace(task.target, cost=dataclasses.replace(task.target.cost, hertz=1e8))  # type: ignore[type-var]
+    assert slower.name == task.target.name
+    key = identity(task, "trials")
+    assert identity(dataclasses.replace(task, target=slower), "trials") != key
+    again = make_task(job_for())
+    assert again is not None and identity(again, "trials") == key
+
+
+def test_plans_of_a_front_state_the_users_limits(tmp_path: Path) -> None:
+    front(task := made("quantize"), "energy", 2, tmp_path)
+    for file in tmp_path.glob("plan-*.json"):
+        assert plan_from_json(file.read_text()).budget == task.budget
+
+
+def made(passes: str) -> Search:
+    task = make_task(job_for(passes=passes))
+    assert task is not None
+    return task

@@ -51,14 +51,13 @@ def front(task: Search, kind: str, points: int, folder: Path) -> list[Point]:
     start = task.amounts(task.graph)
     if not getattr(start, RESOURCES[kind]):
         raise UsageError(f"the target {task.target.name} states no {kind}", place="--pareto", hint="try latency or size")
-    interested = _interested(task, kind, start)
-    priced = price(interested)
+    priced = price(_interested(task, kind, start))  # the plans themselves state the user's limits
     if not found:
         score = float(priced.baseline.mean())
         found.append(Point(0.0, score, 0.0, start.seconds, start.bytes, start.peak_bytes, start.joules, ""))
-    for number, allowed in list(enumerate(_levels(interested, priced, RESOURCES[kind], points)))[len(found) - 1 :]:
+    for number, allowed in list(enumerate(_levels(task, priced, RESOURCES[kind], points)))[len(found) - 1 :]:
         task.progress("points of the front", number, points)
-        found.append(_point(interested, priced, RESOURCES[kind], allowed, folder / f"plan-{number + 1}.json"))
+        found.append(_point(task, priced, RESOURCES[kind], allowed, folder / f"plan-{number + 1}.json"))
         write_whole(
             folder / FRONT, json.dumps({"search": key, "cost": kind, "points": list(map(dataclasses.asdict, found))}) + "\n"
         )

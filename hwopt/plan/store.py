@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from hwopt.errors import UsageError
 from hwopt.files import write_whole
 from hwopt.ir.graph import param_digest
-from hwopt.plan.attempt import Search
+from hwopt.plan.attempt import Search, versions
 from hwopt.plan.plan import Plan
 from hwopt.samples import Samples
+from hwopt.target import HOST, Target, table_of
 
 PLAN = "plan.json"
 
@@ -23,13 +25,24 @@ def keep_plan(folder: Path, plan: Plan) -> None:
 
 
 def identity(task: Search, purpose: str) -> str:
-    """What a search depends on, as one short word: model, data, target, threads, families, seed, budget, and how it judges."""
+    """What a search depends on, as one short word: model, data, the target with its prices, hwopt's version, threads, families,
+    seed, budget, and how it judges."""
     data = [_data(one) for one in (task.ctx.calibration, getattr(task.scorer, "samples", None))]
     parts = [
-        purpose, task.graph.digest, *data, task.target.name, str(task.threads), str(task.ctx.seed), str(task.budget),
+        purpose, task.graph.digest, *data, described(task.target), versions()["hwopt"],
+        str(task.threads), str(task.ctx.seed), str(task.budget),
         ",".join(kind.name for kind in task.passes), task.scorer.metric, task.sensitivity, str(task.pairwise), str(task.tie),
     ]  # fmt: skip
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def described(target: Target) -> str:
+    """Every number that a target states, and the contents of its price tables: two of one name need not be alike."""
+    tables = [path.read_bytes() for one in (target, *target.fallbacks) if (path := table_of(one.cost)) is not None]
+    # a machine's clock is read anew each time
+    said = (target.summary, target.features, sorted(target.tvm.items())) if target.name == HOST else target
+    text = re.sub(r" at 0x[0-9a-f]+", "", repr(said))  # objects that do not say what they hold, but where
+    return hashlib.sha256(b"".join([text.encode(), *tables])).hexdigest()
 
 
 def _data(samples: Samples | None) -> str:
