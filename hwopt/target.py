@@ -75,6 +75,7 @@ class Workload:
     dims: tuple[int, ...] = ()  # of the result
     steps: tuple[str, ...] = ()  # operators of the anchor and its epilogue, in order; a Transpose with its permutation
     relaid: bool = False  # reads an image of the model's caller, whose channels lie first
+    order: str = ""  # of what only moves data: how its source lies, and further facts (analysis/orders.py)
     footprint: int = field(default=0, compare=False)  # weights of the whole model, about: they pass through the caches in a run
 
     @property

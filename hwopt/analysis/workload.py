@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from hwopt.analysis.bfloat16 import narrows, widens
 from hwopt.analysis.compressed import Compressed, compressed
+from hwopt.analysis.orders import orders
 from hwopt.analysis.regions import VIEWS, Region, constant_nodes, regions
 from hwopt.ir import Graph, Node, TensorType
 from hwopt.target import Coded, Workload
@@ -15,9 +16,13 @@ from hwopt.target import Coded, Workload
 
 def kernels(graph: Graph) -> tuple[tuple[Region, Workload], ...]:
     """Each region that becomes a kernel with its work, in running order; views of memory (Reshape ...) cost nothing."""
-    found = [(region, workload(graph, region)) for region in regions(graph) if not is_view(graph, region)]
+    every = regions(graph)
+    lying = orders(graph, every)
+    found = [(region, workload(graph, region)) for region in every if not is_view(graph, region)]
     footprint = rounded(sum(work.weight_bytes for _, work in found if work.kind != "move"))  # a table's rows are not all read
-    return tuple((region, dataclasses.replace(work, footprint=footprint)) for region, work in found)
+    return tuple(
+        (region, dataclasses.replace(work, footprint=footprint, order=lying.get(region.name, ""))) for region, work in found
+    )
 
 
 def rounded(size: int) -> int:

@@ -23,6 +23,7 @@ from hwopt.backends.tvm.learn.counted import (
     steps_of,
     traffic,
 )
+from hwopt.backends.tvm.learn.counted_moves import Move, gathered_shape, gathered_times, turned_shape, turned_times
 from hwopt.target import Workload
 
 STEPS = ("Add", "Mul", "Relu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish", "Gelu", "Softmax", "LayerNormalization",
@@ -56,8 +57,11 @@ def loops(work: Workload, threads: int) -> Counted:
     """Counts of vectors where whole ones are filled, of single elements where not, and of bytes."""
     nest = Nest(work)
     parallel = threads > 1 and work.elements >= PARALLEL
-    times = {name: value / threads if parallel and name != "call" else value for name, value in _times(nest).items()}
-    return Counted(_family(work), {**times, "launch": 1000.0 * parallel}, floats(_facts(nest)))
+    turned, moved = _family(work) == "turned", work.kind == "move"
+    counts = turned_times(work) if turned else {**_times(nest), **(gathered_times(work) if moved else {})}
+    facts = turned_shape(work) if turned else {**_facts(nest), **(gathered_shape(work) if moved else {})}
+    times = {name: value / threads if parallel and name != "call" else value for name, value in counts.items()}
+    return Counted(_family(work), {**times, "launch": 1000.0 * parallel}, floats(facts))
 
 
 def _family(work: Workload) -> str:
@@ -71,7 +75,7 @@ def _family(work: Workload) -> str:
     if work.kind == "elementwise":
         return "relaid" if work.relaid else "tables" if Nest(work).looked_up else f"elements{integers}"
     if work.kind == "move":
-        return "transposed" if names[:1] == ["Transpose"] else "moves"
+        return "turned" if Move(work).turned[0] else "transposed" if names[:1] == ["Transpose"] else "moves"
     return "reductions"
 
 

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from hwopt.backends.tvm.learn.counted import Counted
-from hwopt.backends.tvm.learn.trees import MEMBERS, Ensemble, train
+from hwopt.backends.tvm.learn.trees import MEMBERS, Ensemble, train, untrained
 from hwopt.errors import UsageError
 
 TURNS = 8  # of robust regression
 SMALL = 0.03  # relative error that counts as none in it
 RESOLUTION = 20e-9  # seconds that a clock is read to, about
 LEAST = 12  # kernels from which a family is learned
+PLAIN = ("moves", "transposed", "turned")  # each does something else: trees that saw a few dozen mislead, the counts do not
 
 
 def family_of(counted: Counted, threads: int) -> str:
@@ -122,7 +123,10 @@ def _family(found: Sequence[Counted], seconds: np.ndarray, noise: np.ndarray, me
     weights = weighed(times, seconds)
     rows = features(times, shape, weights.tolist())
     wanted = np.log(seconds / np.maximum(times @ weights, 1e-9))
-    ensemble = train(rows, wanted, 1 / (SMALL + noise + RESOLUTION / seconds), seed, members)
+    if found[0].family in PLAIN:
+        ensemble = untrained(rows, wanted)
+    else:
+        ensemble = train(rows, wanted, 1 / (SMALL + noise + RESOLUTION / seconds), seed, members)
     return Family(tuple(found[0].times), tuple(found[0].shape), tuple(float(f"{one:.6g}") for one in weights), ensemble)
 
 

@@ -148,6 +148,14 @@ def train(rows: np.ndarray, wanted: np.ndarray, weights: np.ndarray, seed: int =
     return _calibrated(Ensemble(tuple(found), float(np.median(missed)) / 0.6745, low, high), rows[seen], missed)
 
 
+def untrained(rows: np.ndarray, wanted: np.ndarray) -> Ensemble:
+    """One that predicts nothing beyond what is known already; its interval holds 90 % of `wanted`."""
+    nothing = Trees(0.0, (((-1, 0.0, 0, 0),),))
+    low, high = (tuple(map(float, one)) for one in (rows.min(0), rows.max(0)))
+    missed = np.abs(wanted)
+    return _calibrated(Ensemble((nothing,), max(1e-3, float(np.median(missed)) / 0.6745), low, high), rows, missed)
+
+
 def _calibrated(ensemble: Ensemble, rows: np.ndarray, error: np.ndarray) -> Ensemble:
     """The widening with which 90 % of the errors lie in the interval (split conformal prediction, Vovk et al. 2005)."""
     _, half = ensemble.predict(rows)
