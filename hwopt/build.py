@@ -23,6 +23,7 @@ from hwopt.io.preprocess import KEY
 from hwopt.io.proto import to_model
 from hwopt.ir import Graph, to_text
 from hwopt.pipeline import Refusal
+from hwopt.plan.backend import CUDA
 from hwopt.plan.plan import Plan
 from hwopt.plugins import find_target
 from hwopt.target import Array, Target
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 
 FORM = Form()
-CUDA = "cuda"  # the kind of TVM target that kernels for GPUs are generated for
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from hwopt.artifact import Artifact, check_destination
 from hwopt.backends.tvm.support import refuse_unsupported
-from hwopt.build import CUDA, Built, build
+from hwopt.build import Built, build
 from hwopt.decide import decided, decided_and_built
 from hwopt.emit.driver import check_name
 from hwopt.emit.products import Form, check_form
@@ -24,7 +24,8 @@ from hwopt.io.preprocess import KEY, Preprocess
 from hwopt.ir import Graph
 from hwopt.job import FORM, Data, Job, prepare, quiet, read_plan, with_training
 from hwopt.original import original_of
-from hwopt.pipeline import PassManager, Phase, Refusal, parse_list
+from hwopt.pipeline import PassManager, Refusal, parse_list
+from hwopt.plan.backend import CUDA, generated, generates
 from hwopt.plan.budget import Budget
 from hwopt.plan.options import Progress
 from hwopt.plan.plan import Plan, apply_plan
@@ -213,11 +214,9 @@ def _job(model: Any, options: Mapping[str, Any]) -> Job:
 def _generated(job: Job, form: Form) -> Job:
     """The job with the families that code can be generated for; raises UnsupportedError where none can for the target."""
     target = job.target
-    if target.kind == "cpu" or target.array is not None:
-        return job
-    if target.tvm["kind"] != CUDA:
+    if not generates(target):
         hint, place = "hwopt plan and hwopt apply work for it", f"target {target.name}"
         raise UnsupportedError(f"there is no code generator for {target.kind} targets of its kind", place=place, hint=hint)
-    if "shared" in form.emit:
+    if target.tvm["kind"] == CUDA and "shared" in form.emit:
         raise UsageError("a library for CUDA is linked with libcuda where it runs", place="emit", hint="--emit static,source")
-    return dataclasses.replace(job, families=tuple(kind for kind in job.families if kind.phase < Phase.SHARE))  # of floats
+    return dataclasses.replace(job, families=generated(target, job.families))

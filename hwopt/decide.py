@@ -17,6 +17,7 @@ from hwopt.evaluate import Scorer, compare, make_scorer, user_scorer
 from hwopt.job import Job
 from hwopt.measure import interleaved
 from hwopt.pipeline import Refusal
+from hwopt.plan.backend import lacking
 from hwopt.plan.budget import Amounts, exceeded
 from hwopt.plan.corrected import search_timed
 from hwopt.plan.doubts import measuring_on
@@ -215,7 +216,7 @@ def _plan_of(job: Job, stated: Sequence[tuple[str, str]], refused: tuple[Refusal
     decisions = tuple(Decision((by,), 0.0, 0.0, 0, 0, 0.0, reason) for by, reason in stated)
     return Plan(
         target=job.target.name, threads=job.threads, graph_digest=job.graph.digest, budget=job.budget, seed=job.ctx.seed,
-        decisions=decisions, refused=refused, versions=versions(),
+        decisions=decisions, refused=refused, versions=versions(), lacking=lacking(job.target, job.fixed),
     )  # fmt: skip
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import psutil
 
 from hwopt.artifact import Artifact, check_destination
-from hwopt.build import CUDA
 from hwopt.cache import Cache, key_of
 from hwopt.depends import dependencies, recipes, write_depfile
 from hwopt.device.build import machine_of_target
@@ -21,6 +20,7 @@ from hwopt.emit.cuda import find_nvcc
 from hwopt.emit.toolchain import find_compiler
 from hwopt.errors import HwoptError, UsageError
 from hwopt.files import replacing
+from hwopt.plan.backend import CUDA
 from hwopt.plugins import find_target
 
 UNKEYED = ("progress", "checkpoints")  # arguments that change nothing in the result

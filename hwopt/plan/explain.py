@@ -47,8 +47,7 @@ def _lines(plan: Plan, layer: str) -> Iterator[str]:
         yield f"predicted: {plan.seconds_before * 1e3:.4g} ms -> {plan.seconds_after * 1e3:.4g} ms{scaled}"
     if plan.recovery:
         yield recovery_line(plan.recovery)
-    if plan.note:
-        yield f"note: {plan.note}"
+    yield from (f"note: {note}" for note in plan.notes)
     if not layer:
         yield from _rounds(plan)
     chosen = [decision for decision in plan.decisions if not layer or layer in _sites(decision)]

@@ -97,6 +97,7 @@ class Plan:
     calibration_digest: str = ""  # of the data that chose ranges and scores; others give other weights
     recovery: Recovery | None = None
     note: str = ""  # what a reader must know, such as an interrupted search
+    lacking: str = ""  # what of it hwopt generates no code for: other backends may
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -105,6 +106,11 @@ class Plan:
 
     def to_data(self) -> dict[str, Any]:
         return {"format": FORMAT, **dataclasses.asdict(self)}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know, line by line."""
+        return tuple(filter(None, (self.note, self.lacking)))
 
     @property
     def families(self) -> frozenset[str]:

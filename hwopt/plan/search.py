@@ -10,6 +10,7 @@ from hwopt.errors import BudgetError, HwoptError
 from hwopt.evaluate import Comparison, compare
 from hwopt.pipeline import Phase, Refusal, merged
 from hwopt.plan.attempt import Attempt, Found, Priced, Search, measured, price, tightened, versions
+from hwopt.plan.backend import lacking
 from hwopt.plan.budget import Amounts, Budget
 from hwopt.plan.finer import refined
 from hwopt.plan.nearest import nearest, widened
@@ -280,6 +281,7 @@ def make_plan(task: Search, priced: Priced, best: Attempt | None, attempts: Sequ
         offers=tuple(_offer(taken.get(id(option), option), id(option) in taken, task.scale) for option in priced.options),
         calibration_digest=task.ctx.calibration.digest if task.ctx.calibration else "", versions=versions(),
         knobs={key: str(value) for key, value in task.knobs.items()},
+        lacking=lacking(task.target, (one for option in chosen for one in option.passes)),
     )  # fmt: skip
 
 

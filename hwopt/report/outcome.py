@@ -9,12 +9,13 @@ from typing import Any
 from hwopt.analysis.liveness import peak_activation_bytes
 from hwopt.analysis.size import weight_bytes
 from hwopt.backends.ort import Session
-from hwopt.build import CUDA, Built
+from hwopt.build import Built
 from hwopt.decide import make_job_scorer, sample_feeds
 from hwopt.evaluate import Comparison, compare
 from hwopt.ir import Graph
 from hwopt.job import Job
 from hwopt.measure import Timing, interleaved, onnxruntime_runner
+from hwopt.plan.backend import CUDA, FLOATS
 from hwopt.plan.explain import recovery_line
 from hwopt.plan.search import Found
 from hwopt.report.figures import Figures, layer_table, make_report
@@ -49,7 +50,7 @@ def estimated_report(job: Job, found: Found, result: Built) -> dict[str, Any]:
 def plan_report(job: Job, found: Found) -> dict[str, Any]:
     """The same for a plan that was not compiled: the costs it promises, the score of the graph."""
     before, after = _of_graph(job.graph, found.plan.seconds_before), _of_graph(found.graph, found.plan.seconds_after)
-    return _report(job, found, before, after, found.comparison, [found.plan.note] if found.plan.note else [])
+    return _report(job, found, before, after, found.comparison, found.plan.notes)
 
 
 def _report(
@@ -136,6 +137,7 @@ def _notes(job: Job, found: Found, result: Built, compared: Comparison | None) -
     notes = [f"runs in TVM's virtual machine: {result.reason}"] if result.kind == "vm" else []
     if job.target.tvm["kind"] == CUDA:
         notes.append("the kernels for the GPU were compiled and inspected, not run")
+        notes += [f"{FLOATS}: changes to integers were not considered"] if found.plan.rounds else []
     if not job.measure:
         notes.append("nothing was measured: scored in ONNX Runtime, timed by the cost model")
     elif job.target.array is not None:
@@ -143,7 +145,7 @@ def _notes(job: Job, found: Found, result: Built, compared: Comparison | None) -
     elif not job.target.runs_here:
         notes.append("compiled for another machine: scored in ONNX Runtime, timed by the cost model, the library was not run")
     notes += [result.tuning] if result.tuning else []
-    notes += [found.plan.note] if found.plan.note else []
+    notes += found.plan.notes
     notes += [recovery_line(found.plan.recovery)] if found.plan.recovery else []
     if job.training.recipe is not None and found.plan.recovery is None and found.plan.decisions:
         notes.append(f"no training is in it: {job.training.recipe.name} made nothing better that keeps the limits")

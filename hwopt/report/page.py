@@ -233,7 +233,7 @@ def _rest(report: Data, plan: Plan) -> Iterator[str]:
         lines = "".join(f"<tr><td>{_text(o.site)}</td><td>{_text(o.by)}</td><td>{_text(o.reason)}</td></tr>" for o in other)
         count = f"{len(other)} place" + ("s" if len(other) > 1 else "")
         yield f"<h2>Refused elsewhere</h2><details><summary>{count}</summary><table>{lines}</table></details>"
-    notes = [*report.get("notes", ()), *([plan.note] if plan.note else [])]
+    notes = [*report.get("notes", ()), *plan.notes]
     yield from (f"<p>{_text(note)}</p>" for note in dict.fromkeys(notes))
     machine = report.get("machine", {})
     versions = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
