@@ -6,6 +6,7 @@ those that it takes are timed, until it takes none that is not.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 from hwopt.errors import BudgetError
@@ -24,16 +25,20 @@ def search_timed(task: Search, priced: Priced) -> tuple[Found, Priced]:
 
     Raises BudgetError as `search` does.
     """
-    found = [search(task, priced)]
+    coarse = dataclasses.replace(task, refine=False)
+    found = [search(coarse, priced)]
     for _ in range(TURNS):
         better = corrected(task, priced, found[-1].graph)
         if better is None:
             break
         priced = better
         try:
-            found.append(search(task, priced))
+            found.append(search(coarse, priced))
         except BudgetError:  # a measurement of the library decides
             break
+    if task.refine:  # once, as it takes long: plans are found by now, and finding them again costs little
+        with contextlib.suppress(BudgetError):
+            found.append(search(task, priced))
     current = [_repriced(task, one) for one in {one.graph.digest: one for one in found}.values()]
     best = min(current, key=lambda one: _rank(task, one))
     return dataclasses.replace(best, others=(*(one for one in current if one is not best), *best.others)), priced
