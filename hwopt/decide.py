@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import psutil
 
+from hwopt.analysis.held import held_bytes
 from hwopt.analysis.liveness import peak_activation_bytes
-from hwopt.analysis.size import weight_bytes
 from hwopt.backends.ort import Session
 from hwopt.build import Built
 from hwopt.errors import BudgetError
@@ -105,14 +105,17 @@ def _searched(job: Job, task: Search, priced: Priced, baseline: Built, build: Bu
             found, result = _proved(job, task, priced, found, baseline, result, build)
             return (found, result) if job.budget.limited else _worth_it(job, found, baseline, result)
         correction = seconds["result"] / max(found.plan.seconds_after, 1e-12)
-        task = dataclasses.replace(task, scale=task.scale * correction, memory_scale=_memory_scale(result))
+        weights = result.library.weight_bytes / max(held_bytes(result.graph), 1)
+        task = dataclasses.replace(
+            task, scale=task.scale * correction, memory_scale=_memory_scale(result), weight_scale=max(1.0, weights)
+        )
     raise BudgetError(f"measured {broken} after {TURNS} plans", place="plan", hint="relax the budget or --max-drop")
 
 
 def _broken(job: Job, result: Built, seconds: float) -> str:
     """Which limit the built library breaks; empty if none."""
     joules = job.predicted(result.graph).joules
-    return exceeded(job.budget, Amounts(seconds, weight_bytes(result.graph), result.library.arena_bytes, joules))
+    return exceeded(job.budget, Amounts(seconds, result.library.weight_bytes, result.library.arena_bytes, joules))
 
 
 def _time_scale(job: Job, baseline: Built) -> float:

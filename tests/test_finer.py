@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hwopt.analysis.size import weight_bytes
+from hwopt.analysis.held import held_bytes
 from hwopt.decide import make_task
 from hwopt.errors import PassError
 from hwopt.io.onnx import save
@@ -92,7 +92,7 @@ def test_what_hands_floats_to_its_neighbours_shares_no_conversions_with_them(net
 
 def test_a_plan_has_4_bits_where_bytes_ask_for_them_and_rounds_them_with_care(network: Path) -> None:
     job = job_for(network)
-    eight, four = (weight_bytes(run_pass(Quantize(weights=(bits,)), job.graph, job.ctx)) for bits in ("int8", "int4"))
+    eight, four = (held_bytes(run_pass(Quantize(weights=(bits,)), job.graph, job.ctx)) for bits in ("int8", "int4"))
     task = task_for(network, size=(eight + four) / 2)
     found = search(task, price(task))
     (whole,) = found.plan.passes(find_passes())
@@ -100,7 +100,7 @@ def test_a_plan_has_4_bits_where_bytes_ask_for_them_and_rounds_them_with_care(ne
     assert "int4" in whole.weights
     assert (whole.rounding == "adaround") == any("with more care" in one.reason for one in found.plan.decisions)
     assert whole.rounding == "adaround" or any("not worth it" in one.reason for one in found.plan.refused)
-    assert weight_bytes(found.graph) <= (eight + four) / 2
+    assert held_bytes(found.graph) <= (eight + four) / 2
 
 
 def solution_of(task: Search, *texts: str) -> Solution:
@@ -139,8 +139,8 @@ def test_what_is_done_with_more_care_is_what_was_chosen(network: Path) -> None:
 
 def test_what_is_trained_anyway_is_not_rounded_with_care(network: Path) -> None:
     job = job_for(network)
-    four = weight_bytes(run_pass(Quantize(weights=("int4",)), job.graph, job.ctx))
-    task = dataclasses.replace(task_for(network, size=1.05 * four), refine=False)
+    four = held_bytes(run_pass(Quantize(weights=("int4",)), job.graph, job.ctx))
+    task = dataclasses.replace(task_for(network, size=1.01 * four), refine=False)
     found = search(task, price(task))
     assert "weights=int4" in str(found.plan.decisions) and "rounding" not in str(found.plan.decisions)
 

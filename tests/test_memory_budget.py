@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from hwopt.analysis.held import held_bytes
 from hwopt.analysis.liveness import alive_bytes, peak_activation_bytes
-from hwopt.decide import make_task
+from hwopt.analysis.size import weight_bytes
+from hwopt.build import Built, build
+from hwopt.decide import _broken, make_task
 from hwopt.errors import BudgetError
+from hwopt.ir import Graph
 from hwopt.job import Job, prepare, quiet
-from hwopt.pipeline import PassManager, merged
+from hwopt.pipeline import PassManager, merged, run_pass
 from hwopt.plan.attempt import Search, price
 from hwopt.plan.budget import parse_budget
 from hwopt.plan.front import front
@@ -21,6 +27,8 @@ from hwopt.plan.plan import plan_from_json
 from hwopt.plan.search import search
 from hwopt.plan.solve import Limits, predicted, solve
 from hwopt.plan.store import identity
+from hwopt.plugins import find_target
+from passes.quantize import Quantize
 
 CLASSES = 8
 
@@ -138,3 +146,44 @@ def made(passes: str) -> Search:
     task = make_task(job_for(passes=passes))
     assert task is not None
     return task
+
+
+def convolution(taps: int) -> Graph:
+    job = prepare(
+        layer(taps), target="host", shapes=None, binds=None, calibrate=(data := {"x": noise(8)["x"].repeat(32, 1)[:, :32]}),
+        evaluate=data, budget=parse_budget("100%"), passes="quantize", threads=1, seed=0, progress=quiet,
+    )  # fmt: skip
+    return run_pass(Quantize(weights=("int4",)), job.graph, job.ctx)
+
+
+def layer(taps: int) -> ModelProto:
+    weight = np.random.default_rng(0).standard_normal((64, 32, taps, taps)).astype(np.float32)
+    node = helper.make_node("Conv", ["x", "w"], ["y"], name="c", pads=[taps // 2] * 4)
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, c, 8, 8]) for n, c in (("x", 32), ("y", 64))]
+    graph = helper.make_graph([node], "layer", ends[:1], ends[1:], [numpy_helper.from_array(weight, "w")])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+@pytest.mark.parametrize("taps", [1, 3])
+def test_what_no_kernel_decodes_counts_as_the_library_holds_it(taps: int, tmp_path: Path) -> None:
+    graph = convolution(taps)
+    built = build(graph, find_target("host"), 1, tmp_path, compact=True)
+    assert held_bytes(graph) == pytest.approx(built.library.weight_bytes, rel=0.15)
+    assert (held_bytes(graph) > 1.5 * weight_bytes(graph)) == (taps == 3)
+
+
+def test_a_limit_on_size_holds_for_the_library() -> None:
+    job = dataclasses.replace(job_for(), budget=parse_budget("100%", ("size=40kB",)))
+    assert "weights 60 KB of 40 KB" in _broken(job, _built(job.graph, 60_000), 0.0)
+    assert not _broken(job, _built(job.graph, 30_000), 0.0)
+
+
+def _built(graph: Graph, size: int) -> Built:
+    library = SimpleNamespace(weight_bytes=size, arena_bytes=0)
+    return cast(Built, SimpleNamespace(graph=graph, library=library))
+
+
+def test_weights_that_a_library_pads_shrink_what_the_next_plan_may_take() -> None:
+    task = dataclasses.replace(made("quantize"), weight_scale=1.25, budget=parse_budget("100%", ("size=10kB",)))
+    assert task.amounts(task.graph).bytes == 1.25 * held_bytes(task.graph)
+    assert task.first_limits().bytes == 8000

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from hwopt.analysis.held import held_bytes
 from hwopt.analysis.liveness import peak_activation_bytes
 from hwopt.analysis.memo import remembered
-from hwopt.analysis.size import weight_bytes
 from hwopt.backends.ort import Session
 from hwopt.errors import DataError
 from hwopt.evaluate import Comparison, Scorer, compare
@@ -36,7 +36,8 @@ SENSITIVITY_SAMPLES = 64
 
 @dataclass(frozen=True, eq=False)
 class Search:
-    """Everything one search works with. The scales are measured over predicted time and memory, 1 where nothing was measured.
+    """Everything one search works with. The scales are measured over predicted time, memory and weights, 1 where nothing was
+    measured.
 
     `knobs` sets options of whole families (`quantize.calibrator`), `known` keeps errors from search to search, `tie` lets
     isomorphic layers be decided together where that is proven to lose nothing. `sensitivity` is how errors are found (see
@@ -55,6 +56,7 @@ class Search:
     progress: Progress
     scale: float = 1.0
     memory_scale: float = 1.0
+    weight_scale: float = 1.0
     knobs: Mapping[str, Any] = field(default_factory=dict)
     known: Known = field(default_factory=dict)
     tie: bool = True
@@ -70,7 +72,7 @@ class Search:
     def amounts(self, graph: Graph) -> Amounts:
         """What a graph is predicted to cost, in measured units."""
         cost, peak = self.pricer.graph(graph), peak_activation_bytes(graph) * self.memory_scale
-        return Amounts(cost.seconds * self.scale, weight_bytes(graph), peak, cost.joules)
+        return Amounts(cost.seconds * self.scale, held_bytes(graph) * self.weight_scale, peak, cost.joules)
 
     def exceeded(self, amounts: Amounts) -> str:
         """Which limit is broken, with the numbers; empty if none."""
@@ -81,7 +83,8 @@ class Search:
         budget = self.budget
         seconds = None if budget.latency_seconds is None else budget.latency_seconds / self.scale
         peak = None if budget.activation_bytes is None else budget.activation_bytes / self.memory_scale
-        return Limits(None, seconds, budget.weight_bytes, peak, budget.joules)
+        size = None if budget.weight_bytes is None else budget.weight_bytes / self.weight_scale
+        return Limits(None, seconds, size, peak, budget.joules)
 
 
 @dataclass(frozen=True, eq=False)

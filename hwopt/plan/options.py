@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from hwopt.analysis.held import held_bytes
 from hwopt.analysis.liveness import alive_bytes
-from hwopt.analysis.size import weight_bytes
 from hwopt.analysis.workload import kernels
 from hwopt.errors import PassError
 from hwopt.ir import Graph
@@ -158,7 +158,7 @@ def base_of(graph: Graph, pricer: Pricer) -> Base:
     for _, one in kernels(graph):
         work[one.name] = (*work.get(one.name, ()), one)
     cost = pricer.graph(graph)
-    return Base(work, cost.seconds, weight_bytes(graph), alive_bytes(graph), cost.joules)
+    return Base(work, cost.seconds, held_bytes(graph), alive_bytes(graph), cost.joules)
 
 
 def alive_at(changed: Graph, places: Mapping[str, int]) -> dict[str, int]:
@@ -257,7 +257,7 @@ def _priced(
     alive = {place: size - base.alive[place] for place, size in alive_at(changed, base.alive).items()}
     option = repriced(
         Option(
-            group=_group(combination), passes=combination, gain=0.0, bytes=weight_bytes(changed) - base.bytes,
+            group=_group(combination), passes=combination, gain=0.0, bytes=held_bytes(changed) - base.bytes,
             alive={place: change for place, change in alive.items() if change}, work=work,
             form="" if any(one.apart for one in combination) else _form(base, work, site),
             conversions=tuple(conversions),

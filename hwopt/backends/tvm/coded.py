@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hwopt.analysis.compressed import Compressed
+from hwopt.analysis.held import undecodable
 from hwopt.analysis.regions import Region, integer_operands, regions
 from hwopt.analysis.workload import coded_weights, workload
 from hwopt.backends.tvm.kernels import spec as step
@@ -41,7 +42,7 @@ def expanded_because(graph: Graph, region: Region, target: Target, threads: int,
     weight = coded_weights(graph, region)
     if weight is None:
         return "its weights are not coded"
-    reason = _unfit(graph, region, weight)
+    reason = undecodable(graph, region, weight)
     if reason or compact:
         return reason
     work = workload(graph, region)
@@ -54,32 +55,6 @@ def expanded_layers(graph: Graph, target: Target, threads: int, compact: bool = 
     """Every layer whose weights are stored as codes, with the reason why the library holds them decoded; "" where it does not."""
     found = (region for region in regions(graph) if coded_weights(graph, region) is not None)
     return {region.name: expanded_because(graph, region, target, threads, compact) for region in found}
-
-
-def _unfit(graph: Graph, region: Region, weight: Compressed) -> str:
-    node = region.anchor
-    if graph.tensor(node.output).dtype != "float32" or not graph.tensor(node.output).static:
-        return "its results are not float32 of a fixed shape"
-    if len(node.inputs) > 2 and node.inputs[2] and node.inputs[2] not in graph.params and not _constant(graph, node.inputs[2]):
-        return "its bias is computed"
-    if region.integer and weight.bits > 4:
-        return "integer kernels look up at most 16 numbers"
-    if region.integer and weight.zeros is not None:
-        return "integer kernels take weights without zero points"
-    if node.op == "Conv":
-        kernel = graph.tensor(node.inputs[1]).dims[2:]
-        plain = math.prod(kernel) == 1 and node.attr("group", 1) == 1 and not any(node.attr("pads", ()))
-        plain = plain and all(one == 1 for one in node.attr("strides", (1,)))
-        return "" if plain and node.attr("auto_pad", "NOTSET") == "NOTSET" else "it is no 1 x 1 convolution"
-    if node.op == "Gemm" and (node.attr("transA", 0) or node.attr("alpha", 1.0) != 1.0):
-        return "its data are transposed or scaled"
-    return "" if len(graph.tensor(node.inputs[0]).dims) > 1 else "it multiplies a vector"
-
-
-def _constant(graph: Graph, value: str) -> bool:
-    """A dequantized bias."""
-    node = graph.producer.get(value)
-    return node is not None and all(read in graph.params for read in node.reads)
 
 
 def coded_kernel(graph: Graph, region: Region, values: Values) -> CodedKernel | None:
