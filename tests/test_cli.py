@@ -82,6 +82,16 @@ def test_print_shows_every_layer(capsys: pytest.CaptureFixture[str]) -> None:
     assert "@dense.0.first" in out
 
 
+def test_print_shows_the_history_of_an_artifact(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    passes = ("--passes", "low-rank{site=head,rank=4,method=plain}", "--no-measure")
+    assert hwopt(capsys, "compile", MODEL, "-o", made, *passes, *IMAGE)[0] == 0
+    plain, told = (hwopt(capsys, "print", made, *more)[1] for more in ((), ("--history",)))
+    assert "; low-rank{" in told and "; low-rank{" not in plain
+    code, _, err = hwopt(capsys, "print", MODEL, "--history")
+    assert code == 2 and "print an artifact's folder" in err
+
+
 def test_every_exit_code_is_explained_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.HwoptError)]
     code, out, _ = hwopt(capsys, "--help")
@@ -106,6 +116,7 @@ def test_apply_diff_and_print_work_on_files(capsys: pytest.CaptureFixture[str], 
     [
         (("compile", "nowhere.onnx", "-o", "x"), 3, "nowhere.onnx"),
         (("compile", MODEL, "-o", "x"), 2, "--shape image="),
+        (("compile", MODEL, "-o", "x", *IMAGE, "--max-drop", "1"), 2, "--max-drop: 1 would be the whole score; write 1% or 0.01"),
         (("compile", MODEL, "-o", "x", *IMAGE, "--target", "hots"), 2, "did you mean host?"),
         (("compile", MODEL, "-o", "x", *IMAGE, "--passes", "quantise"), 2, "did you mean quantize?"),
         (("compile", MODEL, "-o", "x", "--shape", "image=1,x"), 2, "write --shape input=1,3,224,224"),

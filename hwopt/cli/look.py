@@ -17,14 +17,17 @@ NO_PLAN = "give an artifact's folder or a plan.json"
 
 @click.command("print")
 @MODEL
-@click.option("--history", is_flag=True, help="Show which passes made each node.")
+@click.option("--history", is_flag=True, help="Show which passes made each node of an artifact.")
 @SHAPE
 @BIND
 def print_(model: Path, history: bool, shapes: tuple[str, ...], binds: tuple[str, ...]) -> None:
     """Print a model as hwopt sees it. MODEL is an ONNX file or an artifact."""
     from hwopt.ir import to_text
 
-    click.echo(to_text(read_graph(model, shapes, binds), history=history), nl=False)
+    if history and not model.is_dir():
+        raise UsageError("an ONNX file does not say which passes made it", place=str(model), hint="print an artifact's folder")
+    graph = read_graph(model, shapes, binds)
+    click.echo((model / "graph.txt").read_text() if history else to_text(graph), nl=False)
 
 
 @click.command()

@@ -106,6 +106,8 @@ def _fraction(text: str | float) -> float:
         value = float(text[:-1]) / 100 if isinstance(text, str) and text.endswith("%") else float(text)
     except ValueError as error:
         raise UsageError(f"cannot read {text!r}", place="--max-drop", hint="write 1% or 0.01") from error
+    if isinstance(text, str) and not text.endswith("%") and value >= 1:
+        raise UsageError(f"{text} would be the whole score", place="--max-drop", hint=f"write {text}% or {value / 100:g}")
     if not 0 <= value <= 1:
         raise UsageError(f"{text} is not between 0 and 100 %", place="--max-drop", hint="write 1% or 0.01")
     return value
