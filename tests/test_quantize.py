@@ -448,8 +448,10 @@ def test_candidates_are_the_layers_that_the_target_can_compute() -> None:
     graph, target = residual(), find_target("cortex-a72")
     layers = [node.name for node in of_op(graph, *LAYERS)]
     found = list(Quantize.candidates(graph, target))
-    assert found[:-1] == [Quantize((name,)) for name in layers]
-    assert found[-1] == Refusal("quantize", graph.name, "target has no bfloat16 kernels")
+    *forms, last = found
+    assert [one for one in forms if one.weights == ("int8",) and not one.dynamic] == [Quantize((name,)) for name in layers]
+    assert [one.site[0] for one in forms if one.weights == ("int4",)] == layers
+    assert last == Refusal("quantize", graph.name, "target has no bfloat16 kernels")
     bare = dataclasses.replace(target, microkernels={}, peak={"float32": 1e9})
     reasons = {refusal.reason for refusal in Quantize.candidates(graph, bare) if isinstance(refusal, Refusal)}
     assert reasons == {"target has no int8 kernels", "target has no bfloat16 kernels"}
