@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -47,7 +48,14 @@ def rounded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def root_of(program: Program, name: str) -> str:
+class Owner(Protocol):
+    """What names buffers: a Program, or one that is being read."""
+
+    @property
+    def buffers(self) -> Mapping[str, Buffer]: ...
+
+
+def root_of(program: Owner, name: str) -> str:
     """The buffer whose memory `name` is a view of: itself unless it is an alias."""
     while program.buffers[name].alias:
         name = program.buffers[name].alias

@@ -13,6 +13,7 @@ from tvm import ir, tirx
 from tvm.tirx.op import masked_load
 
 Value = Any  # a tirx expression or a Python number
+OVERWRITES = "hwopt.overwrites"  # the argument that a kernel reads element by element right before it writes that element
 
 
 def vector(dtype: str, lanes: int) -> str:
@@ -146,5 +147,5 @@ def function(symbol: str, parameters: list[Value], body: Code, library: str = ""
     whole = body.done()
     if library:
         whole = tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", ir.StringImm(library), whole)
-    over = {} if overwrites is None else {"hwopt.overwrites": overwrites}
+    over = {} if overwrites is None else {OVERWRITES: overwrites}
     return tirx.PrimFunc(parameters, whole).with_attr({"global_symbol": symbol, "tirx.noalias": not over, **over})
