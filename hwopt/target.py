@@ -38,6 +38,7 @@ class MicroKernel:
     intrinsic: str = ""
     features: tuple[str, ...] = ()  # LLVM -mattr names that it needs
     rows: int = 1  # output positions that one step multiplies; they share `rows` accumulator registers
+    wide: str = ""  # of integers: LLVM's name of the instruction for products of 16-bit numbers, in pairs or one in each lane
     others: tuple[MicroKernel, ...] = ()  # of the same dtype, for work that this one does not take; the first that does is used
 
 

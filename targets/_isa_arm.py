@@ -12,7 +12,8 @@ from hwopt.target import MicroKernel
 
 NEON_FLOAT = MicroKernel("float32", 4, 1, 32, "float32", "float32", "llvm.fma", ("neon",))
 # s8 x s8 -> s16 (SMULL), neighbours added into s32 (SADALP): exact, for cores without dot products
-NEON_INT8 = MicroKernel("int8", 4, 2, 32, "int32", "int8", "llvm.aarch64.neon.smull", ("neon",))
+_SMULL = "llvm.aarch64.neon.smull"
+NEON_INT8 = MicroKernel("int8", 4, 2, 32, "int32", "int8", _SMULL, ("neon",), wide=_SMULL)
 SDOT = MicroKernel("int8", 4, 4, 32, "int32", "int8", "llvm.aarch64.neon.sdot", ("neon", "dotprod"))
 # with I8MM also u8 x s8, and products of matrices: 2 positions x 2 channels x 8 products in one instruction
 _I8MM = ("neon", "dotprod", "i8mm")

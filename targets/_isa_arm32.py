@@ -12,7 +12,8 @@ from hwopt.target import MicroKernel
 _NEEDED = ("neon", "vfp4")
 NEON_FLOAT = MicroKernel("float32", 4, 1, 16, "float32", "float32", "llvm.fma", _NEEDED)
 # s8 x s8 -> s16 (VMULL), neighbours added into s32 (VPADAL): exact
-NEON_INT8 = MicroKernel("int8", 4, 2, 16, "int32", "int8", "llvm.arm.neon.vmulls", _NEEDED)
+_VMULL = "llvm.arm.neon.vmulls"
+NEON_INT8 = MicroKernel("int8", 4, 2, 16, "int32", "int8", _VMULL, _NEEDED, wide=_VMULL)
 
 
 FLAGS = frozenset({"neon", "vfpv4"})  # in the words of /proc/cpuinfo

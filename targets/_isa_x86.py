@@ -18,12 +18,23 @@ AVX2_FLOAT = MicroKernel("float32", 8, 1, 16, "float32", "float32", "llvm.fma", 
 SSE_FLOAT = MicroKernel("float32", 4, 1, 16, "float32", "float32")
 
 # u8 x s8: four products are added into an int32 without saturation
-AVX512_VNNI = MicroKernel("int8", 16, 4, 32, "int32", "uint8", "llvm.x86.avx512.vpdpbusd.512", (*_V4, "avx512vnni"))
-AVX_VNNI = MicroKernel("int8", 8, 4, 16, "int32", "uint8", "llvm.x86.avx512.vpdpbusd.256", (*_V3, "avxvnni"))
-# vpmaddubsw saturates at 16 bits, so without VNNI bytes are widened and added in pairs by vpmaddwd, which is exact
-AVX512_INT16 = MicroKernel("int8", 16, 2, 32, "int32", "uint8", "llvm.x86.avx512.pmaddw.d.512", _V4)
-AVX2_INT16 = MicroKernel("int8", 8, 2, 16, "int32", "uint8", "llvm.x86.avx2.pmadd.wd", _V3)
-SSE_INT16 = MicroKernel("int8", 4, 2, 16, "int32", "uint8", "llvm.x86.sse2.pmadd.wd")
+AVX512_VNNI = MicroKernel(
+    "int8", 16, 4, 32, "int32", "uint8", "llvm.x86.avx512.vpdpbusd.512", (*_V4, "avx512vnni"),
+    wide="llvm.x86.avx512.vpdpwssd.512",
+)  # fmt: skip
+AVX_VNNI = MicroKernel(
+    "int8", 8, 4, 16, "int32", "uint8", "llvm.x86.avx512.vpdpbusd.256", (*_V3, "avxvnni"), wide="llvm.x86.avx512.vpdpwssd.256"
+)  # fmt: skip
+
+
+def _widening(lanes: int, registers: int, name: str, features: tuple[str, ...]) -> MicroKernel:
+    """vpmaddubsw saturates at 16 bits, so without VNNI bytes are widened and added in pairs by vpmaddwd, which is exact."""
+    return MicroKernel("int8", lanes, 2, registers, "int32", "uint8", name, features, wide=name)
+
+
+AVX512_INT16 = _widening(16, 32, "llvm.x86.avx512.pmaddw.d.512", _V4)
+AVX2_INT16 = _widening(8, 16, "llvm.x86.avx2.pmadd.wd", _V3)
+SSE_INT16 = _widening(4, 16, "llvm.x86.sse2.pmadd.wd", ())
 
 # Intel, "BFLOAT16 - hardware numerics definition" (2018): pairs of products, denormals as zeros. Its conversion (vcvtneps2bf16)
 # serves the float32 kernels as well.
@@ -35,11 +46,12 @@ AVX512_BF16 = MicroKernel(
 # Products of tiles: 16 positions x 64 bytes of data, 64 bytes x 16 channels of weights. Intel SDM volume 2, TDPBUSD, TDPBF16PS.
 _TILE = ("amx-tile",)
 AMX_INT8 = MicroKernel(
-    "int8", 16, 64, 8, "int32", "uint8", "llvm.x86.tdpbusd", (*AVX512_VNNI.features, *_TILE, "amx-int8"), 16, (AVX512_VNNI,)
+    "int8", 16, 64, 8, "int32", "uint8", "llvm.x86.tdpbusd", (*AVX512_VNNI.features, *_TILE, "amx-int8"), 16,
+    others=(AVX512_VNNI,)
 )  # fmt: skip
 AMX_BF16 = MicroKernel(
     "bfloat16", 16, 32, 8, "float32", "bfloat16", "llvm.x86.tdpbf16ps", (*AVX512_BF16_FEATURES, *_TILE, "amx-bf16"), 16,
-    (AVX512_BF16,),
+    others=(AVX512_BF16,),
 )  # fmt: skip
 
 _CPUINFO = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from hwopt.backends.tvm import kernels
+from hwopt.backends.tvm.kernels import winograd_schedule
 from hwopt.backends.tvm.kernels.spec import Activation, Bias, ConvSpec, MatmulSpec, PoolSpec, Quantize, Scale
 from hwopt.emit import Buffer, Call, Program
 from hwopt.emit.build import build_library
@@ -100,8 +101,12 @@ MATMULS = {
     "computed transposed matmul": {"batch": 2, "m": 9, "n": 18, "k": 45, "constant": False, "transposed": True},
 }
 POOLS = {"max pool": "max", "average pool": "average"}
-KINDS = [*CONVS, *MATMULS, *POOLS, "requantized conv"]
+WINOGRAD = {"height": 9, "width": 14, "in_channels": 42, "out_channels": 43, "kernel": (3, 3), "pads": (0, 1, 1, 1)}
 LAST = Quantize(0.07, 10, "int8")
+
+
+def kinds(micro: MicroKernel) -> list[str]:
+    return [*CONVS, *MATMULS, *POOLS, "requantized conv", *(["by Winograd"] if micro.wide else [])]
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +136,9 @@ def case(kind: str, micro: MicroKernel) -> Case:
     if kind == "requantized conv":
         return _requantized(ConvSpec(batch=1, **CONVS["conv 3x3"], **{**types, "out_dtype": "int8"}), micro)
     padding = 0 if micro.accumulator == "float32" else 7
-    spec = ConvSpec(batch=2, **CONVS[kind], **types, pad_value=padding)
+    spec = ConvSpec(batch=2, **CONVS.get(kind, WINOGRAD), **types, pad_value=padding)
+    if kind == "by Winograd":
+        spec = winograd_schedule.winograd_spec(spec)
     data, weights = random(spec)
     chosen = suited(spec, micro)
     return Case(spec, chosen, data, (kernels.pack(spec, weights, chosen),), (), accumulators(spec, data, weights))
@@ -184,7 +191,7 @@ def _pool(kind: str, micro: MicroKernel) -> Case:
 
 @functools.cache
 def cases(micro: MicroKernel) -> dict[str, Case]:
-    return {kind: case(kind, micro) for kind in KINDS}
+    return {kind: case(kind, micro) for kind in kinds(micro)}
 
 
 @functools.cache
@@ -232,11 +239,10 @@ def run(name: str, machine: Machine) -> dict[str, np.ndarray]:
         )
         library = build_library(program, Path(folder) / "library", features=level.features)
         found = execute(library, machine, feeds)
-    return {kind: found[f"y{index}"] for index, kind in enumerate(KINDS)}
+    return {kind: found[f"y{index}"] for index, kind in enumerate(cases(level.micro))}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, level in LEVELS.items() for kind in kinds(level.micro)])
 def test_every_microkernel_computes_what_numpy_does(name: str, kind: str) -> None:
     level = LEVELS[name]
     reason = level.machine.missing(level.features)

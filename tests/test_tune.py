@@ -19,6 +19,7 @@ import pytest
 from benchmarks.tuning import reached_by, resnet18_tasks
 from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.kernels.spec import Bias, ConvSpec, MatmulSpec, PoolSpec, Quantize, Scale
+from hwopt.backends.tvm.kernels.winograd_schedule import winograd_spec
 from hwopt.backends.tvm.tune.builder import Builder, Built, build_candidate, cluster
 from hwopt.backends.tvm.tune.child import COLD, HOT, WARM, Arguments
 from hwopt.backends.tvm.tune.database import Database, Trial, Tuned, default_path
@@ -183,6 +184,7 @@ def test_the_default_database_lies_in_the_users_cache() -> None:
         MatmulSpec(2, 20, 50, 33, constant=False),
         ConvSpec(1, 5, 9, 16, 16, (3, 3), pads=(1, 1, 1, 1), groups=16),
         PoolSpec(1, 9, 9, 40, (3, 3)),
+        winograd_spec(ConvSpec(1, 18, 15, 20, 50, (3, 3), (1, 1), (1, 1), (1, 1, 1, 1), 1, "uint8", "int8", "int32")),
     ],
 )
 @pytest.mark.parametrize("threads", [1, 2])

@@ -16,6 +16,7 @@ from hwopt.backends.tvm.kernels.packed import PackedSpec
 from hwopt.backends.tvm.kernels.spec import MatmulSpec
 from hwopt.backends.tvm.layout import OPAQUE, Expr, constant
 from hwopt.backends.tvm.narrow import broadened
+from hwopt.backends.tvm.transformed import transformed
 from hwopt.backends.tvm.weighted import Kernel, Spec
 from hwopt.target import MicroKernel, Target
 
@@ -42,6 +43,7 @@ class Templates:
 
         kernel = broadened(kernel, self.micro(kernel.spec).lanes)
         micro = self.micro(kernel.spec)
+        kernel = transformed(kernel, micro)
         if kernels.supports(kernel.spec, micro):
             return None
         self.calls[kernel.spec, micro] += 1

@@ -24,12 +24,15 @@ from hwopt.backends.tvm.kernels import (
     pool,
     pooled,
     schedule,
+    winograd,
+    winograd_schedule,
 )
 from hwopt.backends.tvm.kernels.geometry import geometry
 from hwopt.backends.tvm.kernels.loops import LoopsSpec, build_loops, default_loops
 from hwopt.backends.tvm.kernels.packed import PackedSpec
 from hwopt.backends.tvm.kernels.schedule import Schedule
 from hwopt.backends.tvm.kernels.spec import ConvSpec, ConvTransposeSpec, MatmulSpec, PoolSpec
+from hwopt.backends.tvm.kernels.winograd_schedule import WinogradSpec
 from hwopt.target import MicroKernel
 
 __all__ = ["Schedule", "build", "default_schedule", "pack", "suited", "supports"]
@@ -93,6 +96,8 @@ def pack(spec: ConvSpec | ConvTransposeSpec | MatmulSpec, weights: np.ndarray, m
     """Weights in ONNX's layout ([out, in / groups, height, width] or [k, n]) as the kernel reads them."""
     if isinstance(spec, ConvTransposeSpec):
         return conv_transpose.pack(spec, weights, micro)
+    if isinstance(spec, WinogradSpec):
+        return winograd.pack(spec, weights, micro)
     if depthwise.is_depthwise(spec):
         return depthwise.pack(spec, weights, micro)
     rows = weights.transpose(0, 2, 3, 1) if isinstance(spec, ConvSpec) else weights.T
@@ -108,6 +113,8 @@ def default_schedule(spec: Spec, micro: MicroKernel, cores: int = 1) -> Schedule
         return packed.schedule_of(spec, micro, cores)
     if isinstance(spec, PoolSpec):
         return pool.default_schedule(spec, micro, cores)
+    if isinstance(spec, WinogradSpec):
+        return winograd_schedule.default_schedule(spec, micro, cores)
     if depthwise.is_depthwise(spec):
         return depthwise.default_schedule(spec, micro, cores)
     if array.is_array(micro):
@@ -124,6 +131,8 @@ def build(spec: Spec, schedule: Schedule, micro: MicroKernel, symbol: str) -> An
         return packed.build(spec, schedule, micro, symbol)
     if isinstance(spec, PoolSpec):
         return pool.Pool(spec, schedule, micro).build(symbol)
+    if isinstance(spec, WinogradSpec):
+        return winograd.Winograd(spec, schedule, micro).build(symbol)
     if depthwise.is_depthwise(spec):
         return depthwise.Depthwise(spec, schedule, micro).build(symbol)
     if isinstance(spec, ConvTransposeSpec):

@@ -15,7 +15,7 @@ from typing import Any
 
 from tvm import tirx
 
-from hwopt.backends.tvm.kernels import bfloat16
+from hwopt.backends.tvm.kernels import bfloat16, modular
 from hwopt.backends.tvm.kernels.code import Code, Value, cast, intrinsic, load, splat, stored, vector
 from hwopt.target import MicroKernel
 
@@ -39,7 +39,7 @@ def data_operand(code: Code, micro: MicroKernel, buffer: Value, index: Value, dt
             return code.bind("data", splat(bfloat16.widen(load(buffer, index), 1), lanes))
         return code.bind("data", widened(micro, splat(load(buffer, index), lanes)))
     # moved as one scalar, so that one broadcast instruction does it
-    word = "int32" if depth == 4 or dtype == "bfloat16" else "int16"
+    word = "int32" if depth == 4 or dtype in ("bfloat16", "int16") else "int16"
     if count == depth:
         repeated = splat(tirx.reinterpret(word, load(buffer, index, depth)), lanes)
     else:
@@ -99,6 +99,8 @@ def accumulate(micro: MicroKernel, total: Value, data: Value, weight: Value) -> 
         return intrinsic(wide, name, data, weight, total)
     if bfloat16.multiplies(micro):
         return bfloat16.dot(micro, total, data, weight)
+    if micro.dtype == "int16" and "vpdp" not in name:
+        return modular.add(total, intrinsic(wide, name, data, weight), lanes)
     if "pmadd" in name:  # x86: int16 pairs, exact for 8-bit values
         return total + intrinsic(wide, name, data, weight)
     if "vmulls" in name:  # the same in 32-bit NEON

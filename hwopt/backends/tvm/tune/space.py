@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from hwopt.backends.tvm.kernels import Schedule, amx_layout, amx_schedule, depthwise, schedule
+from hwopt.backends.tvm.kernels import Schedule, amx_layout, amx_schedule, depthwise, schedule, winograd_schedule
 from hwopt.backends.tvm.kernels.geometry import Geometry, geometry
 from hwopt.backends.tvm.kernels.loops import LANE_COUNTS, VECTOR_COUNTS, LoopsSpec
 from hwopt.backends.tvm.kernels.packed import DIRECT_ROWS, WORKSPACE, PackedSpec, widths, workspace_bytes
 from hwopt.backends.tvm.kernels.spec import PoolSpec
+from hwopt.backends.tvm.kernels.winograd_schedule import WinogradSpec
 from hwopt.backends.tvm.tune.database import Trial
 from hwopt.backends.tvm.tune.task import Spec, Task
 
@@ -41,8 +42,11 @@ class Space:
         return inside and small and self._fits(point)
 
     def _fits(self, point: Point) -> bool:
-        """False where decoded weights take more workspace than they may by default."""
+        """False where decoded weights take more workspace than they may by default, or accumulators do not fit the registers."""
         spec, micro = self.task.spec, self.task.micro
+        if isinstance(spec, WinogradSpec):
+            columns, vectors = point[:2]
+            return columns * vectors + vectors + 1 <= micro.registers
         if not isinstance(spec, PackedSpec):
             return True
         most = max(WORKSPACE, workspace_bytes(spec, self.task.default, micro))
@@ -134,6 +138,13 @@ def _knobs(task: Task) -> dict[str, tuple[int, ...]]:
     if isinstance(spec, PoolSpec):
         tiles = -(-spec.channels // lanes)
         return {"vectors": _upto(min(8, tiles)), "block_tiles": _upto(tiles)}
+    if isinstance(spec, WinogradSpec):
+        down, across = winograd_schedule.tiles(spec)
+        return {
+            "tile_columns": _upto(min(30, down * across)), "vectors": _upto(min(4, -(-spec.out_channels // lanes))),
+            "block_rows": tuple(sorted({-(-down // count) for count in COUNTS})),
+            "block_tiles": _upto(-(-spec.out_channels // lanes)),
+        }  # fmt: skip
     if depthwise.is_depthwise(spec):
         return {"tile_columns": _upto(min(16, spec.out_width)), "block_rows": _upto(spec.out_height)}
     if isinstance(spec, PackedSpec) and spec.m <= DIRECT_ROWS:
@@ -237,6 +248,13 @@ class Proposer:
 
     def prior(self, point: Point) -> float:
         """log(estimated time / the default schedule's); 0 where there is no estimate."""
+        task = self.space.task
+        if isinstance(task.spec, WinogradSpec):
+            estimates = (
+                winograd_schedule.cycles(task.spec, one, task.micro, task.threads if one.parallel else 1)
+                for one in (self.space.schedule(point), task.default)
+            )
+            return math.log(next(estimates) / next(estimates))
         if not self.space.tiles:
             return 0.0
         tile = point[:3]

@@ -1,0 +1,93 @@
+"""Winograd's algorithm for convolutions of bytes gives the integers of the direct form, or is not used."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from hwopt.backends.tvm.kernels.spec import Activation, Add, Bias, Quantize, Scale
+from hwopt.backends.tvm.kernels.winograd import exact
+from hwopt.backends.tvm.kernels.winograd_schedule import able, pays, winograd_spec
+from hwopt.backends.tvm.transformed import transformed
+from hwopt.backends.tvm.weighted import Kernel
+from targets import _isa_x86
+from tests.test_kernels import FLAGS, accumulators, conv, random, run
+
+VNNI = _isa_x86.microkernels(FLAGS["avx512-vnni"])["int8"]
+SHAPES = {
+    "whole tiles": (12, 16, 32, 32),
+    "ends of tiles": (9, 14, 18, 21),
+    "less than a tile": (3, 2, 16, 16),
+    "many channels": (8, 8, 34, 130),
+    "few rows": (5, 40, 20, 48),
+}
+
+
+def by_winograd(shape, **more):
+    height, width, channels, out = shape
+    more.setdefault("pads", (1, 1, 1, 1))
+    return winograd_spec(conv(height, width, channels, out, (3, 3), integer=True, **more))
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_sums_are_those_of_the_direct_form(shape, cores):
+    spec = by_winograd(shape, batch=2, pad_value=9)
+    data, weights = random(spec)
+    assert (run(spec, data, weights, cores=cores) == accumulators(spec, data, weights).reshape(-1)).all()
+
+
+@pytest.mark.parametrize("pads", [(0, 0, 0, 0), (2, 0, 1, 3)])
+def test_any_border_is_filled_with_the_zero_point(pads):
+    spec = by_winograd((10, 11, 16, 16), pads=pads, pad_value=200)
+    data, weights = random(spec)
+    assert (run(spec, data, weights) == accumulators(spec, data, weights).reshape(-1)).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_sums_that_it_takes_are_exact(sign):
+    spec = by_winograd((8, 8, 114, 16))
+    data = np.full((1, 8, 8, 114), 255, np.uint8)
+    weights = np.full((16, 114, 3, 3), 127 * sign, np.int8)
+    assert exact(weights) and not exact(np.repeat(weights, 2, 1))
+    assert (run(spec, data, weights) == accumulators(spec, data, weights).reshape(-1)).all()
+
+
+@pytest.mark.parametrize("function", ["relu", "silu"])
+def test_the_epilogue_is_the_same(function):
+    steps = (Bias(), Scale(), Add("uint8", 0.1, 3), Activation(function), Quantize(0.05, 4, "uint8"))
+    spec = by_winograd((9, 12, 16, 40), epilogue=steps, out_dtype="uint8")
+    plain = conv(9, 12, 16, 40, (3, 3), integer=True, pads=(1, 1, 1, 1), epilogue=steps, out_dtype="uint8")
+    data, weights = random(spec)
+    bias, scale = np.arange(40, dtype=np.int32) * 50, np.linspace(1e-4, 3e-4, 40, dtype=np.float32)
+    addend = np.random.default_rng(1).integers(0, 256, (9, 12, 40)).astype(np.uint8)
+    found, direct = (run(one, data, weights, (bias, scale, addend)) for one in (spec, plain))
+    assert (found == direct).all() and len(np.unique(found)) > 50
+
+
+def kernel(spec, weights):
+    return Kernel(spec, None, weights, (), (), spec.out_dtype, True)
+
+
+def test_it_is_chosen_where_it_pays_and_is_exact():
+    large = conv(28, 28, 128, 128, (3, 3), integer=True, pads=(1, 1, 1, 1))
+    weights = np.ones((128, 128, 3, 3), np.int8)
+    assert transformed(kernel(large, weights), VNNI).spec == winograd_spec(large)
+    assert transformed(kernel(large, weights * 127), VNNI).spec is large  # 255 x 127 x 1152 > 2^25
+    small = dataclasses.replace(large, height=7, width=7)
+    assert transformed(kernel(small, weights), VNNI).spec is small
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"strides": (2, 2)}, {"dilations": (2, 2)}, {"kernel": (5, 5)}, {"in_channels": 65}, {"groups": 2}, {"out_channels": 8}],
+    ids=str,
+)
+def test_other_convolutions_are_left_alone(change):
+    large = conv(40, 40, 64, 64, (3, 3), integer=True, pads=(1, 1, 1, 1))
+    assert able(large, VNNI) and not able(dataclasses.replace(large, **change), VNNI)
+
+
+def test_a_matrix_unit_keeps_its_convolutions():
+    amx = _isa_x86.AMX_INT8
+    assert not pays(conv(40, 40, 64, 64, (3, 3), integer=True, pads=(1, 1, 1, 1)), amx)
