@@ -104,18 +104,43 @@ def _best_tiles(spec: ConvSpec, count: int, wide: MicroKernel) -> Iterator[tuple
 
 def cycles(spec: ConvSpec, found: Schedule, micro: MicroKernel, cores: int = 1) -> float:
     """Estimated cycles of the busiest core."""
-    down, across = tiles(spec)
-    wide = widened(micro)
-    vectors = -(-spec.out_channels // micro.lanes)
-    blocks = -(-down // found.block_rows)
-    count = found.block_rows * across
-    deep = min(vectors, found.vectors * found.block_tiles)
-    pieces = -(-vectors // (found.vectors * found.block_tiles))
-    words = -(-spec.in_channels // wide.depth)
-    shape = products(spec, count, deep * micro.lanes)
-    patches = count * -(-spec.in_channels // (2 * micro.lanes)) * PATCH_CYCLES
-    weights = deep * words * WEIGHT_CYCLES
-    multiplied = POINTS * schedule.cycles(shape, wide, 1, found.tile_columns, found.vectors)
-    results = count * deep * RESULT_CYCLES
-    tasks = spec.batch * blocks * pieces
-    return -(-tasks // cores) * (patches + weights + multiplied + results)
+    parts = Parts.of(spec, found, micro)
+    return -(-parts.tasks // cores) * parts.cycles
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What one task does, in vectors that are transformed and cycles of products, and how many tasks there are."""
+
+    tasks: int
+    tiles: int
+    vectors: int  # of channels
+    words: int
+    patches: int
+    multiplied: float
+
+    @staticmethod
+    def of(spec: ConvSpec, found: Schedule, micro: MicroKernel) -> Parts:
+        down, across = tiles(spec)
+        wide = widened(micro)
+        block = found.vectors * found.block_tiles
+        every = -(-spec.out_channels // micro.lanes)
+        count, vectors = found.block_rows * across, min(every, block)
+        shape = products(spec, count, vectors * micro.lanes)
+        multiplied = POINTS * schedule.cycles(shape, wide, 1, found.tile_columns, found.vectors)
+        tasks = spec.batch * -(-down // found.block_rows) * -(-every // block)
+        patches = count * -(-spec.in_channels // (2 * micro.lanes))
+        return Parts(tasks, count, vectors, -(-spec.in_channels // wide.depth), patches, multiplied)
+
+    @property
+    def weights(self) -> int:
+        return self.vectors * self.words
+
+    @property
+    def results(self) -> int:
+        return self.tiles * self.vectors
+
+    @property
+    def cycles(self) -> float:
+        moved = self.patches * PATCH_CYCLES + self.weights * WEIGHT_CYCLES + self.results * RESULT_CYCLES
+        return moved + self.multiplied

@@ -25,6 +25,7 @@ from hwopt.backends.tvm.learn.counted import (
     steps_of,
     traffic,
 )
+from hwopt.backends.tvm.learn.counted_winograd import by_winograd
 from hwopt.backends.tvm.learn.specs import spec_of
 from hwopt.backends.tvm.learn.tiles import cuts, tile_of
 from hwopt.target import MicroKernel, Workload
@@ -91,6 +92,8 @@ def product(work: Workload, micro: MicroKernel, threads: int) -> Counted:
 
     spec = spec_of(work, micro)
     micro, shape = suited(spec, micro), geometry(spec)
+    if transformed := by_winograd(work, micro, threads):
+        return transformed
     steps = shape.taps[0] * shape.taps[1] * shape.words(micro.depth)
     cycles, tile = tile_of(shape.rows, shape.columns, shape.n, steps, micro)
     tiling = Tiling(shape, micro, tile, cycles, BYTES.get(work.dtype, 4))

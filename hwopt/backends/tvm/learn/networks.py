@@ -23,7 +23,7 @@ MOBILE = (
 )
 GLUE = ("images", "sequences")
 FAMILIES = (
-    "residual", "bottleneck", "inverted", "plain", "transformer", "rows", "gated", "early", "fire", "mobile", *GLUE, *GLUE,
+    "residual", "bottleneck", "inverted", "plain", "transformer", "rows", "gated", "early", "fire", "mobile", "square", *GLUE, *GLUE,
 )  # fmt: skip
 
 
@@ -198,6 +198,12 @@ class Net:
             x = self.add(pool, x, kernel_shape=[size] * 2, strides=[2, 2], pads=[pad] * 4)
             shape = (*shape[:2], *((side + 2 * pad - size) // 2 + 1 for side in shape[2:]))
         return x, shape
+
+    def _square(self, x: str, shape: tuple[int, ...]) -> tuple[str, tuple]:
+        """Square filters one behind the other, as detectors and super-resolution have them."""
+        inner, there = self.conv(x, shape, self._bounded(self.width(16, 384), shape), 3)
+        inner = self.activation(inner, str(self.random.choice(("Relu", "Relu", "silu", "LeakyRelu", "none"))))
+        return (self.add("Add", inner, x) if there == shape and self.random.random() < 0.5 else inner), there
 
     def _fire(self, x: str, shape: tuple[int, ...]) -> tuple[str, tuple]:
         """Squeeze, then two kinds of filters beside each other (Iandola et al., 2016); factored layers are such pairs, too."""

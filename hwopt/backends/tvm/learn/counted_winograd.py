@@ -1,0 +1,70 @@
+"""Counts of convolutions that run by Winograd's algorithm (kernels/winograd.py)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from hwopt.backends.tvm.learn.counted import (
+    LINE,
+    SECOND,
+    Counted,
+    Numbers,
+    floats,
+    memory_shape,
+    pieces,
+    share,
+    spread,
+    step_names,
+    steps_of,
+    traffic,
+)
+from hwopt.target import MicroKernel, Workload
+
+if TYPE_CHECKING:  # the templates import TVM; listing targets must not
+    from hwopt.backends.tvm.kernels.schedule import Schedule
+    from hwopt.backends.tvm.kernels.winograd_schedule import WinogradSpec
+
+POOLS = ("GlobalAveragePool", "ReduceMean")  # behind them, the kernel would need all positions of an image at once
+
+
+def by_winograd(work: Workload, micro: MicroKernel, threads: int) -> Counted | None:
+    """The counts; None for a kernel that runs otherwise."""
+    from hwopt.backends.tvm.kernels.spec import ConvSpec
+    from hwopt.backends.tvm.kernels.winograd_schedule import default_schedule, pays, winograd_spec
+    from hwopt.backends.tvm.learn.specs import spec_of
+
+    spec = spec_of(work, micro)
+    if not isinstance(spec, ConvSpec) or any(name in POOLS for name in step_names(work)) or not pays(spec, micro):
+        return None
+    same = winograd_spec(spec)
+    schedule = default_schedule(same, micro, threads)
+    times, cycles = _times(work, same, schedule, micro)
+    facts = _shape(same, schedule, micro) | memory_shape(work) | steps_of(step_names(work)[1:]).shape()
+    return Counted(f"winograd {work.dtype}", spread(times, threads, cycles), floats(facts))
+
+
+def _times(work: Workload, spec: WinogradSpec, schedule: Schedule, micro: MicroKernel) -> tuple[Numbers, float]:
+    """Counts of all tasks, and the schedule's own estimate of their cycles."""
+    from hwopt.backends.tvm.kernels.winograd_schedule import POINTS, Parts
+
+    parts = Parts.of(spec, schedule, micro)
+    tasks = parts.tasks
+    kept = 2.0 * POINTS * (parts.tiles * spec.in_channels + parts.words * micro.lanes * schedule.vectors * 2)
+    stored = tasks * parts.results * (1 + pieces(spec.out_channels, micro.lanes) / parts.vectors)
+    return {
+        "patches": float(tasks * parts.patches), "weights_turned": float(tasks * parts.weights),
+        "multiplied": tasks * parts.multiplied, "results": float(tasks * parts.results),
+        **steps_of(step_names(work)[1:]).times(16.0 * stored), "kept_far": tasks * kept * share(kept, SECOND) / LINE,
+        "padded": work.read_bytes / LINE, **traffic(work), "call": 100.0,
+    }, parts.cycles * tasks  # fmt: skip
+
+
+def _shape(spec: WinogradSpec, schedule: Schedule, micro: MicroKernel) -> Numbers:
+    return {
+        "columns": schedule.tile_columns, "vectors": schedule.vectors, "block_rows": schedule.block_rows, "lanes": micro.lanes,
+        "log_in": math.log(spec.in_channels), "log_out": math.log(spec.out_channels), "rows_left": spec.out_height % 4,
+        "columns_left": spec.out_width % 4, "channels_left": spec.in_channels % (2 * micro.lanes) / micro.lanes,
+        "lanes_left": spec.out_channels % micro.lanes / micro.lanes, "image": math.log(spec.out_height * spec.out_width),
+        "images": spec.batch,
+    }  # fmt: skip
