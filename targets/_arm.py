@@ -3,7 +3,8 @@
 The tables data/arm_<core>.json come from `python -m benchmarks.arm_tables`; no Arm machine was measured. A kernel takes
 max(inner loops, cache, memory) + elementwise work + launch:
 
-* inner loops: multiply-adds, channels padded to whole vectors, at the table's rate; `EDGES` of them is lost at loop ends.
+* inner loops: multiply-adds, channels padded to whole vectors, at the table's rate; `EDGES` of them is lost at loop ends. Where
+  Winograd's algorithm takes fewer cycles, by the model that chooses it, they count for as much less.
 * cache: weights of a channel tile that overflow half of the first level come from the second one for every tile of positions.
 * memory: all bytes once, from the nearest level that holds them.
 """
@@ -16,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hwopt.target import Cost, Memory, Target, Workload
+from hwopt.backends.tvm.learn.counted_winograd import share_of_direct
+from hwopt.target import Cost, Memory, MicroKernel, Target, Workload
 from targets import _isa_arm
 from targets._roofline import round_up
 
@@ -48,6 +50,7 @@ class ArmCore:
     elements_per_cycle: float
     launch_seconds: float = 2e-6
     joules_per_op: Mapping[str, float] = field(default_factory=dict)
+    micros: Mapping[str, MicroKernel] = field(default_factory=dict)
 
     def estimate(self, workload: Workload, threads: int) -> Cost:
         """Cost of one kernel on `threads` cores; other dtypes count as float32."""
@@ -71,7 +74,7 @@ class ArmCore:
             macs = workload.m * round_up(workload.groups * workload.n, lanes) * workload.k
         else:
             macs = workload.m * round_up(workload.n, lanes) * workload.k * workload.groups
-        return macs / (loop.macs_per_cycle * self.hertz * (1 - EDGES))
+        return share_of_direct(workload, self.micros.get(dtype)) * macs / (loop.macs_per_cycle * self.hertz * (1 - EDGES))
 
     def _panels(self, workload: Workload, dtype: str, threads: int) -> float:
         """Seconds of reading weights again for every tile of positions, where they overflow half of the first level."""
@@ -109,7 +112,7 @@ def arm_target(
     peak = {dtype: 2 * table_loops[f"{dtype} conv"].macs_per_cycle * hertz for dtype in micro}
     cost = ArmCore(
         hertz, memories, table_loops, {dtype: kernel.lanes for dtype, kernel in micro.items()}, core_bytes_per_second,
-        elements_per_cycle, joules_per_op=joules_per_op,
+        elements_per_cycle, joules_per_op=joules_per_op, micros=micro,
     )  # fmt: skip
     return Target(
         name=core, summary=summary, kind="cpu", cores=cores, peak=peak, memories=memories, granule=granule, cost=cost,

@@ -64,7 +64,7 @@ def roofline_cpu(
     granule = {dtype: kernel.lanes for dtype, kernel in kernels.items()}
     return Target(
         name=name, summary=summary, kind="cpu", cores=cores, peak=peak, memories=memories, granule=granule,
-        cost=Roofline(peak=peak, memories=memories, granule=granule, **cost), tvm=tvm, microkernels=kernels,
+        cost=Roofline(peak=peak, memories=memories, granule=granule, micros=kernels, **cost), tvm=tvm, microkernels=kernels,
         features=needed_features(tvm),
     )  # fmt: skip
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from hwopt.target import Coded, Cost, Memory, Workload
+from hwopt.backends.tvm.learn.counted_winograd import share_of_direct
+from hwopt.target import Coded, Cost, Memory, MicroKernel, Workload
 
 INSTRUCTIONS = 8  # vector instructions in the time of one epilogue step: four cycles, two a cycle
 
@@ -32,6 +33,7 @@ class Roofline:
     launch_seconds: float = 0.0
     uncertainty: float = 0.3  # half width of the interval, relative
     joules_per_op: Mapping[str, float] = field(default_factory=dict)
+    micros: Mapping[str, MicroKernel] = field(default_factory=dict)  # of a CPU, whose convolutions may take fewer products
 
     def estimate(self, workload: Workload, threads: int) -> Cost:
         """Cost of one kernel on `threads` cores; dtypes without a peak of their own run as float32.
@@ -75,7 +77,7 @@ class Roofline:
         if self.units and workload.macs:
             tiles = (m // self.rows) * (n // granule) * workload.groups
             waste = round_up(tiles, self.units) / tiles
-        return 2.0 * m * n * k * workload.groups * waste
+        return 2.0 * m * n * k * workload.groups * waste * share_of_direct(workload, self.micros.get(dtype))
 
     def _holding(self, size: int) -> Memory:
         """The nearest memory that the working set fits into."""

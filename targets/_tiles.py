@@ -49,6 +49,7 @@ def _roofline(
     tiles = any(is_tile(kernel) for kernel in kernels.values())
     share = 0.55 if tiles else 0.7
     return Roofline(
+        micros=kernels,
         peak={dtype: operations_per_cycle(kernel) * hertz for dtype, kernel in kernels.items()},
         elements_per_second=kernels["float32"].lanes * hertz / 4,  # an epilogue step: about four vector instructions
         memories=memories,

@@ -38,6 +38,7 @@ def level(name: str, processor: str, hertz: float, memories: tuple[Memory, ...])
         efficiency={"conv": 0.7, "matmul": 0.7, "depthwise": 0.3},
         launch_seconds=0.5e-6,
         joules_per_op={"float32": 30e-12, "int8": 15e-12},  # about 5 W a core over the peaks
+        micros=kernels,
     )
     return Target(
         name=name,

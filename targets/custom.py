@@ -156,7 +156,8 @@ class CpuFile:
         kinds = {"conv": self.efficiency, "matmul": self.efficiency, "depthwise": self.efficiency / 2}
         cost = Roofline(
             peak=peak, elements_per_second=granule["float32"] * self.clock_hz / 4, memories=self.memories, granule=granule,
-            depth={dtype: kernel.depth for dtype, kernel in micro.items()}, efficiency=kinds, launch_seconds=self.launch_seconds,
+            depth={dtype: kernel.depth for dtype, kernel in micro.items()}, micros=micro, efficiency=kinds,
+            launch_seconds=self.launch_seconds,
         )  # fmt: skip
         return Target(
             name, summary, "cpu", self.cores, peak, self.memories, granule,

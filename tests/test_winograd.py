@@ -8,8 +8,10 @@ import pytest
 from hwopt.backends.tvm.kernels.spec import Activation, Add, Bias, Quantize, Scale
 from hwopt.backends.tvm.kernels.winograd import exact
 from hwopt.backends.tvm.kernels.winograd_schedule import able, pays, winograd_spec
+from hwopt.backends.tvm.learn.counted_winograd import share_of_direct
 from hwopt.backends.tvm.transformed import transformed
 from hwopt.backends.tvm.weighted import Kernel
+from hwopt.target import Workload
 from targets import _isa_x86
 from tests.test_kernels import FLAGS, accumulators, conv, random, run
 
@@ -91,3 +93,10 @@ def test_other_convolutions_are_left_alone(change):
 def test_a_matrix_unit_keeps_its_convolutions():
     amx = _isa_x86.AMX_INT8
     assert not pays(conv(40, 40, 64, 64, (3, 3), integer=True, pads=(1, 1, 1, 1)), amx)
+
+
+def test_its_price_is_less_than_the_direct_form_s():
+    work = Workload("conv", "conv", "int8", 3136, 64, 576, taps=9, window=(1, 56, 56, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1))
+    assert share_of_direct(work, VNNI) < 0.8
+    assert share_of_direct(dataclasses.replace(work, steps=("Conv", "GlobalAveragePool")), VNNI) == 1.0
+    assert share_of_direct(work, _isa_x86.AMX_INT8) == 1.0

@@ -61,12 +61,14 @@ def able(spec: ConvSpec, micro: MicroKernel) -> bool:
 @functools.lru_cache(maxsize=4096)
 def pays(spec: ConvSpec, micro: MicroKernel) -> bool:
     """Whether it takes clearly fewer cycles of one core than the implicit GEMM."""
-    if not able(spec, micro):
-        return False
+    return able(spec, micro) and cycles(spec, default_schedule(spec, micro), micro) < WORTH * direct_cycles(spec, micro)
+
+
+def direct_cycles(spec: ConvSpec, micro: MicroKernel) -> float:
+    """Estimated cycles of the implicit GEMM on one core."""
     shape = geometry(spec)
     tile = schedule.default_schedule(shape, micro)
-    direct = schedule.cycles(shape, micro, tile.tile_rows, tile.tile_columns, tile.vectors) * shape.images
-    return cycles(spec, default_schedule(spec, micro), micro) < WORTH * direct
+    return schedule.cycles(shape, micro, tile.tile_rows, tile.tile_columns, tile.vectors) * shape.images
 
 
 @functools.lru_cache(maxsize=4096)

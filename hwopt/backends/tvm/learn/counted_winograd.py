@@ -30,18 +30,36 @@ POOLS = ("GlobalAveragePool", "ReduceMean")  # behind them, the kernel would nee
 
 def by_winograd(work: Workload, micro: MicroKernel, threads: int) -> Counted | None:
     """The counts; None for a kernel that runs otherwise."""
+    from hwopt.backends.tvm.kernels.winograd_schedule import default_schedule
+
+    spec = _spec_of(work, micro)
+    if spec is None:
+        return None
+    schedule = default_schedule(spec, micro, threads)
+    times, cycles = _times(work, spec, schedule, micro)
+    facts = _shape(spec, schedule, micro) | memory_shape(work) | steps_of(step_names(work)[1:]).shape()
+    return Counted(f"winograd {work.dtype}", spread(times, threads, cycles), floats(facts))
+
+
+def share_of_direct(work: Workload, micro: MicroKernel | None) -> float:
+    """Cycles by this algorithm over those of the direct form, estimated, for one core; 1 where that is what runs."""
+    from hwopt.backends.tvm.kernels.winograd_schedule import cycles, default_schedule, direct_cycles
+
+    spec = _spec_of(work, micro) if micro is not None and micro.wide and work.kind == "conv" and work.taps == 9 else None
+    if spec is None or micro is None:
+        return 1.0
+    return cycles(spec, default_schedule(spec, micro), micro) / direct_cycles(spec, micro)
+
+
+def _spec_of(work: Workload, micro: MicroKernel) -> WinogradSpec | None:
     from hwopt.backends.tvm.kernels.spec import ConvSpec
-    from hwopt.backends.tvm.kernels.winograd_schedule import default_schedule, pays, winograd_spec
+    from hwopt.backends.tvm.kernels.winograd_schedule import pays, winograd_spec
     from hwopt.backends.tvm.learn.specs import spec_of
 
     spec = spec_of(work, micro)
     if not isinstance(spec, ConvSpec) or any(name in POOLS for name in step_names(work)) or not pays(spec, micro):
         return None
-    same = winograd_spec(spec)
-    schedule = default_schedule(same, micro, threads)
-    times, cycles = _times(work, same, schedule, micro)
-    facts = _shape(same, schedule, micro) | memory_shape(work) | steps_of(step_names(work)[1:]).shape()
-    return Counted(f"winograd {work.dtype}", spread(times, threads, cycles), floats(facts))
+    return winograd_spec(spec)
 
 
 def _times(work: Workload, spec: WinogradSpec, schedule: Schedule, micro: MicroKernel) -> tuple[Numbers, float]:

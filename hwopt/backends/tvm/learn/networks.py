@@ -23,7 +23,8 @@ MOBILE = (
 )
 GLUE = ("images", "sequences")
 FAMILIES = (
-    "residual", "bottleneck", "inverted", "plain", "transformer", "rows", "gated", "early", "fire", "mobile", "square", *GLUE, *GLUE,
+    "residual", "bottleneck", "inverted", "plain", "transformer", "rows", "gated", "early", "fire", "mobile", "square",
+    *GLUE, *GLUE,
 )  # fmt: skip
 
 
