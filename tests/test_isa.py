@@ -106,7 +106,7 @@ LAST = Quantize(0.07, 10, "int8")
 
 
 def kinds(micro: MicroKernel) -> list[str]:
-    return [*CONVS, *MATMULS, *POOLS, "requantized conv", *(["by Winograd"] if micro.wide else [])]
+    return [*CONVS, *MATMULS, *POOLS, "requantized conv", *(["by Winograd"] if micro.wide or micro.dtype == "float32" else [])]
 
 
 @dataclass(frozen=True, eq=False)

@@ -232,13 +232,13 @@ def test_nothing_is_proposed_twice() -> None:
 
 
 def test_what_was_slow_ranks_behind_what_was_fast() -> None:
-    """Unrolling is said to cost a factor of 4: the regression must prefer candidates without it."""
+    """Unrolling is said to cost a factor of 4: most candidates must be without it, though some are drawn at random."""
     space = space_of(task(MatmulSpec(1, 56, 64, 256)))
     assert space is not None
     trials = [good(one, 4.0 if one.unroll > 1 else 0.9) for one in Proposer(space, 0).propose([], 40)]
     assert {one.schedule.unroll > 1 for one in trials} == {True, False}
     later = Proposer(space, 0).propose(trials, 20)
-    assert sum(one.unroll == 1 for one in later) > 12
+    assert sum(one.unroll == 1 for one in later) > 10
 
 
 # Measuring

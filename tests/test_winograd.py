@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hwopt.backends.tvm.kernels.spec import Activation, Add, Bias, Quantize, Scale
-from hwopt.backends.tvm.kernels.winograd import exact
+from hwopt.backends.tvm.kernels.winograd_forms import exact
 from hwopt.backends.tvm.kernels.winograd_schedule import able, pays, winograd_spec
 from hwopt.backends.tvm.learn.counted_winograd import share_of_direct
 from hwopt.backends.tvm.transformed import transformed
@@ -37,6 +37,17 @@ def test_sums_are_those_of_the_direct_form(shape, cores):
     spec = by_winograd(shape, batch=2, pad_value=9)
     data, weights = random(spec)
     assert (run(spec, data, weights, cores=cores) == accumulators(spec, data, weights).reshape(-1)).all()
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_float_results_are_as_near_as_those_of_the_direct_form(shape, cores):
+    height, width, channels, out = shape
+    plain = conv(height, width, channels, out, (3, 3), batch=2, pads=(1, 0, 2, 1))
+    data, weights = random(plain)
+    wanted = accumulators(plain, data, weights).reshape(-1)
+    errors = [np.abs(run(spec, data, weights, cores=cores) - wanted).max() for spec in (winograd_spec(plain), plain)]
+    assert errors[0] < max(2 * errors[1], 1e-6 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("pads", [(0, 0, 0, 0), (2, 0, 1, 3)])

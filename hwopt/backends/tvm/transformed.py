@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from hwopt.backends.tvm.kernels.spec import ConvSpec
-from hwopt.backends.tvm.kernels.winograd import exact
+from hwopt.backends.tvm.kernels.winograd_forms import exact
 from hwopt.backends.tvm.kernels.winograd_schedule import pays, winograd_spec
 from hwopt.backends.tvm.weighted import Kernel
 from hwopt.target import MicroKernel

@@ -13,13 +13,38 @@ from hwopt.backends.tvm.kernels.schedule import Schedule
 from hwopt.backends.tvm.kernels.spec import ConvSpec, Mean
 from hwopt.target import MicroKernel
 
-TILE, PATCH = 4, 6  # results and data of one tile, in both directions
-POINTS = PATCH * PATCH
-WORTH = 0.93  # of the implicit GEMM's cycles: below, it pays
-# cycles of one vector, measured on AVX-512 with 32 registers: data of a tile, weights of a word, results of a tile
-PATCH_CYCLES, WEIGHT_CYCLES, RESULT_CYCLES = 100.0, 80.0, 110.0
+WORTH = 0.92  # of the implicit GEMM's cycles: below, it pays
 LEAST_CHANNELS = 16  # in and out
-MOST_VECTORS = 2  # of channels in a tile: the transformed weights of more fill the second cache
+MOST_COLUMNS, MOST_VECTORS = 16, 2  # of a tile of products: the transformed weights of more vectors fill the second cache
+SPACE = 2 << 20  # bytes of workspace of a task, unless one row of tiles takes more
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Results and data of a tile in one direction, and cycles of one vector (measured on AVX-512, 32 registers)."""
+
+    tile: int
+    patch: int
+    dtype: str  # of what is multiplied
+    data_cycles: float  # of a tile
+    weight_cycles: float  # of a word
+    result_cycles: float  # of a tile
+
+    @property
+    def points(self) -> int:
+        return self.patch * self.patch
+
+    def lanes(self, micro: MicroKernel) -> int:
+        """Channels of data in a vector."""
+        return micro.lanes * (2 if self.dtype == "int16" else 1)
+
+
+INTEGERS = Shape(4, 6, "int16", 100.0, 80.0, 110.0)
+FLOATS = Shape(2, 4, "float32", 40.0, 90.0, 45.0)
+
+
+def shape_of(spec: ConvSpec) -> Shape:
+    return INTEGERS if spec.accumulator == "int32" else FLOATS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,31 +56,37 @@ def winograd_spec(spec: ConvSpec) -> WinogradSpec:
     return WinogradSpec(**{one.name: getattr(spec, one.name) for one in dataclasses.fields(spec)})
 
 
-def widened(micro: MicroKernel) -> MicroKernel:
-    """The micro-kernel for 16-bit numbers beside one for bytes."""
+def multiplier(spec: ConvSpec, micro: MicroKernel) -> MicroKernel:
+    """The micro-kernel of the products: for bytes, the one for 16-bit numbers beside theirs."""
+    if spec.accumulator == "float32":
+        return micro
     depth = 1 if "mull" in micro.wide else 2  # of Arm, of x86
     return dataclasses.replace(micro, dtype="int16", activation="int16", depth=depth, intrinsic=micro.wide, others=())
 
 
 def tiles(spec: ConvSpec) -> tuple[int, int]:
     """Tiles down and across an image."""
-    return -(-spec.out_height // TILE), -(-spec.out_width // TILE)
+    tile = shape_of(spec).tile
+    return -(-spec.out_height // tile), -(-spec.out_width // tile)
 
 
 def products(spec: ConvSpec, count: int, channels: int) -> Geometry:
-    """The 36 products of `count` tiles, as groups of one matmul: [count, 36 x k] -> [count, 36 x channels]."""
+    """The products of `count` tiles, as groups of one matmul: [count, points x k] -> [count, points x channels]."""
+    form = shape_of(spec)
     return Geometry(
-        images=1, height=1, width=count, channels=POINTS * spec.in_channels, rows=1, columns=count, n=channels, groups=POINTS,
-        run=spec.in_channels, data_dtype="int16", weight_dtype="int16", out_dtype="int32", accumulator="int32",
+        images=1, height=1, width=count, channels=form.points * spec.in_channels, rows=1, columns=count, n=channels,
+        groups=form.points, run=spec.in_channels, data_dtype=form.dtype, weight_dtype=form.dtype, out_dtype=spec.accumulator,
+        accumulator=spec.accumulator,
     )  # fmt: skip
 
 
 def able(spec: ConvSpec, micro: MicroKernel) -> bool:
     """Whether the kernel can compute it, apart from what its weights are (winograd.exact)."""
     plain = spec.kernel == (3, 3) and spec.strides == (1, 1) == spec.dilations and spec.groups == 1
+    multiplies = bool(micro.wide) if spec.accumulator == "int32" else (spec.data_dtype, micro.dtype) == ("float32", "float32")
     whole = spec.in_channels % 2 == 0 and min(spec.in_channels, spec.out_channels) >= LEAST_CHANNELS
     steps = not any(isinstance(step, Mean) for step in spec.epilogue)
-    return bool(micro.wide) and not is_tile(micro) and plain and whole and steps
+    return multiplies and not is_tile(micro) and plain and whole and steps
 
 
 @functools.lru_cache(maxsize=4096)
@@ -84,24 +115,30 @@ def default_schedule(spec: ConvSpec, micro: MicroKernel, cores: int = 1) -> Sche
 def schedules(spec: ConvSpec, micro: MicroKernel, cores: int) -> Iterator[Schedule]:
     """Blocks of rows of tiles and of channels, each with its best tile of products."""
     down, across = tiles(spec)
-    wide = widened(micro)
     vectors = -(-spec.out_channels // micro.lanes)
     for rows in sorted({-(-down // count) for count in range(1, down + 1)}):
-        for deep, columns in _best_tiles(spec, rows * across, wide):
-            channel_tiles = -(-vectors // deep)
-            for count in range(1, min(cores, channel_tiles) + 1):
-                yield Schedule(1, columns, deep, 1, rows, across, -(-channel_tiles // count))
+        deep, columns = _best_tile(spec, rows * across, multiplier(spec, micro))
+        if rows > 1 and _workspace(spec, rows * across, deep * micro.lanes) > SPACE:
+            break
+        channel_tiles = -(-vectors // deep)
+        for count in range(1, min(cores, channel_tiles) + 1):
+            yield Schedule(1, columns, deep, 1, rows, across, -(-channel_tiles // count))
 
 
-def _best_tiles(spec: ConvSpec, count: int, wide: MicroKernel) -> Iterator[tuple[int, int]]:
-    """(vectors, columns) for each number of vectors."""
+def _workspace(spec: ConvSpec, count: int, channels: int) -> int:
+    """Bytes of transformed data and weights and of the sums, of a task with `count` tiles."""
+    form = shape_of(spec)
+    size = 2 if form.dtype == "int16" else 4
+    return form.points * (size * spec.in_channels * (count + channels) + 4 * count * channels)
+
+
+def _best_tile(spec: ConvSpec, count: int, wide: MicroKernel) -> tuple[int, int]:
+    """(vectors, columns) of the products of `count` tiles: as many vectors as may be, as each reads the data again."""
     shape = products(spec, count, spec.out_channels)
-    best: dict[int, tuple[float, int]] = {}
-    for rows, columns, deep in schedule.tiles_of(shape, wide):
-        if rows == 1 and deep <= MOST_VECTORS:
-            found = (schedule.cycles(shape, wide, 1, columns, deep), columns)
-            best[deep] = min(best.get(deep, found), found)
-    return ((deep, columns) for deep, (_, columns) in best.items())
+    deep = min(MOST_VECTORS, shape.vectors(wide.lanes))
+    able = {columns for rows, columns, vectors in schedule.tiles_of(shape, wide) if (rows, vectors) == (1, deep)}
+    few = [columns for columns in sorted(able) if columns <= MOST_COLUMNS]
+    return deep, min(few, key=lambda columns: schedule.cycles(shape, wide, 1, columns, deep))
 
 
 def cycles(spec: ConvSpec, found: Schedule, micro: MicroKernel, cores: int = 1) -> float:
@@ -114,6 +151,7 @@ def cycles(spec: ConvSpec, found: Schedule, micro: MicroKernel, cores: int = 1) 
 class Parts:
     """What one task does, in vectors that are transformed and cycles of products, and how many tasks there are."""
 
+    form: Shape
     tasks: int
     tiles: int
     vectors: int  # of channels
@@ -124,15 +162,16 @@ class Parts:
     @staticmethod
     def of(spec: ConvSpec, found: Schedule, micro: MicroKernel) -> Parts:
         down, across = tiles(spec)
-        wide = widened(micro)
+        wide = multiplier(spec, micro)
         block = found.vectors * found.block_tiles
         every = -(-spec.out_channels // micro.lanes)
+        form = shape_of(spec)
         count, vectors = found.block_rows * across, min(every, block)
         shape = products(spec, count, vectors * micro.lanes)
-        multiplied = POINTS * schedule.cycles(shape, wide, 1, found.tile_columns, found.vectors)
+        multiplied = form.points * schedule.cycles(shape, wide, 1, found.tile_columns, found.vectors)
         tasks = spec.batch * -(-down // found.block_rows) * -(-every // block)
-        patches = count * -(-spec.in_channels // (2 * micro.lanes))
-        return Parts(tasks, count, vectors, -(-spec.in_channels // wide.depth), patches, multiplied)
+        patches = count * -(-spec.in_channels // form.lanes(micro))
+        return Parts(form, tasks, count, vectors, -(-spec.in_channels // wide.depth), patches, multiplied)
 
     @property
     def weights(self) -> int:
@@ -144,5 +183,11 @@ class Parts:
 
     @property
     def cycles(self) -> float:
-        moved = self.patches * PATCH_CYCLES + self.weights * WEIGHT_CYCLES + self.results * RESULT_CYCLES
+        form = self.form
+        moved = self.patches * form.data_cycles + self.weights * form.weight_cycles + self.results * form.result_cycles
         return moved + self.multiplied
+
+    def kept_bytes(self, channels: int, lanes: int) -> float:
+        """Transformed data, and weights of `lanes` channels: what the products read."""
+        size = 2 if self.form.dtype == "int16" else 4
+        return float(size * self.form.points * channels * (self.tiles + lanes))

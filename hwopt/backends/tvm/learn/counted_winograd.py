@@ -45,7 +45,7 @@ def share_of_direct(work: Workload, micro: MicroKernel | None) -> float:
     """Cycles by this algorithm over those of the direct form, estimated, for one core; 1 where that is what runs."""
     from hwopt.backends.tvm.kernels.winograd_schedule import cycles, default_schedule, direct_cycles
 
-    spec = _spec_of(work, micro) if micro is not None and micro.wide and work.kind == "conv" and work.taps == 9 else None
+    spec = _spec_of(work, micro) if micro is not None and work.kind == "conv" and work.taps == 9 else None
     if spec is None or micro is None:
         return 1.0
     return cycles(spec, default_schedule(spec, micro), micro) / direct_cycles(spec, micro)
@@ -64,25 +64,30 @@ def _spec_of(work: Workload, micro: MicroKernel) -> WinogradSpec | None:
 
 def _times(work: Workload, spec: WinogradSpec, schedule: Schedule, micro: MicroKernel) -> tuple[Numbers, float]:
     """Counts of all tasks, and the schedule's own estimate of their cycles."""
-    from hwopt.backends.tvm.kernels.winograd_schedule import POINTS, Parts
+    from hwopt.backends.tvm.kernels.winograd_schedule import Parts
 
     parts = Parts.of(spec, schedule, micro)
     tasks = parts.tasks
-    kept = 2.0 * POINTS * (parts.tiles * spec.in_channels + parts.words * micro.lanes * schedule.vectors * 2)
+    kept = parts.kept_bytes(spec.in_channels, micro.lanes * schedule.vectors)
     stored = tasks * parts.results * (1 + pieces(spec.out_channels, micro.lanes) / parts.vectors)
     return {
         "patches": float(tasks * parts.patches), "weights_turned": float(tasks * parts.weights),
         "multiplied": tasks * parts.multiplied, "results": float(tasks * parts.results),
-        **steps_of(step_names(work)[1:]).times(16.0 * stored), "kept_far": tasks * kept * share(kept, SECOND) / LINE,
+        **steps_of(step_names(work)[1:]).times(parts.form.tile**2 * stored),
+        "kept_far": tasks * kept * share(kept, SECOND) / LINE,
         "padded": work.read_bytes / LINE, **traffic(work), "call": 100.0,
     }, parts.cycles * tasks  # fmt: skip
 
 
 def _shape(spec: WinogradSpec, schedule: Schedule, micro: MicroKernel) -> Numbers:
+    from hwopt.backends.tvm.kernels.winograd_schedule import shape_of
+
+    form = shape_of(spec)
     return {
         "columns": schedule.tile_columns, "vectors": schedule.vectors, "block_rows": schedule.block_rows, "lanes": micro.lanes,
-        "log_in": math.log(spec.in_channels), "log_out": math.log(spec.out_channels), "rows_left": spec.out_height % 4,
-        "columns_left": spec.out_width % 4, "channels_left": spec.in_channels % (2 * micro.lanes) / micro.lanes,
+        "log_in": math.log(spec.in_channels), "log_out": math.log(spec.out_channels), "rows_left": spec.out_height % form.tile,
+        "columns_left": spec.out_width % form.tile,
+        "channels_left": spec.in_channels % form.lanes(micro) / micro.lanes,
         "lanes_left": spec.out_channels % micro.lanes / micro.lanes, "image": math.log(spec.out_height * spec.out_width),
         "images": spec.batch,
     }  # fmt: skip
