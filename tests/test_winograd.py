@@ -7,7 +7,7 @@ import pytest
 
 from hwopt.backends.tvm.kernels.spec import Activation, Add, Bias, Quantize, Scale
 from hwopt.backends.tvm.kernels.winograd_forms import exact
-from hwopt.backends.tvm.kernels.winograd_schedule import able, pays, winograd_spec
+from hwopt.backends.tvm.kernels.winograd_schedule import able, default_schedule, pays, tiles, winograd_spec
 from hwopt.backends.tvm.learn.counted_winograd import share_of_direct
 from hwopt.backends.tvm.transformed import transformed
 from hwopt.backends.tvm.weighted import Kernel
@@ -48,6 +48,13 @@ def test_float_results_are_as_near_as_those_of_the_direct_form(shape, cores):
     wanted = accumulators(plain, data, weights).reshape(-1)
     errors = [np.abs(run(spec, data, weights, cores=cores) - wanted).max() for spec in (winograd_spec(plain), plain)]
     assert errors[0] < max(2 * errors[1], 1e-6 * np.abs(wanted).max())
+
+
+def test_images_of_a_batch_share_the_transformed_weights():
+    spec = by_winograd((7, 6, 64, 64), batch=6)
+    assert default_schedule(spec, VNNI).block_rows > tiles(spec)[0]
+    data, weights = random(spec)
+    assert (run(spec, data, weights) == accumulators(spec, data, weights).reshape(-1)).all()
 
 
 @pytest.mark.parametrize("pads", [(0, 0, 0, 0), (2, 0, 1, 3)])

@@ -1,6 +1,6 @@
 """3 x 3 convolutions by Winograd's algorithm: fewer products, for additions before and behind them (see winograd_forms).
 
-A task takes blocks of rows of tiles and of channel tiles of one image:
+A task takes blocks of rows of tiles and of channel tiles of one image, or whole images, which then share the weights:
 
     copy its input rows, padding included, into workspace           (only where something lies beyond the image)
     transform the data of all tiles                                 [tiles, points, channels]
@@ -29,7 +29,7 @@ from hwopt.backends.tvm.kernels.schedule import Schedule, split
 from hwopt.backends.tvm.kernels.spec import ConvSpec
 from hwopt.backends.tvm.kernels.tile import Source, Work
 from hwopt.backends.tvm.kernels.winograd_forms import form_of
-from hwopt.backends.tvm.kernels.winograd_schedule import multiplier, products, tiles
+from hwopt.backends.tvm.kernels.winograd_schedule import images_and_rows, multiplier, products, tiles
 from hwopt.target import MicroKernel
 
 Place4 = tuple[Value, Value, Value, Value]  # image, row, column, channel
@@ -48,8 +48,8 @@ def pack(spec: ConvSpec, weights: np.ndarray, given: MicroKernel) -> np.ndarray:
 class Winograd:
     """One kernel under construction.
 
-    A task takes `block_rows` rows of tiles and `block_tiles` tiles of channels. Of the schedule's tiles, `tile_columns` are
-    tiles of results: what its accumulators hold.
+    A task takes `block_rows` rows of tiles, more than an image has for several images, and `block_tiles` tiles of channels. Of
+    the schedule's tiles, `tile_columns` are tiles of results: what its accumulators hold.
     """
 
     def __init__(self, spec: ConvSpec, schedule: Schedule, micro: MicroKernel) -> None:
@@ -59,7 +59,8 @@ class Winograd:
         self.tile, self.patch = self.form.shape.tile, self.form.shape.patch
         self.points = self.patch * self.patch
         self.down, self.across = tiles(spec)
-        self.count = schedule.block_rows * self.across  # tiles of a task
+        self.images, self.rows = images_and_rows(spec, schedule)
+        self.count = self.images * self.rows * self.across  # tiles of a task
         self.vectors = -(-spec.out_channels // micro.lanes)
         self.words, self.step = -(-spec.in_channels // micro.depth), micro.lanes * micro.depth
         # one step more, so that the points do not lie in one set of the cache
@@ -77,14 +78,15 @@ class Winograd:
         weights = tirx.decl_buffer((self.vectors * self.words * 9 * self.step,), self.spec.weight_dtype, "weights")
         code = Code()
         channel_blocks = -(-self.vectors // (self.schedule.vectors * self.schedule.block_tiles))
-        row_blocks = -(-self.down // self.schedule.block_rows)
+        row_blocks = -(-self.down // self.rows)
 
         def task(inner: Code, number: Value) -> None:
             block, number = split(number, channel_blocks)
             row, image = split(number, row_blocks)
-            self._task(inner, image, row * self.schedule.block_rows, block * self.schedule.block_tiles, weights)
+            self._task(inner, image * self.images, row * self.rows, block * self.schedule.block_tiles, weights)
 
-        code.loop("task", self.spec.batch * row_blocks * channel_blocks, task, parallel=self.schedule.parallel)
+        tasks = self.spec.batch // self.images * row_blocks * channel_blocks
+        code.loop("task", tasks, task, parallel=self.schedule.parallel)
         parameters = [self.data, weights, *self.epilogue.parameters, self.out]
         return function(symbol, parameters, code, self._library(), self.epilogue.overwritten(self.spec.out_dtype))
 
@@ -94,7 +96,12 @@ class Winograd:
     def _task(self, code: Code, image: Value, row: Value, tile: Value, weights: Value) -> None:
         width, channels = self.schedule.vectors, self.spec.in_channels
         patches = code.alloc("patches", self.count * self.points * channels, self.form.shape.dtype)
-        self._patches(code, self._source(code, image, row * self.tile), patches, row)
+
+        def of_image(inner: Code, index: Value) -> None:
+            source = self._source(inner, image + index, row * self.tile)
+            self._patches(inner, source, patches, row, index * (self.rows * self.across))
+
+        code.loop("image", self.images, of_image)
         turned = code.alloc("turned", self.points * self.point, self.form.shape.dtype)
         sums = code.alloc("sums", self.count * self.points * width * self.micro.lanes, self.spec.accumulator)
 
@@ -126,19 +133,19 @@ class Winograd:
         top, left, bottom, right = spec.pads
         more = (self.down * self.tile - spec.out_height, self.across * self.tile - spec.out_width)
         frame = dataclasses.replace(shape, rows=self.down * self.tile, pads=(top, left, bottom + more[0], right + more[1]))
-        block = dataclasses.replace(self.schedule, block_rows=self.schedule.block_rows * self.tile)
+        block = dataclasses.replace(self.schedule, block_rows=self.rows * self.tile)
         whole = gemm.Gemm(frame, block, self.micro)
         whole.data = self.data
-        return whole.padded(code, image, row) if frame.padded else whole.direct(image)
+        return whole.padded(code, image, row) if frame.padded or self.down % self.rows else whole.direct(image)
 
-    def _patches(self, code: Code, source: Source, patches: Value, row: Value) -> None:
-        """B^T d B of every tile: [tile, points, channels]."""
+    def _patches(self, code: Code, source: Source, patches: Value, row: Value, first: Value) -> None:
+        """B^T d B of every tile of an image, from tile `first` on: [tile, points, channels]."""
         channels, lanes = self.spec.in_channels, self.form.shape.lanes(self.micro)
 
         def tile(inner: Code, number: Value) -> None:
             x, y = split(number, self.across)
             origin = inner.bind("origin", source.at((row + y) * self.tile, x * self.tile))
-            target = inner.bind("target", number * (self.points * channels))
+            target = inner.bind("target", (first + number) * (self.points * channels))
 
             def part(some: Code, index: Value, count: int = lanes) -> None:
                 self._patch(some, source, origin + index, patches, target + index, count)
@@ -148,7 +155,7 @@ class Winograd:
             for offset, count in pieces(channels % lanes, lanes):
                 part(inner, whole * lanes + offset, count)
 
-        code.loop("patch", self.count, tile)
+        code.loop("patch", self.rows * self.across, tile)
 
     def _patch(self, code: Code, source: Source, origin: Value, patches: Value, target: Value, lanes: int) -> None:
         channels = self.spec.in_channels
@@ -210,10 +217,11 @@ class Winograd:
         width = self.schedule.vectors * self.micro.lanes
 
         def tile(inner: Code, number: Value) -> None:
-            x, y = split(number, self.across)
+            x, line = split(number, self.across)
+            y, index = split(line, self.rows) if self.images > 1 else (line, 0)
             found = self._square(inner, sums, number * (self.points * width) + element, lanes)
             top, left = inner.bind("top", (row + y) * self.tile), inner.bind("left", x * self.tile)
-            place = (image, top, left, channel)
+            place = (image + index, top, left, channel)
             if self.epilogue.heavy:
                 self._looped(inner, found, place, shared, lanes)
                 return
@@ -239,7 +247,7 @@ class Winograd:
     def _store(self, code: Code, value: Value, at: Place4, shared: Sequence[Value], lanes: int) -> None:
         spec = self.spec
         image, row, column, channel = at
-        ends = [(row, spec.out_height)] if spec.out_height % self.tile or self.down % self.schedule.block_rows else []
+        ends = [(row, spec.out_height)] if spec.out_height % self.tile or self.down % self.rows else []
         ends += [(column, spec.out_width)] if spec.out_width % self.tile else []
         inside = [tirx.LT(place, end) for place, end in ends]
 

@@ -116,13 +116,21 @@ def schedules(spec: ConvSpec, micro: MicroKernel, cores: int) -> Iterator[Schedu
     """Blocks of rows of tiles and of channels, each with its best tile of products."""
     down, across = tiles(spec)
     vectors = -(-spec.out_channels // micro.lanes)
-    for rows in sorted({-(-down // count) for count in range(1, down + 1)}):
+    some = sorted({-(-down // count) for count in range(1, down + 1)})
+    several = [down * images for images in range(2, spec.batch + 1) if spec.batch % images == 0]
+    for rows in (*some, *several):
         deep, columns = _best_tile(spec, rows * across, multiplier(spec, micro))
         if rows > 1 and _workspace(spec, rows * across, deep * micro.lanes) > SPACE:
             break
         channel_tiles = -(-vectors // deep)
         for count in range(1, min(cores, channel_tiles) + 1):
             yield Schedule(1, columns, deep, 1, rows, across, -(-channel_tiles // count))
+
+
+def images_and_rows(spec: ConvSpec, found: Schedule) -> tuple[int, int]:
+    """Images of a task, and the rows of tiles that it takes of each."""
+    down, _ = tiles(spec)
+    return max(1, found.block_rows // down), min(found.block_rows, down)
 
 
 def _workspace(spec: ConvSpec, count: int, channels: int) -> int:
@@ -166,10 +174,11 @@ class Parts:
         block = found.vectors * found.block_tiles
         every = -(-spec.out_channels // micro.lanes)
         form = shape_of(spec)
-        count, vectors = found.block_rows * across, min(every, block)
+        images, rows = images_and_rows(spec, found)
+        count, vectors = images * rows * across, min(every, block)
         shape = products(spec, count, vectors * micro.lanes)
         multiplied = form.points * schedule.cycles(shape, wide, 1, found.tile_columns, found.vectors)
-        tasks = spec.batch * -(-down // found.block_rows) * -(-every // block)
+        tasks = spec.batch // images * -(-down // rows) * -(-every // block)
         patches = count * -(-spec.in_channels // form.lanes(micro))
         return Parts(form, tasks, count, vectors, -(-spec.in_channels // wide.depth), patches, multiplied)
 

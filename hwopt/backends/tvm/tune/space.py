@@ -140,9 +140,10 @@ def _knobs(task: Task) -> dict[str, tuple[int, ...]]:
         return {"vectors": _upto(min(8, tiles)), "block_tiles": _upto(tiles)}
     if isinstance(spec, WinogradSpec):
         down, across = winograd_schedule.tiles(spec)
+        images = [down * count for count in COUNTS if spec.batch % count == 0]
         return {
             "tile_columns": _upto(min(30, down * across)), "vectors": _upto(min(4, -(-spec.out_channels // lanes))),
-            "block_rows": tuple(sorted({-(-down // count) for count in COUNTS})),
+            "block_rows": tuple(sorted({*(-(-down // count) for count in COUNTS), *images})),
             "block_tiles": _upto(-(-spec.out_channels // lanes)),
         }  # fmt: skip
     if depthwise.is_depthwise(spec):
