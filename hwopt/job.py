@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,6 +82,8 @@ def prepare(
     from hwopt.io.onnx import load
 
     hardware = find_target(target) if isinstance(target, str) else target
+    if budget is not None and budget.activation_bytes is not None:
+        hardware = dataclasses.replace(hardware, spacious=False)
     families, fixed = choose_families(passes)
     progress("loading", 0, 1)
     graph = clean(preprocessed(load(model, shapes=shapes, binds=binds), preprocess), Context(hardware, seed=seed))

@@ -177,6 +177,7 @@ class Target:
     features: tuple[str, ...] = ()  # what the machine must have, in /proc/cpuinfo's words
     runs_here: bool = False  # True where this process can execute the compiled code
     array: Array | None = None  # what a model in C stands in for, so that artifacts of the target run on the host
+    spacious: bool = True  # kernels may use some megabytes of workspace where that makes them faster
     fallbacks: tuple[Target, ...] = ()  # other instruction sets that go into the same library, for processors without this one's
 
     @property

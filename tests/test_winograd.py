@@ -3,14 +3,21 @@
 import dataclasses
 
 import numpy as np
+import onnx
 import pytest
 
+from hwopt.backends.tvm.build import compile_program
 from hwopt.backends.tvm.kernels.spec import Activation, Add, Bias, Quantize, Scale
 from hwopt.backends.tvm.kernels.winograd_forms import exact
 from hwopt.backends.tvm.kernels.winograd_schedule import able, default_schedule, pays, tiles, winograd_spec
 from hwopt.backends.tvm.learn.counted_winograd import share_of_direct
 from hwopt.backends.tvm.transformed import transformed
 from hwopt.backends.tvm.weighted import Kernel
+from hwopt.io.onnx import load
+from hwopt.io.proto import to_model
+from hwopt.job import prepare, quiet
+from hwopt.plan.budget import Budget
+from hwopt.plugins import find_target
 from hwopt.target import Workload
 from targets import _isa_x86
 from tests.test_kernels import FLAGS, accumulators, conv, random, run
@@ -118,3 +125,21 @@ def test_its_price_is_less_than_the_direct_form_s():
     assert share_of_direct(work, VNNI) < 0.8
     assert share_of_direct(dataclasses.replace(work, steps=("Conv", "GlobalAveragePool")), VNNI) == 1.0
     assert share_of_direct(work, _isa_x86.AMX_INT8) == 1.0
+
+
+def test_where_memory_is_scarce_it_is_not_used():
+    """Workspace of transformed data counts: of a library without a heap, the caller provides it."""
+    graph = square_conv()
+    roomy = find_target("x86-64-v3")
+    scarce = dataclasses.replace(roomy, spacious=False)
+    assert compile_program(graph, scarce).scratch_bytes < 250_000 < compile_program(graph, roomy).scratch_bytes
+    budget = Budget(activation_bytes=1e6)
+    assert not prepare(to_model(graph), roomy, None, None, None, None, budget, None, 1, 0, quiet).target.spacious
+
+
+def square_conv():
+    weight = onnx.numpy_helper.from_array(np.ones((64, 64, 3, 3), np.float32), "w")
+    node = onnx.helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1])
+    values = [onnx.helper.make_tensor_value_info(name, 1, (1, 64, 28, 28)) for name in "xy"]
+    graph = onnx.helper.make_graph([node], "square", values[:1], values[1:], [weight])
+    return load(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9))

@@ -43,7 +43,7 @@ class Templates:
 
         kernel = broadened(kernel, self.micro(kernel.spec).lanes)
         micro = self.micro(kernel.spec)
-        kernel = transformed(kernel, micro)
+        kernel = transformed(kernel, micro) if self.target.spacious else kernel
         if kernels.supports(kernel.spec, micro):
             return None
         self.calls[kernel.spec, micro] += 1
