@@ -20,12 +20,12 @@ from tvm import tirx
 
 from hwopt.backends.tvm.kernels import bfloat16, pooled
 from hwopt.backends.tvm.kernels.beside import begin, stride
-from hwopt.backends.tvm.kernels.code import Code, Value, function, load, pieces, splat, stored
+from hwopt.backends.tvm.kernels.code import Code, Value, cast, function, load, pieces, splat, stored
 from hwopt.backends.tvm.kernels.epilogue import Epilogue
 from hwopt.backends.tvm.kernels.geometry import Geometry
 from hwopt.backends.tvm.kernels.micro import fused_multiply_add
 from hwopt.backends.tvm.kernels.repack import Repack
-from hwopt.backends.tvm.kernels.schedule import Schedule
+from hwopt.backends.tvm.kernels.schedule import Schedule, widens
 from hwopt.backends.tvm.kernels.spec import MatmulSpec
 from hwopt.backends.tvm.kernels.tile import Source, Work
 from hwopt.target import MicroKernel
@@ -100,7 +100,7 @@ class Gemm:
 
     def task(self, code: Code, image: Value, row: Value, column: Value, tile: Value, weights: Callable) -> None:
         """All groups of the block that starts at output (row, column) and channel tile `tile`."""
-        source = self.padded(code, image, row) if self.shape.padded else self.direct(image)
+        source = self.source(code, image, row, column)
 
         def of_group(inner: Code, group: Value) -> None:
             buffer, offset = weights(group)
@@ -114,6 +114,26 @@ class Gemm:
         return begin(shape, "out", image, shape.rows * shape.columns, 1) + (row * shape.columns + column) * stride(
             shape, "out", 1
         )
+
+    def source(self, code: Code, image: Value, row: Value, column: Value) -> Source:
+        """The data of the block that starts at (row, column): where they are, or copied with what surrounds them, or widened."""
+        if self.shape.padded or (widens(self.shape, self.micro) and self.shape.rows > 1):
+            return self.padded(code, image, row)
+        return self.widened(code, image, column) if widens(self.shape, self.micro) else self.direct(image)
+
+    def widened(self, code: Code, image: Value, first: Value) -> Source:
+        """Copies the positions of the block that starts at column `first` into workspace, as 16-bit numbers."""
+        shape = self.shape
+        count = min(self.schedule.block_columns, shape.columns)
+        space = code.alloc("widened", count * shape.channels + 64, "int16")
+        base = begin(shape, "data", image, shape.width, shape.channels) + first * shape.channels
+        many = count if shape.columns % count == 0 else tirx.Min(count, shape.columns - first)
+
+        def copy(inner: Code, index: Value) -> None:
+            self._copy(inner, space, index * shape.channels, base + index * shape.channels, shape.channels)
+
+        code.loop("position", many, copy)
+        return Source(space, 0, lambda _, column: (column - first) * shape.channels)
 
     def direct(self, image: Value) -> Source:
         shape = self.shape
@@ -132,7 +152,7 @@ class Gemm:
         height = min(self.schedule.block_rows, shape.rows)
         rows = (height - 1) * shape.strides[0] + (shape.taps[0] - 1) * shape.dilations[0] + 1
         stride = -(-(shape.padded_width * shape.channels) // 16) * 16
-        space = code.alloc("padded", rows * stride + 64, shape.data_dtype)  # 64: the last word may read beyond the run
+        space = code.alloc("padded", rows * stride + 64, self.kept)  # 64: the last word may read beyond the run
 
         def copy(inner: Code, index: Value) -> None:
             y = first * shape.strides[0] + index - shape.pads[0]
@@ -155,15 +175,23 @@ class Gemm:
         shape = self.shape
         left, middle, right = (size * shape.channels for size in (shape.pads[1], shape.width, shape.pads[3]))
         self._fill(code, space, target, left)
-
-        def move(some: Code, at: Value, lanes: int) -> None:
-            some.store(space, target + left + at, load(self.data, base + at, lanes), lanes)
-
-        self._sweep(code, middle, move)
+        self._copy(code, space, target + left, base, middle)
         self._fill(code, space, target + left + middle, right)
 
+    @property
+    def kept(self) -> str:
+        """How copied data lie in workspace."""
+        return "int16" if widens(self.shape, self.micro) else self.shape.data_dtype
+
+    def _copy(self, code: Code, space: Value, target: Value, base: Value, size: int) -> None:
+        def move(some: Code, at: Value, lanes: int) -> None:
+            value = load(self.data, base + at, lanes)
+            some.store(space, target + at, cast(value, "int16", lanes) if space.dtype == "int16" else value, lanes)
+
+        self._sweep(code, size, move)
+
     def _fill(self, code: Code, space: Value, target: Value, size: int) -> None:
-        dtype = stored(self.shape.data_dtype)
+        dtype = stored(self.kept)
         value = float(self.shape.pad_value) if dtype == "float32" else int(self.shape.pad_value)
         self._sweep(code, size, lambda some, at, lanes: some.store(space, target + at, splat(value, lanes, dtype), lanes))
 

@@ -122,6 +122,10 @@ def _blocked(shape: Geometry, micro: MicroKernel, cores: int, tile: Schedule) ->
     if shape.padded:
         block_rows = rows_in_workspace(shape, tile.tile_rows)
     block_columns = round_up(shape.columns, tile.tile_columns)
+    if widens(shape, micro) and shape.rows > 1:
+        block_rows = rows_in_workspace(shape, tile.tile_rows, 2)
+    elif widens(shape, micro):
+        block_columns = min(block_columns, max(1, WORKSPACE // (2 * shape.channels) // tile.tile_columns) * tile.tile_columns)
     if parallel and shape.pooled:
         block_rows, tiles = divided(Work(shape, work, "", tile.tile_rows, block_rows, tiles), cores)
     elif parallel and shape.rows > 1:
@@ -139,9 +143,14 @@ def round_up(size: int, tile: int) -> int:
     return -(-size // tile) * tile
 
 
-def rows_in_workspace(shape: Geometry, tile_rows: int) -> int:
-    """Output rows whose padded input fits the workspace, a multiple of the tile's."""
-    size = {"float32": 4, "bfloat16": 2}.get(shape.data_dtype, 1)
+def widens(shape: Geometry, micro: MicroKernel) -> bool:
+    """Whether bytes are widened in workspace, once, for an instruction that takes 16-bit numbers."""
+    return "pmadd" in micro.intrinsic and micro.dtype == "int8" and not shape.computed and not shape.beside
+
+
+def rows_in_workspace(shape: Geometry, tile_rows: int, size: int = 0) -> int:
+    """Output rows whose padded input, elements of `size` bytes, fits the workspace, a multiple of the tile's."""
+    size = size or {"float32": 4, "bfloat16": 2}.get(shape.data_dtype, 1)
     row = shape.padded_width * shape.channels * size * shape.strides[0]
     whole = round_up(shape.rows, tile_rows)
     return min(whole, max(tile_rows, WORKSPACE // row // tile_rows * tile_rows))

@@ -118,6 +118,11 @@ class Tile:
     def positions(self) -> list[tuple[int, int]]:
         return [(row, column) for row in range(self.height) for column in range(self.width)]
 
+    @property
+    def _kept(self) -> str:
+        """The dtype of the data where they are read."""
+        return "int16" if self.work.source.buffer.dtype == "int16" else self.work.gemm.shape.data_dtype
+
     def _channel(self, vector: int) -> Value:
         gemm = self.work.gemm
         return self.work.group * gemm.shape.n + (self.vector + vector) * gemm.micro.lanes
@@ -146,7 +151,7 @@ class Tile:
         """The loops over taps and along the run."""
         gemm, shape = self.work.gemm, self.work.gemm.shape
         # padded integers may be read beyond the run, where weights are zero; zero times what is no number would be none
-        beyond = shape.padded and shape.accumulator == "int32"
+        beyond = (shape.padded or self._kept == "int16") and shape.accumulator == "int32"
         exact = gemm.words if beyond else shape.run // gemm.micro.depth
 
         def down(outer: Code, y: Value) -> None:
@@ -187,7 +192,7 @@ class Tile:
         ]
         for first in range(0, len(offsets), micro.rows):
             indices = [data + (word * micro.depth + offset) for offset in offsets[first : first + micro.rows]]
-            value = data_block(code, micro, source.buffer, indices, shape.data_dtype, count)
+            value = data_block(code, micro, source.buffer, indices, self._kept, count)
             for block, weight in zip(zip(*totals[first : first + micro.rows], strict=True), operands, strict=True):
                 sums = accumulate_block(micro, [load(total, 0, micro.lanes) for total in block], value, weight)
                 for total, result in zip(block, sums, strict=True):
