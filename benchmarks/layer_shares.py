@@ -1,4 +1,7 @@
-"""The share of a core's measured peak that a model's large 3 x 3 convolutions reach where they run: between its other kernels."""
+"""The share of a core's measured peak that a model's large 3 x 3 convolutions reach where they run: between its other kernels.
+
+Operations are those of the direct form: kernels by Winograd's algorithm, which takes fewer, may show more than the peak.
+"""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from hwopt.report.figures import hardware, layer_table
 from hwopt.report.page import page
 from hwopt.target import Target
 from tests._recover import net
+from tests.test_winograd import square_conv
 
 CHOSEN, OTHER = "quantize{site=fc1}", "low-rank{site=fc1,rank=16}"
 
@@ -126,6 +127,15 @@ def test_no_kernel_lies_above_the_roof_and_a_measured_clock_says_how_high_it_is(
     assert found["memories"][-1]["bytes_per_second"] == far.bytes_per_second
     table = dataclasses.replace(stated, cost=Clocked(stated, 1.6))
     assert hardware(table, 2, fast)["peak"]["float32"] == pytest.approx(1.6 * peak)
+
+
+def test_a_convolution_by_winograd_s_algorithm_shows_the_products_that_it_makes() -> None:
+    target, graph = find_target("x86-64-v3"), square_conv()
+    plan = Plan(target.name, 1, graph.digest, Budget(), 0)
+    (row,) = layer_table(graph, graph, plan, target, 1)
+    assert row["products"] == row["macs"] * 16 // 36
+    (row,) = layer_table(graph, graph, plan, dataclasses.replace(target, spacious=False), 1)
+    assert row["products"] == row["macs"]
 
 
 def test_a_raised_roof_is_said(report: dict[str, Any], plan: Plan) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from hwopt.analysis.workload import kernels
+from hwopt.backends.tvm.learn.counted_winograd import products_of
 from hwopt.evaluate import Comparison
 from hwopt.ir import Graph
 from hwopt.plan.plan import Plan
@@ -84,7 +85,7 @@ def hardware(target: Target, threads: int, layers: Sequence[Mapping[str, Any]]) 
     """
     cores = threads if target.kind == "cpu" else 1
     shown = [
-        2 * row["macs"] / row["predicted_seconds"] / (target.peak[row["dtype"]] * cores)
+        2 * row.get("products", row["macs"]) / row["predicted_seconds"] / (target.peak[row["dtype"]] * cores)
         for row in layers if row["dtype"] in target.peak and row["predicted_seconds"] > 0
     ]  # fmt: skip
     clock = max(getattr(target.cost, "clock", 1.0), *shown, 1.0)
@@ -97,6 +98,7 @@ def hardware(target: Target, threads: int, layers: Sequence[Mapping[str, Any]]) 
 def layer_table(before: Graph, after: Graph, plan: Plan, target: Target, threads: int) -> list[dict[str, Any]]:
     """One row per kernel of the result: its nodes, dtype, work, predicted time, and the time of the same kernel before.
 
+    `products` are the multiply-adds that the kernel does for `macs`: fewer where Winograd's algorithm computes it.
     Times are in the plan's seconds: multiplied by what the measured model takes over what was predicted for it.
     """
     earlier = {work.name: _seconds(work, plan, target, threads) for _, work in kernels(before)}
@@ -109,6 +111,7 @@ def layer_table(before: Graph, after: Graph, plan: Plan, target: Target, threads
                 "op": node.op,
                 "dtype": work.dtype,
                 "macs": work.macs,
+                "products": products_of(work, target.microkernels.get(work.dtype)) if target.spacious else work.macs,
                 "bytes": work.bytes,
                 "weight_bytes": work.weight_bytes,
                 "predicted_seconds_before": earlier.get(work.name),

@@ -124,7 +124,8 @@ def _roofline(report: Data) -> Iterator[str]:
     threads = report["threads"] if hardware["kind"] == "cpu" else 1
     dots, colors = [], {dtype: COLORS[place % len(COLORS)] for place, dtype in enumerate(hardware["peak"])}
     for row in rows:
-        intensity, reached = 2 * row["macs"] / row["bytes"], 2 * row["macs"] / row["predicted_seconds"]
+        done = 2 * row.get("products", row["macs"])
+        intensity, reached = done / row["bytes"], done / row["predicted_seconds"]
         color = colors.get(row["dtype"], GRAY)
         tip = f"{row['name']} ({row['dtype']}): {number(intensity)} op/byte, {number(reached)}op/s"
         dots.append(Dot(intensity, reached / 1e9, color, tip))

@@ -51,6 +51,17 @@ def share_of_direct(work: Workload, micro: MicroKernel | None) -> float:
     return cycles(spec, default_schedule(spec, micro), micro) / direct_cycles(spec, micro)
 
 
+def products_of(work: Workload, micro: MicroKernel | None) -> int:
+    """Multiply-adds that the kernel does: fewer than the convolution's own by this algorithm."""
+    from hwopt.backends.tvm.kernels.winograd_schedule import shape_of
+
+    spec = _spec_of(work, micro) if micro is not None and work.kind == "conv" and work.taps == 9 else None
+    if spec is None:
+        return work.macs
+    form = shape_of(spec)
+    return work.macs * form.points // (9 * form.tile**2)
+
+
 def _spec_of(work: Workload, micro: MicroKernel) -> WinogradSpec | None:
     from hwopt.backends.tvm.kernels.spec import ConvSpec
     from hwopt.backends.tvm.kernels.winograd_schedule import pays, winograd_spec
