@@ -15,7 +15,7 @@ import tvm
 
 from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.kernels import schedule as schedules
-from hwopt.backends.tvm.kernels.spec import Activation, Add, Bias, ConvSpec, MatmulSpec, Multiply, PoolSpec, Quantize, Scale
+from hwopt.backends.tvm.kernels.spec import Activation, Add, Bias, ConvSpec, MatmulSpec, Mean, Multiply, PoolSpec, Quantize, Scale
 from targets import _isa_arm, _isa_x86
 
 INT8 = {"data_dtype": "uint8", "weight_dtype": "int8", "out_dtype": "int32"}
@@ -64,6 +64,8 @@ def run(spec, data, weights, tensors=(), cores=1, flags=None):
 def out_size(spec):
     if isinstance(spec, MatmulSpec):
         return spec.batch * spec.m * spec.n
+    if any(isinstance(step, Mean) for step in spec.epilogue):
+        return spec.batch * spec.out_channels
     return spec.batch * spec.out_height * spec.out_width * spec.out_channels
 
 
@@ -175,6 +177,40 @@ def test_integer_accumulators_are_exact_with_the_zero_point_in_the_padding(shape
     spec = conv(**shape, integer=True, pad_value=7)
     data, weights = random(spec)
     assert (run(spec, data, weights, cores=cores) == accumulators(spec, data, weights).reshape(-1)).all()
+
+
+LINES = [  # results in one row, of whatever data
+    {"height": 3, "width": 90, "channels": 16, "out": 24, "kernel": (3, 3)},
+    {"height": 1, "width": 400, "channels": 400, "out": 16, "kernel": (1, 4), "strides": (1, 3), "dilations": (1, 2)},
+    {"height": 1, "width": 900, "channels": 200, "out": 9, "kernel": (1, 1), "strides": (2, 2)},
+    {"height": 2, "width": 70, "channels": 10, "out": 9, "kernel": (1, 1), "strides": (2, 2)},
+    {"height": 1, "width": 80, "channels": 12, "out": 18, "kernel": (1, 5), "groups": 3, "batch": 2},
+]
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+@pytest.mark.parametrize("shape", [*SHAPES, *LINES], ids=str)
+def test_bytes_that_are_widened_in_workspace_make_the_same_integers(shape, cores):
+    spec = conv(**shape, integer=True, pad_value=7)
+    data, weights = random(spec)
+    want = accumulators(spec, data, weights).reshape(-1)
+    assert (run(spec, data, weights, cores=cores, flags=FLAGS["sse"]) == want).all()
+
+
+POOLED = [
+    {"height": 16, "width": 16, "channels": 512, "out": 16, "kernel": (3, 3), "pads": (1, 1, 1, 1)},
+    {"height": 31, "width": 31, "channels": 512, "out": 16, "kernel": (1, 1), "strides": (2, 2)},
+    {"height": 16, "width": 16, "channels": 1024, "out": 16, "kernel": (1, 1)},
+]
+
+
+@pytest.mark.parametrize("shape", POOLED, ids=str)
+def test_a_mean_is_over_the_whole_image_however_large_its_workspace(shape):
+    spec = conv(**shape, integer=True, epilogue=(Scale(), Mean()))
+    spec = dataclasses.replace(spec, out_dtype="float32")
+    data, weights = random(spec)
+    want = accumulators(spec, data, weights).mean((1, 2)).reshape(-1)
+    close(run(spec, data, weights, [np.ones(16, np.float32)], flags=FLAGS["sse"]), want)
 
 
 @pytest.mark.parametrize("level", FLAGS)

@@ -25,7 +25,7 @@ from hwopt.backends.tvm.kernels.epilogue import Epilogue
 from hwopt.backends.tvm.kernels.geometry import Geometry
 from hwopt.backends.tvm.kernels.micro import fused_multiply_add
 from hwopt.backends.tvm.kernels.repack import Repack
-from hwopt.backends.tvm.kernels.schedule import Schedule, widens
+from hwopt.backends.tvm.kernels.schedule import Schedule, copies_rows, widens
 from hwopt.backends.tvm.kernels.spec import MatmulSpec
 from hwopt.backends.tvm.kernels.tile import Source, Work
 from hwopt.target import MicroKernel
@@ -117,23 +117,25 @@ class Gemm:
 
     def source(self, code: Code, image: Value, row: Value, column: Value) -> Source:
         """The data of the block that starts at (row, column): where they are, or copied with what surrounds them, or widened."""
-        if self.shape.padded or (widens(self.shape, self.micro) and self.shape.rows > 1):
+        if copies_rows(self.shape, self.micro):
             return self.padded(code, image, row)
         return self.widened(code, image, column) if widens(self.shape, self.micro) else self.direct(image)
 
     def widened(self, code: Code, image: Value, first: Value) -> Source:
-        """Copies the positions of the block that starts at column `first` into workspace, as 16-bit numbers."""
-        shape = self.shape
-        count = min(self.schedule.block_columns, shape.columns)
+        """Copies what the block of a single row that starts at column `first` reads into workspace, as 16-bit numbers."""
+        shape, step = self.shape, self.shape.strides[1]
+        reach = shape.width - (shape.columns - 1) * step  # the positions that one result reads, or some more
+        block = min(self.schedule.block_columns, shape.columns)
+        count = (block - 1) * step + reach
         space = code.alloc("widened", count * shape.channels + 64, "int16")
-        base = begin(shape, "data", image, shape.width, shape.channels) + first * shape.channels
-        many = count if shape.columns % count == 0 else tirx.Min(count, shape.columns - first)
+        base = begin(shape, "data", image, shape.width, shape.channels) + first * (step * shape.channels)
+        many = count if shape.columns % block == 0 else tirx.Min(count, shape.width - first * step)
 
         def copy(inner: Code, index: Value) -> None:
             self._copy(inner, space, index * shape.channels, base + index * shape.channels, shape.channels)
 
         code.loop("position", many, copy)
-        return Source(space, 0, lambda _, column: (column - first) * shape.channels)
+        return Source(space, 0, lambda _, column: (column - first) * (step * shape.channels))
 
     def direct(self, image: Value) -> Source:
         shape = self.shape

@@ -118,20 +118,18 @@ def _blocked(shape: Geometry, micro: MicroKernel, cores: int, tile: Schedule) ->
     tiles = -(-shape.vectors(micro.lanes) // tile.vectors)
     work = cycles(shape, micro, tile.tile_rows, tile.tile_columns, tile.vectors) * shape.images * shape.groups
     parallel = parallel_pays(work, cores)
-    block_rows = round_up(shape.rows, tile.tile_rows)
-    if shape.padded:
-        block_rows = rows_in_workspace(shape, tile.tile_rows)
-    block_columns = round_up(shape.columns, tile.tile_columns)
-    if widens(shape, micro) and shape.rows > 1:
-        block_rows = rows_in_workspace(shape, tile.tile_rows, 2)
-    elif widens(shape, micro):
-        block_columns = min(block_columns, max(1, WORKSPACE // (2 * shape.channels) // tile.tile_columns) * tile.tile_columns)
+    block_rows, block_columns = round_up(shape.rows, tile.tile_rows), round_up(shape.columns, tile.tile_columns)
+    if copies_rows(shape, micro) and not shape.pooled:
+        block_rows = rows_in_workspace(shape, tile.tile_rows, 2 if widens(shape, micro) else 0)
+    elif widens(shape, micro) and not shape.pooled:
+        most = WORKSPACE // (2 * shape.channels * shape.strides[1])
+        block_columns = min(block_columns, max(1, most // tile.tile_columns) * tile.tile_columns)
     if parallel and shape.pooled:
         block_rows, tiles = divided(Work(shape, work, "", tile.tile_rows, block_rows, tiles), cores)
     elif parallel and shape.rows > 1:
         block_rows, tiles = divided(Work(shape, work, "rows", tile.tile_rows, block_rows, tiles), cores)
     elif parallel:
-        along = "" if shape.padded or shape.computed else "columns"
+        along = "" if copies_rows(shape, micro) or shape.computed else "columns"
         size, most = (tile.tile_columns, block_columns) if along else (tile.tile_rows, block_rows)
         found, tiles = divided(Work(shape, work, along, size, most, tiles), cores)
         block_columns = found if along else block_columns
@@ -146,6 +144,11 @@ def round_up(size: int, tile: int) -> int:
 def widens(shape: Geometry, micro: MicroKernel) -> bool:
     """Whether bytes are widened in workspace, once, for an instruction that takes 16-bit numbers."""
     return "pmadd" in micro.intrinsic and micro.dtype == "int8" and not shape.computed and not shape.beside
+
+
+def copies_rows(shape: Geometry, micro: MicroKernel) -> bool:
+    """Whether a task copies whole rows of an image into workspace, for what surrounds them or to widen them."""
+    return shape.padded or (widens(shape, micro) and shape.height > 1)
 
 
 def rows_in_workspace(shape: Geometry, tile_rows: int, size: int = 0) -> int:

@@ -159,12 +159,13 @@ def _knobs(task: Task) -> dict[str, tuple[int, ...]]:
     if amx_schedule.is_tile(task.micro):
         return _tile_knobs(task, shape, legal)
     words, vectors = shape.words(task.micro.depth), shape.vectors(lanes)
+    whole = schedule.copies_rows(shape, task.micro) or shape.computed or shape.pooled
     rows, columns, deep = ({tile[axis] for tile in legal} for axis in range(3))
     return {
         "tile_rows": tuple(sorted(rows)), "tile_columns": tuple(sorted(columns)), "vectors": tuple(sorted(deep)),
         "unroll": tuple(count for count in (1, 2, 4, 8) if count <= words) or (1,),
         "row_blocks": (1,) if shape.pooled else _counts(shape.rows),
-        "column_blocks": (1,) if shape.padded or shape.computed or shape.pooled else _counts(shape.columns),
+        "column_blocks": (1,) if whole else _counts(shape.columns),
         "tile_blocks": _counts(vectors),
     }  # fmt: skip
 
