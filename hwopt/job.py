@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,7 +82,7 @@ def prepare(
 
     hardware = find_target(target) if isinstance(target, str) else target
     if budget is not None and budget.activation_bytes is not None:
-        hardware = dataclasses.replace(hardware, spacious=False)
+        hardware = hardware.cramped()
     families, fixed = choose_families(passes)
     progress("loading", 0, 1)
     graph = clean(preprocessed(load(model, shapes=shapes, binds=binds), preprocess), Context(hardware, seed=seed))

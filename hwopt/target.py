@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -185,6 +185,10 @@ class Target:
         """The dtype of quantized activations that its integer kernels take: uint8 or int8."""
         kernel = self.microkernels.get("int8")
         return kernel.activation if kernel else "int8"
+
+    def cramped(self) -> Target:
+        """The same, and its fallbacks, with kernels that take no workspace only to be faster."""
+        return replace(self, spacious=False, fallbacks=tuple(one.cramped() for one in self.fallbacks))
 
     def granule_of(self, dtype: str) -> int:
         return self.granule.get(dtype, 1)

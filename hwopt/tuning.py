@@ -98,7 +98,7 @@ def tune_model(
     from hwopt.backends.tvm.tune.builder import cluster
 
     graph, hardware, count = _subject(Path(model), target, threads, shapes, binds)
-    compact = Path(model).is_dir() and _is_compact(Path(model))
+    compact = Path(model).is_dir() and _limited(Path(model), "weight_bytes")
     runner = _device_runner(device, hardware, count, seed) if device else None
     database = open_database(tuning_db, hardware, str(runner.device["name"]) if runner else "")
     with cluster(workers) if workers else contextlib.nullcontext(executor) as chosen:
@@ -205,17 +205,18 @@ def _subject(
     if model.is_dir():
         manifest = Artifact(model, foreign=True).manifest
         hardware = find_target(target or manifest["target"]) if not isinstance(target, Target) else target
+        hardware = hardware.cramped() if _limited(model, "activation_bytes") else hardware
         return read(model / "model.onnx"), hardware, threads or manifest["threads"]
     hardware = find_target(target or "host") if not isinstance(target, Target) else target
     graph = clean(load(model, shapes=shapes, binds=binds), Context(hardware))
     return graph, hardware, threads or hardware.cores
 
 
-def _is_compact(artifact: Path) -> bool:
-    """Whether an artifact had a budget of its size: all kernels decode their weights then that can."""
+def _limited(artifact: Path, amount: str) -> bool:
+    """Whether an artifact had a budget of its size (all kernels decode their weights then that can), or of its memory."""
     from hwopt.artifact import Artifact
 
-    return (Artifact(artifact, foreign=True).plan.get("budget") or {}).get("weight_bytes") is not None
+    return (Artifact(artifact, foreign=True).plan.get("budget") or {}).get(amount) is not None
 
 
 def _compared(

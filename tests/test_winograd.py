@@ -13,6 +13,8 @@ from hwopt.backends.tvm.kernels.winograd_schedule import able, default_schedule,
 from hwopt.backends.tvm.learn.counted_winograd import share_of_direct
 from hwopt.backends.tvm.transformed import transformed
 from hwopt.backends.tvm.weighted import Kernel
+from hwopt.build import build
+from hwopt.emit.products import Form
 from hwopt.io.onnx import load
 from hwopt.io.proto import to_model
 from hwopt.job import prepare, quiet
@@ -131,10 +133,21 @@ def test_where_memory_is_scarce_it_is_not_used():
     """Workspace of transformed data counts: of a library without a heap, the caller provides it."""
     graph = square_conv()
     roomy = find_target("x86-64-v3")
-    scarce = dataclasses.replace(roomy, spacious=False)
+    scarce = roomy.cramped()
     assert compile_program(graph, scarce).scratch_bytes < 250_000 < compile_program(graph, roomy).scratch_bytes
     budget = Budget(activation_bytes=1e6)
-    assert not prepare(to_model(graph), roomy, None, None, None, None, budget, None, 1, 0, quiet).target.spacious
+    found = prepare(to_model(graph), "x86-64-v4,x86-64-v3", None, None, None, None, budget, None, 1, 0, quiet).target
+    assert not found.spacious and [one.spacious for one in found.fallbacks] == [False]
+
+
+def test_without_a_heap_no_instruction_set_of_a_library_takes_its_workspace(tmp_path):
+    graph, both = square_conv(), find_target("x86-64-v4,x86-64-v3")
+    form = Form(parallel="serial", heap=False)
+    found, small = (
+        build(graph, one, 1, tmp_path / name, form=form).library.workspace_bytes
+        for name, one in (("given", both), ("small", both.cramped()))
+    )
+    assert found == small
 
 
 def square_conv():
