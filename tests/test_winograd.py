@@ -6,12 +6,14 @@ import numpy as np
 import onnx
 import pytest
 
+from hwopt.analysis.workload import workloads
 from hwopt.backends.tvm.build import compile_program
-from hwopt.backends.tvm.kernels.spec import Activation, Add, Bias, Quantize, Scale
+from hwopt.backends.tvm.kernels.spec import Activation, Add, Bias, Mean, Quantize, Scale
 from hwopt.backends.tvm.kernels.winograd_forms import exact
-from hwopt.backends.tvm.kernels.winograd_schedule import able, default_schedule, pays, tiles, winograd_spec
+from hwopt.backends.tvm.kernels.winograd_schedule import WinogradSpec, able, default_schedule, pays, tiles, winograd_spec
 from hwopt.backends.tvm.learn.counted_winograd import share_of_direct
 from hwopt.backends.tvm.transformed import transformed
+from hwopt.backends.tvm.tune.task import tasks_of
 from hwopt.backends.tvm.weighted import Kernel
 from hwopt.build import build
 from hwopt.emit.products import Form
@@ -125,7 +127,6 @@ def test_a_matrix_unit_keeps_its_convolutions():
 def test_its_price_is_less_than_the_direct_form_s():
     work = Workload("conv", "conv", "int8", 3136, 64, 576, taps=9, window=(1, 56, 56, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1))
     assert share_of_direct(work, VNNI) < 0.8
-    assert share_of_direct(dataclasses.replace(work, steps=("Conv", "GlobalAveragePool")), VNNI) == 1.0
     assert share_of_direct(work, _isa_x86.AMX_INT8) == 1.0
 
 
@@ -150,9 +151,21 @@ def test_without_a_heap_no_instruction_set_of_a_library_takes_its_workspace(tmp_
     assert found == small
 
 
-def square_conv():
+@pytest.mark.parametrize("spacious", [True, False])
+def test_a_mean_over_the_image_stays_a_kernel_of_its_own_as_it_is_priced(spacious):
+    """In the convolution's own kernel it would take the direct form."""
+    graph, target = square_conv(14, pooled=True), find_target("x86-64-v3")
+    first, *_ = tasks_of(graph, target if spacious else target.cramped(), 1)
+    assert isinstance(first.spec, WinogradSpec) == spacious
+    assert any(isinstance(step, Mean) for step in first.spec.epilogue) != spacious
+    assert share_of_direct(workloads(graph)[0], target.microkernels["float32"]) < 1
+
+
+def square_conv(side=28, pooled=False):
     weight = onnx.numpy_helper.from_array(np.ones((64, 64, 3, 3), np.float32), "w")
     node = onnx.helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1])
-    values = [onnx.helper.make_tensor_value_info(name, 1, (1, 64, 28, 28)) for name in "xy"]
-    graph = onnx.helper.make_graph([node], "square", values[:1], values[1:], [weight])
+    pool = onnx.helper.make_node("GlobalAveragePool", ["y"], ["z"])
+    first = onnx.helper.make_tensor_value_info("x", 1, (1, 64, side, side))
+    last = onnx.helper.make_tensor_value_info("z" if pooled else "y", 1, None)
+    graph = onnx.helper.make_graph([node, pool] if pooled else [node], "square", [first], [last], [weight])
     return load(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9))

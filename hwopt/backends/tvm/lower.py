@@ -29,6 +29,7 @@ from hwopt.backends.tvm.coded import coded_kernel, expanded_because
 from hwopt.backends.tvm.fold import constant_values, folded
 from hwopt.backends.tvm.functions import is_deep
 from hwopt.backends.tvm.heads import composed
+from hwopt.backends.tvm.kernels.winograd_schedule import WinogradSpec
 from hwopt.backends.tvm.layout import Values, convert_bfloat16, dims_of, reordered, to_first, to_last
 from hwopt.backends.tvm.origins import naming_builder, with_origins
 from hwopt.backends.tvm.templates import Choose, Templates
@@ -114,10 +115,15 @@ class Lowering:
                 self.node(node)
 
     def _pooled(self, kernel: Kernel, region: Region) -> bool:
-        """Emit the region together with the global pool behind it, where its own micro-kernel can do that."""
+        """Emit the region together with the global pool behind it, where its own micro-kernel can do that.
+
+        Winograd's algorithm, which has no place for the pool, saves more than a kernel of the pool's own takes.
+        """
         pool = self.pools.get(region.anchor.name)
         whole = pooled.averaged(self.graph, kernel, pool) if pool else None
         if pool is None or whole is None or kernels.supports(whole.spec, self.templates.micro(kernel.spec)):
+            return False
+        if isinstance(self.templates.fitted(kernel)[0].spec, WinogradSpec):
             return False
         self.values.put(pool.output, self.templates.call(whole, region.name), whole.last)
         self.done.add(pool.anchor.name)

@@ -41,9 +41,7 @@ class Templates:
         """The result of the kernel, a variable called `label`; None where no template takes its dtypes."""
         from tvm import relax
 
-        kernel = broadened(kernel, self.micro(kernel.spec).lanes)
-        micro = self.micro(kernel.spec)
-        kernel = transformed(kernel, micro) if self.target.spacious else kernel
+        kernel, micro = self.fitted(kernel)
         if kernels.supports(kernel.spec, micro):
             return None
         self.calls[kernel.spec, micro] += 1
@@ -54,6 +52,12 @@ class Templates:
         found = self.builder.emit(relax.call_tir(self._function(kernel.spec, micro), arguments, result), label)
         self.labels[found.name] = label  # Relax makes an identifier of it
         return found
+
+    def fitted(self, kernel: Kernel) -> tuple[Kernel, MicroKernel]:
+        """The kernel in the form that computes it fastest, and its micro-kernel."""
+        kernel = broadened(kernel, self.micro(kernel.spec).lanes)
+        micro = self.micro(kernel.spec)
+        return (transformed(kernel, micro) if self.target.spacious else kernel), micro
 
     def call_coded(self, kernel: CodedKernel, label: str) -> Expr | None:
         """The same for a kernel that decodes its weights (kernels.packed); None where no micro-kernel reads such codes."""

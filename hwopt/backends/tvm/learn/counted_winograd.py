@@ -25,8 +25,6 @@ if TYPE_CHECKING:  # the templates import TVM; listing targets must not
     from hwopt.backends.tvm.kernels.schedule import Schedule
     from hwopt.backends.tvm.kernels.winograd_schedule import WinogradSpec
 
-POOLS = ("GlobalAveragePool", "ReduceMean")  # behind them, the kernel would need all positions of an image at once
-
 
 def by_winograd(work: Workload, micro: MicroKernel, threads: int) -> Counted | None:
     """The counts; None for a kernel that runs otherwise."""
@@ -68,7 +66,7 @@ def _spec_of(work: Workload, micro: MicroKernel) -> WinogradSpec | None:
     from hwopt.backends.tvm.learn.specs import spec_of
 
     spec = spec_of(work, micro)
-    if not isinstance(spec, ConvSpec) or any(name in POOLS for name in step_names(work)) or not pays(spec, micro):
+    if not isinstance(spec, ConvSpec) or not pays(spec, micro):
         return None
     return winograd_spec(spec)
 
