@@ -106,7 +106,7 @@ def build(
         library = _machine_library(graph, target, threads, folder / "library")
     else:
         name = identifier(graph.name)
-        target = _code_for(target if form.heap else target.cramped())
+        target = _code_for(target)
         program = compile_program(graph, target, threads, name, tuned or default_schedule, compact)
         program = _with_array(program, target.array)
         fallbacks = []

@@ -212,11 +212,15 @@ def _job(model: Any, options: Mapping[str, Any]) -> Job:
 
 
 def _generated(job: Job, form: Form) -> Job:
-    """The job with the families that code can be generated for; raises UnsupportedError where none can for the target."""
-    target = job.target
+    """The job with the families that code can be generated for; raises UnsupportedError where none can for the target.
+
+    Without a heap, what is measured takes as little workspace as what is delivered.
+    """
+    target = job.target if form.heap else job.target.cramped()
     if not generates(target):
         hint, place = "hwopt plan and hwopt apply work for it", f"target {target.name}"
         raise UnsupportedError(f"there is no code generator for {target.kind} targets of its kind", place=place, hint=hint)
     if target.tvm["kind"] == CUDA and "shared" in form.emit:
         raise UsageError("a library for CUDA is linked with libcuda where it runs", place="emit", hint="--emit static,source")
-    return dataclasses.replace(job, families=generated(target, job.families))
+    ctx = dataclasses.replace(job.ctx, target=target)
+    return dataclasses.replace(job, target=target, ctx=ctx, families=generated(target, job.families))
