@@ -132,6 +132,33 @@ def test_kernels_of_a_plan_are_timed_and_what_seemed_fast_is_given_up(job: Job) 
     assert worse.seconds_after > 4 * 8e-6 > worse.seconds_before  # the plan that was given up, at the prices of now
 
 
+def test_an_interrupted_search_times_nothing_more_and_says_so(job: Job) -> None:
+    def impatient(stage: str, done: int, total: int) -> None:
+        if stage == "solving and measuring" and done == 1:
+            raise KeyboardInterrupt
+
+    target = dataclasses.replace(job.target, cost=Hopeful(0.0))
+    task = make_task(dataclasses.replace(job, target=target))
+    assert isinstance(task, Search)
+    measuring = Sobering(target, 1)
+    before = price(dataclasses.replace(task, measuring=measuring))
+    timed = measuring.graphs
+    found, _ = search_timed(dataclasses.replace(task, measuring=measuring, progress=impatient), before)
+    assert found.plan.note.startswith("interrupted") and measuring.graphs == timed
+
+
+def test_an_interrupted_measurement_keeps_the_plan_that_was_found(job: Job) -> None:
+    class Stopped(Sobering):
+        def learn(self, graph: Graph) -> bool:
+            raise KeyboardInterrupt
+
+    target = dataclasses.replace(job.target, cost=Hopeful(0.0))
+    task = make_task(dataclasses.replace(job, target=target))
+    assert isinstance(task, Search)
+    found, _ = search_timed(dataclasses.replace(task, measuring=Stopped(target, 1)), price(task))
+    assert found.plan.decisions and found.plan.note.startswith("interrupted")
+
+
 def test_a_plan_without_anything_to_time_is_searched_for_once(job: Job) -> None:
     task = make_task(dataclasses.replace(job, target=dataclasses.replace(job.target, cost=Hopeful(0.0))))
     assert isinstance(task, Search) and task.measuring is None

@@ -23,25 +23,29 @@ TURNS = 3  # plans whose kernels are timed
 def search_timed(task: Search, priced: Priced) -> tuple[Found, Priced]:
     """The best plan, and the prices it was chosen by; the others that were found on the way are among its `others`.
 
-    Raises BudgetError as `search` does.
+    Who interrupts it gets the best plan so far, with a note. Raises BudgetError as `search` does.
     """
     coarse = dataclasses.replace(task, refine=False)
-    found = [search(coarse, priced)]
-    for _ in range(TURNS):
-        better = corrected(task, priced, found[-1].graph)
-        if better is None:
-            break
-        priced = better
-        try:
-            found.append(search(coarse, priced))
-        except BudgetError:  # a measurement of the library decides
-            break
-    if task.refine:  # once, as it takes long: plans are found by now, and finding them again costs little
-        with contextlib.suppress(BudgetError):
-            found.append(search(task, priced))
+    found, note = [search(coarse, priced)], ""
+    try:
+        for _ in range(TURNS):
+            better = None if found[-1].plan.note else corrected(task, priced, found[-1].graph)
+            if better is None:
+                break
+            priced = better
+            try:
+                found.append(search(coarse, priced))
+            except BudgetError:  # a measurement of the library decides
+                break
+        if task.refine and not found[-1].plan.note:  # once, as it takes long: finding the plans again costs little
+            with contextlib.suppress(BudgetError):
+                found.append(search(task, priced))
+    except KeyboardInterrupt:  # between two searches, or before one of them had tried anything
+        note = "interrupted: the best plan so far"
     current = [_repriced(task, one) for one in {one.graph.digest: one for one in found}.values()]
-    best = min(current, key=lambda one: _rank(task, one))
-    return dataclasses.replace(best, others=(*(one for one in current if one is not best), *best.others)), priced
+    best = min(current, key=lambda one: _order(task, one))
+    noted = dataclasses.replace(best.plan, note=best.plan.note or found[-1].plan.note or note)
+    return dataclasses.replace(best, plan=noted, others=(*(one for one in current if one is not best), *best.others)), priced
 
 
 def corrected(task: Search, priced: Priced, graph: Graph) -> Priced | None:
@@ -71,7 +75,7 @@ def _repriced(task: Search, found: Found) -> Found:
     return dataclasses.replace(found, plan=dataclasses.replace(found.plan, seconds_after=seconds))
 
 
-def _rank(task: Search, found: Found) -> tuple[bool, float, float]:
+def _order(task: Search, found: Found) -> tuple[bool, float, float]:
     """What keeps the limits first; then the fastest, or the best score where time is limited."""
     drop, seconds = found.comparison.drop if found.comparison else 0.0, found.plan.seconds_after
     broken = bool(task.exceeded(task.amounts(found.graph)))
