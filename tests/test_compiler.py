@@ -222,12 +222,12 @@ def test_a_folder_of_somebody_else_is_left_alone(model: Path, tmp_path: Path) ->
 
 def test_interrupted_search_keeps_the_best_plan(model: Path) -> None:
     def impatient(stage: str, done: int, total: int) -> None:
-        if stage == "solving and measuring" and done == 1:
+        if stage == "solving and measuring" and done == 0:
             raise KeyboardInterrupt
 
     found = plan_model(model, calibrate=pictures(16, 1), evaluate=pictures(64, 2), budget=Budget(0.02), progress=impatient)
     uniform = {"int8", "bfloat16"} & set(find_target("host").microkernels)  # scored before the first round
-    assert 1 <= len(found.plan.rounds) <= 1 + len(uniform)
+    assert 1 <= len(found.plan.rounds) <= len(uniform)
     assert found.plan.note.startswith("interrupted: the best plan of")
 
 
