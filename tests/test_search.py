@@ -201,6 +201,16 @@ def test_a_plan_is_applied_and_scored_once_by_all_searches_over_the_same_prices(
     assert task.scorer.calls > calls  # type: ignore[attr-defined]
 
 
+def test_an_impossible_size_is_told_beside_the_unchanged_model_s_own(network: Path) -> None:
+    """What the layouts of one plan's library add to its weights says nothing about the unchanged model."""
+    task = make_task(job_for(network, "100%"))
+    assert task is not None
+    size = task.amounts(task.graph).bytes
+    scarce = dataclasses.replace(task, budget=Budget(1.0, weight_bytes=1.0), weight_scale=3.0)
+    with pytest.raises(BudgetError, match=re.escape(f"weights {size:.0f} B")):
+        search(scarce, price(task))
+
+
 def test_no_time_goes_into_the_nearest_budget_where_nobody_asks_for_it(network: Path) -> None:
     task = make_task(job_for(network, "100%"))
     assert task is not None

@@ -72,7 +72,8 @@ class Search:
     def amounts(self, graph: Graph) -> Amounts:
         """What a graph is predicted to cost, in measured units."""
         cost, peak = self.pricer.graph(graph), peak_activation_bytes(graph) * self.memory_scale
-        return Amounts(cost.seconds * self.scale, held_bytes(graph) * self.weight_scale, peak, cost.joules)
+        packed = 1.0 if graph is self.graph else self.weight_scale  # which the layouts of a plan's library made
+        return Amounts(cost.seconds * self.scale, held_bytes(graph) * packed, peak, cost.joules)
 
     def exceeded(self, amounts: Amounts) -> str:
         """Which limit is broken, with the numbers; empty if none."""
