@@ -62,6 +62,16 @@ def test_float_results_are_as_near_as_those_of_the_direct_form(shape, cores):
     assert errors[0] < max(2 * errors[1], 1e-6 * np.abs(wanted).max())
 
 
+def test_what_is_not_finite_stays_in_its_windows():
+    spec = winograd_spec(conv(9, 9, 16, 16, (3, 3), pads=(1, 1, 1, 1)))
+    data, weights = random(spec)
+    data[0, 3, 4, 5] = np.inf
+    finite = np.isfinite(run(spec, data, weights).reshape(9, 9, 16)).all(2)
+    reached = np.zeros((9, 9), bool)
+    reached[2:5, 3:6] = True
+    assert (finite == ~reached).all()
+
+
 def test_images_of_a_batch_share_the_transformed_weights():
     spec = by_winograd((7, 6, 64, 64), batch=6)
     assert default_schedule(spec, VNNI).block_rows > tiles(spec)[0]

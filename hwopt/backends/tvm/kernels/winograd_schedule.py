@@ -34,6 +34,11 @@ class Shape:
     def points(self) -> int:
         return self.patch * self.patch
 
+    @property
+    def size(self) -> int:
+        """Bytes of what is multiplied."""
+        return 2 if self.dtype == "int16" else 4
+
     def lanes(self, micro: MicroKernel) -> int:
         """Channels of data in a vector."""
         return micro.lanes * (2 if self.dtype == "int16" else 1)
@@ -81,7 +86,7 @@ def products(spec: ConvSpec, count: int, channels: int) -> Geometry:
 
 
 def able(spec: ConvSpec, micro: MicroKernel) -> bool:
-    """Whether the kernel can compute it, apart from what its weights are (winograd.exact)."""
+    """Whether the kernel can compute it, apart from what its weights are (winograd_forms.exact)."""
     plain = spec.kernel == (3, 3) and spec.strides == (1, 1) == spec.dilations and spec.groups == 1
     multiplies = bool(micro.wide) if spec.accumulator == "int32" else (spec.data_dtype, micro.dtype) == ("float32", "float32")
     whole = spec.in_channels % 2 == 0 and min(spec.in_channels, spec.out_channels) >= LEAST_CHANNELS
@@ -136,8 +141,7 @@ def images_and_rows(spec: ConvSpec, found: Schedule) -> tuple[int, int]:
 def _workspace(spec: ConvSpec, count: int, channels: int) -> int:
     """Bytes of transformed data and weights and of the sums, of a task with `count` tiles."""
     form = shape_of(spec)
-    size = 2 if form.dtype == "int16" else 4
-    return form.points * (size * spec.in_channels * (count + channels) + 4 * count * channels)
+    return form.points * (form.size * spec.in_channels * (count + channels) + 4 * count * channels)
 
 
 def _best_tile(spec: ConvSpec, count: int, wide: MicroKernel) -> tuple[int, int]:
@@ -198,5 +202,4 @@ class Parts:
 
     def kept_bytes(self, channels: int, lanes: int) -> float:
         """Transformed data, and weights of `lanes` channels: what the products read."""
-        size = 2 if self.form.dtype == "int16" else 4
-        return float(size * self.form.points * channels * (self.tiles + lanes))
+        return float(self.form.size * self.form.points * channels * (self.tiles + lanes))

@@ -43,7 +43,7 @@ def share_of_direct(work: Workload, micro: MicroKernel | None) -> float:
     """Cycles by this algorithm over those of the direct form, estimated, for one core; 1 where that is what runs."""
     from hwopt.backends.tvm.kernels.winograd_schedule import cycles, default_schedule, direct_cycles
 
-    spec = _spec_of(work, micro) if micro is not None and work.kind == "conv" and work.taps == 9 else None
+    spec = _spec_of(work, micro)
     if spec is None or micro is None:
         return 1.0
     return cycles(spec, default_schedule(spec, micro), micro) / direct_cycles(spec, micro)
@@ -53,14 +53,17 @@ def products_of(work: Workload, micro: MicroKernel | None) -> int:
     """Multiply-adds that the kernel does: fewer than the convolution's own by this algorithm."""
     from hwopt.backends.tvm.kernels.winograd_schedule import shape_of
 
-    spec = _spec_of(work, micro) if micro is not None and work.kind == "conv" and work.taps == 9 else None
+    spec = _spec_of(work, micro)
     if spec is None:
         return work.macs
     form = shape_of(spec)
     return work.macs * form.points // (9 * form.tile**2)
 
 
-def _spec_of(work: Workload, micro: MicroKernel) -> WinogradSpec | None:
+def _spec_of(work: Workload, micro: MicroKernel | None) -> WinogradSpec | None:
+    """The kernel's request; None for one that runs otherwise."""
+    if micro is None or work.kind != "conv" or work.taps != 9:
+        return None
     from hwopt.backends.tvm.kernels.spec import ConvSpec
     from hwopt.backends.tvm.kernels.winograd_schedule import pays, winograd_spec
     from hwopt.backends.tvm.learn.specs import spec_of
