@@ -185,5 +185,11 @@ def _built(graph: Graph, size: int) -> Built:
 
 def test_weights_that_a_library_pads_shrink_what_the_next_plan_may_take() -> None:
     task = dataclasses.replace(made("quantize"), weight_scale=1.25, budget=parse_budget("100%", ("size=10kB",)))
-    assert task.amounts(task.graph).bytes == 1.25 * held_bytes(task.graph)
+    changed = dataclasses.replace(task.graph, name="changed")
+    assert task.amounts(changed).bytes == 1.25 * held_bytes(changed)
     assert task.first_limits().bytes == 8000
+
+
+def test_padding_that_a_plan_s_library_showed_is_not_put_on_the_unchanged_model() -> None:
+    task = dataclasses.replace(made("quantize"), weight_scale=1.25)
+    assert task.amounts(task.graph).bytes == held_bytes(task.graph)
