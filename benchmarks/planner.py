@@ -27,7 +27,7 @@ from hwopt.build import Built, build
 from hwopt.compiler import one_blas_thread
 from hwopt.decide import TURNS, as_measured, fastest, make_job_scorer, make_task
 from hwopt.demo import demo_data
-from hwopt.errors import UsageError, did_you_mean
+from hwopt.errors import BudgetError, UsageError, did_you_mean
 from hwopt.evaluate import Comparison, compare
 from hwopt.ir import Graph
 from hwopt.job import Job, prepare, quiet
@@ -37,7 +37,7 @@ from hwopt.plan.budget import Budget
 from hwopt.plan.corrected import search_timed
 from hwopt.plan.options import Pricer
 from hwopt.plan.problem import Problem
-from hwopt.plan.search import found_within, search
+from hwopt.plan.search import search
 from hwopt.plan.solve import Limits, solve, solve_problem
 from hwopt.plugins import find_target
 from hwopt.prove import proved
@@ -272,13 +272,14 @@ def at_equal_latency(
 
 def _gentlest(lab: Lab, menu: Priced, seconds: float) -> Built | None:
     """The library of the plan with the best score within a measured latency, as `--budget latency` finds it, or None."""
-    task = dataclasses.replace(lab.task, budget=Budget(1.0, latency_seconds=seconds * (1 + ROOM)))
+    task = dataclasses.replace(lab.task, budget=Budget(1.0, latency_seconds=seconds * (1 + ROOM)), thorough=False)
     least = solve(menu.base, menu.options, menu.pairs, Limits())
     for _ in range(TURNS):
         if least is None or least.seconds * task.scale > HOPELESS * seconds:  # saves the search
             return None
-        found = found_within(task, menu)
-        if found is None:
+        try:
+            found = search(task, menu)
+        except BudgetError:
             return None
         built = lab.built(found.graph)
         took = lab.seconds(it=built)["it"]

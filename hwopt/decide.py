@@ -25,7 +25,7 @@ from hwopt.plan.plan import Decision, Plan, apply_plan
 from hwopt.plan.search import Found, Priced, Search, price, search, versions
 from hwopt.plugins import find_passes
 from hwopt.prove import proved
-from hwopt.recovery import Option, deepened, retrained, trained_as_stated
+from hwopt.recovery import Option, deepened, deepened_unbuilt, retrained, trained_as_stated
 
 CORES = psutil.cpu_count() or 1
 NEAR, CONTENDERS = 1.15, 3  # plans that are built and timed beside the best one: how much slower they may seem, how many
@@ -41,12 +41,7 @@ def decided(job: Job, replay: Plan | None, *, tie: bool = True) -> Found:
     priced = price(task)
     if job.training.recipe is None:
         return search(task, priced)
-
-    def searched(one: Job) -> tuple[Found, None]:
-        return search(dataclasses.replace(task, budget=one.budget, refine=one.budget == job.budget), priced), None
-
-    faster = lambda one, other: one[0].plan.seconds_after < other[0].plan.seconds_after  # noqa: E731
-    return deepened(job, task.scorer, priced.baseline, searched, faster, lambda found: (found, None))[0]
+    return deepened_unbuilt(job, task, priced)
 
 
 def decided_and_built(job: Job, replay: Plan | None, baseline: Built, build: Build) -> tuple[Found, Built]:
@@ -59,10 +54,8 @@ def decided_and_built(job: Job, replay: Plan | None, baseline: Built, build: Bui
     if job.training.recipe is None:
         return _searched(job, task, priced, baseline, build)
 
-    def searched(one: Job) -> tuple[Found, Built]:
-        return _searched(
-            one, dataclasses.replace(task, budget=one.budget, refine=one.budget == job.budget), priced, baseline, build
-        )
+    def searched(one: Search) -> tuple[Found, Built]:
+        return _searched(dataclasses.replace(job, budget=one.budget), one, priced, baseline, build)
 
     def faster(one: Option, other: Option) -> bool:
         if one[1] is None or other[1] is None:
@@ -70,7 +63,7 @@ def decided_and_built(job: Job, replay: Plan | None, baseline: Built, build: Bui
         seconds = _seconds(job, other[1], one[1])
         return seconds["result"] < seconds["baseline"]
 
-    found, result = deepened(job, task.scorer, priced.baseline, searched, faster, lambda one: _kept(job, baseline, one, build))
+    found, result = deepened(job, task, priced.baseline, searched, faster, lambda one: _kept(job, baseline, one, build))
     return found, result or build(found)
 
 

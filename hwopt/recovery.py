@@ -16,7 +16,7 @@ from hwopt.errors import BudgetError, UsageError
 from hwopt.evaluate import Comparison, Scorer, compare
 from hwopt.ir import Graph
 from hwopt.job import Job
-from hwopt.plan.attempt import Found, Search, price
+from hwopt.plan.attempt import Found, Priced, Search, price
 from hwopt.plan.budget import Budget
 from hwopt.plan.plan import Plan, Recovery
 from hwopt.plan.search import aim, search
@@ -29,7 +29,7 @@ DEPTHS = (12.0, 4.0)  # drops before training, in drops that are allowed after i
 SHARE = 2 / 3  # of the time that is left for a plan with others behind it
 LEAST, MOST = 0.02, 0.5  # the least of the smallest of them, the most of any
 Option = tuple[Found, "Built | None"]  # a plan with its library, where one is built
-Searched = Callable[[Job], Option]
+Searched = Callable[[Search], Option]
 
 
 def relaxed(budget: Budget) -> tuple[Budget, ...]:
@@ -38,17 +38,18 @@ def relaxed(budget: Budget) -> tuple[Budget, ...]:
     return tuple(dataclasses.replace(budget, max_drop=drop) for drop in dict.fromkeys(drops) if drop > budget.max_drop)
 
 
-def deepened(job: Job, scorer: Scorer, baseline: np.ndarray, searched: Searched, faster: Callable[[Option, Option], bool],
+def deepened(job: Job, task: Search, baseline: np.ndarray, searched: Searched, faster: Callable[[Option, Option], bool],
              built: Callable[[Found], Option]) -> Option:  # fmt: skip
     """The fastest plan that keeps the budget after training; without any the one that keeps it without, trained if that helps.
 
-    `searched` finds the best plan for a job, `built` makes an option of a trained plan (BudgetError if it breaks a limit).
+    `searched` finds the best plan of a search, `built` makes an option of a trained plan (BudgetError if it breaks a limit).
     """
-    usual, failed = _tried(searched, job)
-    trainer = Trainer(job, scorer, baseline)
+    quick = dataclasses.replace(task, thorough=False)
+    usual, _ = _tried(searched, quick)
+    trainer = Trainer(job, task.scorer, baseline)
     budgets = relaxed(job.budget)
     for place, budget in enumerate(budgets):
-        deeper, _ = _tried(searched, dataclasses.replace(job, budget=budget))
+        deeper, _ = _tried(searched, dataclasses.replace(quick, budget=budget, refine=False))
         if deeper is None or deeper[0].graph is job.graph or (usual and not faster(deeper, usual)) or trainer.over:
             continue
         trained = trainer.train(deeper[0], len(budgets) - place - 1 + (usual is not None))
@@ -57,11 +58,16 @@ def deepened(job: Job, scorer: Scorer, baseline: np.ndarray, searched: Searched,
         option, _ = _tried(built, trained)
         if option is not None:
             return option
-    if usual is None:
-        raise failed or BudgetError("no plan keeps the budget", place="plan")
+    usual = usual or searched(task)  # which says what could be met
     trained = None if usual[0].graph is job.graph or trainer.over else trainer.train(usual[0], 0)
     option, _ = (None, None) if trained is None else _tried(built, trained)
     return option or _noted(usual, trainer)
+
+
+def deepened_unbuilt(job: Job, task: Search, priced: Priced) -> Found:
+    """The same by predicted times alone: nothing is compiled."""
+    faster = lambda one, other: one[0].plan.seconds_after < other[0].plan.seconds_after  # noqa: E731
+    return deepened(job, task, priced.baseline, lambda one: (search(one, priced), None), faster, lambda one: (one, None))[0]
 
 
 def _noted(usual: Option, trainer: Trainer) -> Option:
@@ -159,12 +165,7 @@ def trial(job: Job, task: Search, knobs: Mapping[str, Any], watch: Callable[[Che
     training = dataclasses.replace(job.training, recipe=turned(recipe_of(job), knobs), watch=watch)
     priced = price(task)
 
-    def searched(one: Job) -> Option:
-        return search(dataclasses.replace(task, budget=one.budget, refine=one.budget == job.budget), priced), None
-
-    faster = lambda one, other: one[0].plan.seconds_after < other[0].plan.seconds_after  # noqa: E731
-    chosen = dataclasses.replace(job, training=training)
-    return deepened(chosen, task.scorer, priced.baseline, searched, faster, lambda found: (found, None))[0]
+    return deepened_unbuilt(dataclasses.replace(job, training=training), task, priced)
 
 
 def settled(job: Job) -> None:

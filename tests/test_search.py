@@ -30,7 +30,7 @@ from hwopt.plan.explain import explain
 from hwopt.plan.options import Pricer
 from hwopt.plan.plan import plan_from_json
 from hwopt.plan.polish import polished
-from hwopt.plan.search import _next, aim, found_within, make_plan, ranking, search
+from hwopt.plan.search import _next, aim, make_plan, ranking, search
 from hwopt.plan.solve import Solution, predicted
 from hwopt.plan.trials import knobs_of
 from hwopt.plan.uniform import uniform_solutions
@@ -216,12 +216,12 @@ def test_no_time_goes_into_the_nearest_budget_where_nobody_asks_for_it(network: 
     assert task is not None
     priced, least = price(task), task.amounts(task.graph).seconds
     hopeless, easy = (dataclasses.replace(task, budget=Budget(1.0, latency_seconds=least * share)) for share in (1e-3, 0.9))
-    assert found_within(hopeless, priced) is None
-    found = found_within(easy, priced)
-    assert found is not None and found.plan.seconds_after <= 0.9 * least
-    assert found.plan == search(easy, priced).plan
+    with pytest.raises(BudgetError, match="nothing that was tried"):
+        search(dataclasses.replace(hopeless, thorough=False), priced)
     with pytest.raises(BudgetError, match="nearest plans"):
         search(hopeless, priced)
+    found = search(dataclasses.replace(easy, thorough=False), priced)
+    assert found.plan.seconds_after <= 0.9 * least and found.plan == search(easy, priced).plan
 
 
 def test_no_search_ends_slower_than_one_precision_for_all_that_keeps_the_drop(network: Path) -> None:

@@ -42,7 +42,8 @@ class Search:
     `knobs` sets options of whole families (`quantize.calibrator`), `known` keeps errors from search to search, `tie` lets
     isomorphic layers be decided together where that is proven to lose nothing. `sensitivity` is how errors are found (see
     measure_errors), `pairwise` adds what neighbours cost together. `measuring` times kernels whose prices are in doubt.
-    `refine` rounds the plan that is found with more care (see hwopt.plan.finer): no use where it is trained anyway.
+    `refine` rounds the plan that is found with more care (see hwopt.plan.finer): no use where it is trained anyway. `thorough`
+    looks for the nearest budgets that can be met where this one is not, which takes long: no use where others are tried next.
     """
 
     graph: Graph
@@ -64,6 +65,7 @@ class Search:
     pairwise: bool = False
     measuring: Measuring | None = None
     refine: bool = True
+    thorough: bool = True
 
     @cached_property
     def pricer(self) -> Pricer:

@@ -25,6 +25,7 @@ __all__ = ["Attempt", "Found", "Priced", "Search", "price", "search", "versions"
 ROUNDS = 5
 FIRST_ERROR = 2.0  # allowed error per unit of allowed drop in the first round; the rounds correct it
 STEP = 4.0  # how far the allowance moves at most while only one side of the border is known
+RELAX = "relax the budget or --max-drop"
 NARROW = 1.25  # stop when the largest feasible and the smallest infeasible allowance are this close
 
 
@@ -33,23 +34,13 @@ def search(task: Search, priced: Priced) -> Found:
 
     A keyboard interrupt during the rounds ends the search with the best plan found so far, whose note says so.
     """
-    priced, attempts, note = _attempts(task, priced)
+    attempts, note = _attempts(task, priced)
     found = _best(task, priced, attempts)
     return dataclasses.replace(found, plan=dataclasses.replace(found.plan, note=note))
 
 
-def found_within(task: Search, priced: Priced) -> Found | None:
-    """The same, or None if the search comes upon nothing that keeps the budget: no time is spent on what else could be met."""
-    priced, attempts, note = _attempts(task, priced)
-    start = task.amounts(task.graph)
-    if task.exceeded(start) and not ranking(task, attempts, start):
-        return None
-    found = _best(task, priced, attempts)
-    return dataclasses.replace(found, plan=dataclasses.replace(found.plan, note=note))
-
-
-def _attempts(task: Search, priced: Priced) -> tuple[Priced, list[Attempt], str]:
-    """What was tried at which prices, and a note if that was interrupted."""
+def _attempts(task: Search, priced: Priced) -> tuple[list[Attempt], str]:
+    """What was tried, and a note if that was interrupted."""
     attempts: list[Attempt] = []
     note = ""
     try:
@@ -66,7 +57,7 @@ def _attempts(task: Search, priced: Priced) -> tuple[Priced, list[Attempt], str]
             raise
         note = f"interrupted: the best plan of {len(attempts)} round{'s' if len(attempts) > 1 else ''}"
         task.progress(note, 0, 1)
-    return priced, attempts, note
+    return attempts, note
 
 
 def _uniform(task: Search, priced: Priced, attempts: list[Attempt]) -> None:
@@ -206,12 +197,14 @@ def _best(task: Search, priced: Priced, attempts: Sequence[Attempt]) -> Found:
     start = task.amounts(task.graph)
     ranked = ranking(task, attempts, start)
     if not ranked and (broken := task.exceeded(start)):
+        if not task.thorough:
+            raise BudgetError(f"nothing that was tried keeps the budget ({broken} unchanged)", place="plan", hint=RELAX)
         free: list[Attempt] = []  # what the drop alone allows
         _rounds(dataclasses.replace(task, budget=Budget(task.budget.max_drop)), priced, free)
         attempts = widened(task, priced, [*attempts, *free])
         ranked = ranking(task, attempts, start)
         if not ranked:
-            raise BudgetError(nearest(task, attempts, broken), place="plan", hint="relax the budget or --max-drop")
+            raise BudgetError(nearest(task, attempts, broken), place="plan", hint=RELAX)
     best = ranked[0] if ranked else None
     if best is None:
         plan = make_plan(task, priced, None, attempts, start)
