@@ -282,6 +282,12 @@ def test_samples_stack_where_they_do_not_look_at_each_other() -> None:
         module.stacks({"x0": np.zeros((1, 4), np.float32)})
 
 
+def test_no_rounding_that_turns_over_makes_quantized_samples_look_as_if_they_saw_each_other() -> None:
+    quantized = run_pass(Quantize(dtype="bf16"), demo(), Context(calibration=Samples({"image": image(16)["image"]})))
+    module, pairs = backend.Module(quantized), image(24)["image"].reshape(12, 2, 1, 28, 28)
+    assert all(module.stacks({"image": pair}) for pair in pairs)
+
+
 # Parameters
 
 
