@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from hwopt.analysis.qdq import Quantization, dequantized, quantization
 from hwopt.analysis.regions import INTEGER_MOVES, Region
-from hwopt.backends.tvm import resizing
+from hwopt.backends.tvm import resizing, windows
 from hwopt.backends.tvm.convert import aligned
 from hwopt.backends.tvm.kernels.functions import ROUND
 from hwopt.backends.tvm.kernels.spec import Quantize
@@ -240,6 +240,8 @@ def _pool(lowering: Lowering, region: Region, operand: tuple[str, Quantization],
     rank = len(graph.tensor(operand[0]).dims)
     if rank < 3:
         return False
+    if windows.passed_through(lowering, region, *operand, result):
+        return True
     data = lowering.values.get(operand[0], True)
     image = list(range(1, rank - 1))
     if anchor.op == "GlobalMaxPool":

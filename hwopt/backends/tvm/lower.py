@@ -24,6 +24,7 @@ from hwopt.backends.tvm import (
     scanning,
     sorting,
     table,
+    windows,
 )
 from hwopt.backends.tvm.coded import coded_kernel, expanded_because
 from hwopt.backends.tvm.fold import constant_values, folded
@@ -108,7 +109,7 @@ class Lowering:
                 return
         if rowwise.emit(self, region) or table.emit(self, region) or (region.integer and integer.emit(self, region)):
             return
-        if bfloat16_pools.emit(self, region):
+        if bfloat16_pools.emit(self, region) or windows.emit(self, region):
             return
         for node in region.nodes:
             if node.name not in self.constant and not bfloat16.widens(self.graph, node):  # readers widen for themselves

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.coded import CodedKernel
 from hwopt.backends.tvm.kernels import packed
 from hwopt.backends.tvm.kernels.packed import PackedSpec
-from hwopt.backends.tvm.kernels.spec import MatmulSpec
+from hwopt.backends.tvm.kernels.spec import MatmulSpec, PoolSpec
 from hwopt.backends.tvm.layout import OPAQUE, Expr, constant
 from hwopt.backends.tvm.narrow import broadened
 from hwopt.backends.tvm.transformed import transformed
@@ -32,9 +32,9 @@ class Templates:
 
     def __init__(self, builder: Any, target: Target, threads: int, choose: Choose = kernels.default_schedule) -> None:
         self.builder, self.target, self.threads, self.choose = builder, target, threads, choose
-        self.calls: Counter[tuple[Spec | PackedSpec, MicroKernel]] = Counter()  # what tuning works on
+        self.calls: Counter[tuple[Spec | PackedSpec | PoolSpec, MicroKernel]] = Counter()  # what tuning works on
         self.labels: dict[str, str] = {}  # variable -> region
-        self._functions: dict[Spec | PackedSpec, Any] = {}
+        self._functions: dict[Spec | PackedSpec | PoolSpec, Any] = {}
         self.row_kernels: dict[Any, Any] = {}
 
     def call(self, kernel: Kernel, label: str) -> Expr | None:
@@ -74,6 +74,17 @@ class Templates:
         self.labels[found.name] = label
         return found
 
+    def call_pool(self, spec: PoolSpec, data: Expr, shape: Sequence[int], label: str) -> Expr:
+        """The result of a pool, a variable called `label`."""
+        from tvm import relax
+
+        micro = self.target.microkernels.get("float32", PLAIN["float32"])
+        self.calls[spec, micro] += 1
+        result = relax.TensorType(list(shape), spec.out_dtype)
+        found = self.builder.emit(relax.call_tir(self._function(spec, micro), relax.Tuple([data]), result), label)
+        self.labels[found.name] = label
+        return found
+
     def _coded_micro(self, spec: PackedSpec) -> MicroKernel | None:
         """The target's first micro-kernel that takes the codes, or plain multiplications."""
         first = self.target.microkernels.get(spec.weight_dtype, PLAIN[spec.weight_dtype])
@@ -107,7 +118,7 @@ class Templates:
         able = (one for one in ((found, *getattr(found, "others", ())) if found else ()) if not kernels.supports(spec, one))
         return next(able, dataclasses.replace(wide, dtype="bfloat16", activation="bfloat16"))
 
-    def _function(self, spec: Spec | PackedSpec, micro: MicroKernel) -> Any:
+    def _function(self, spec: Spec | PackedSpec | PoolSpec, micro: MicroKernel) -> Any:
         """The module's function for this kernel, built once."""
         if spec not in self._functions:
             symbol = f"kernel_{len(self._functions)}"

@@ -33,6 +33,14 @@ class Window:
     columns: Value
 
 
+def _as_block(built: tirx.PrimFunc) -> tirx.PrimFunc:
+    """TVM looks into kernels of one operand for reshapes, and fails over those that are no block."""
+    from tvm import s_tir
+
+    whole = s_tir.SBlock([], [], [], "root", built.body)
+    return built.with_body(s_tir.SBlockRealize([], tirx.const(True, "bool"), whole))
+
+
 class Pool:
     """One kernel under construction."""
 
@@ -66,29 +74,48 @@ class Pool:
                 inner.when(here, lambda some: self._row(some, row, whole * width, spec.channels % width))
 
         code.loop("task", spec.batch * spec.out_height * blocks, task, parallel=self.schedule.parallel)
-        return function(symbol, [self.data, *self.epilogue.parameters, self.out], code)
+        return _as_block(function(symbol, [self.data, *self.epilogue.parameters, self.out], code))
 
     def _row(self, code: Code, row: Value, channel: Value, count: int) -> None:
-        """One output row (batch and height together) for `count` channels from `channel` on."""
-        spec = self.spec
-        y, image = split(row, spec.out_height)
-        top, rows = self._window(code, y, 0)
+        """One output row (batch and height together) for `count` channels from `channel` on: windows in the image have as many
+        taps as the kernel, so that their loops unroll."""
+        y, image = split(row, self.spec.out_height)
+        first, last = self._inside(0)
+        whole = tirx.And(tirx.GE(y, first), tirx.LT(y, last))
+        code.when(
+            last - first == self.spec.out_height or whole,
+            lambda inner: self._columns(inner, row, (y, image), (0, self.spec.kernel[0]), channel, count),
+            lambda inner: self._columns(inner, row, (y, image), self._window(inner, y, 0), channel, count),
+        )
 
-        def column(inner: Code, x: Value) -> None:
-            left, columns = self._window(inner, x, 1)
-            flat = (row * spec.out_width + x) * spec.channels + channel
-            origin = (image * spec.height + y * spec.strides[0] - spec.pads[0], x * spec.strides[1] - spec.pads[1])
-            self._position(inner, Place(flat, channel, image), origin, Window(top, rows, left, columns), count)
+    def _columns(
+        self, code: Code, row: Value, at: tuple[Value, Value], down: tuple[Value, Value], channel: Value, count: int
+    ) -> None:
+        """The positions of a row, `at` (y, image): at the left border, in the image, at the right border."""
+        spec, (y, image) = self.spec, at
+        first, last = self._inside(1)
+        for begin, end, whole in ((0, first, False), (first, last, True), (last, spec.out_width, False)):
 
-        code.loop("column", spec.out_width, column)
+            def column(inner: Code, x: Value, whole: bool = whole) -> None:
+                across = (0, spec.kernel[1]) if whole else self._window(inner, x, 1)
+                flat = (row * spec.out_width + x) * spec.channels + channel
+                origin = (image * spec.height + y * spec.strides[0] - spec.pads[0], x * spec.strides[1] - spec.pads[1])
+                self._position(inner, Place(flat, channel, image), origin, Window(*down, *across), count)
+
+            code.loop("column", end - begin, column, start=begin)
+
+    def _inside(self, axis: int) -> tuple[int, int]:
+        """The first position whose window lies in the image, and the one behind the last."""
+        spec, size, out = self.spec, (self.spec.height, self.spec.width)[axis], (self.spec.out_height, self.spec.out_width)[axis]
+        reach = (spec.kernel[axis] - 1) * spec.dilations[axis]
+        first = min(out, -(-spec.pads[axis] // spec.strides[axis]))
+        return first, max(first, min(out, (size - 1 - reach + spec.pads[axis]) // spec.strides[axis] + 1))
 
     def _window(self, code: Code, position: Value, axis: int) -> tuple[Value, Value]:
         """The first tap inside of the image and how many there are."""
         spec, size = self.spec, (self.spec.height, self.spec.width)[axis]
         kernel, dilation = spec.kernel[axis], spec.dilations[axis]
         start = position * spec.strides[axis] - spec.pads[axis]
-        if not spec.pads[axis] and not spec.pads[axis + 2]:
-            return 0, kernel
         first = tirx.Max(0, tirx.floordiv(dilation - 1 - start, dilation))
         last = tirx.Min(kernel, tirx.floordiv(size - 1 - start, dilation) + 1)
         first = code.bind("first", first)

@@ -1,0 +1,104 @@
+"""Pools -> the pool template, channels last, with activations, quantization or a rounding to bfloat16 behind them fused."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from hwopt.analysis.bfloat16 import narrows
+from hwopt.analysis.qdq import Quantization, quantization
+from hwopt.analysis.regions import Region, reduces_image
+from hwopt.backends.tvm.kernels.spec import PoolSpec, Quantize, Step
+from hwopt.backends.tvm.layout import Expr, dims_of, reshaped
+from hwopt.backends.tvm.weighted import activation
+from hwopt.ir import Graph, Node
+
+BYTES = ("int8", "uint8")
+
+
+def emit(lowering: Any, region: Region) -> bool:
+    """Emit a region that is a pool of floats, or a maximum of bytes; False for all others."""
+    graph, anchor = lowering.graph, region.anchor
+    if region.integer or not _suits(graph, anchor):
+        return False
+    if anchor.op == "ReduceMean" and not lowering.values.is_last(anchor.inputs[0]):
+        return False
+    steps = _steps(graph, region)
+    output = anchor.output if steps is None else region.output
+    lowering.provide(anchor)
+    data = lowering.values.get(anchor.inputs[0], True)
+    _put(lowering, region, data, (output, graph.tensor(output).dtype), steps or ())
+    for node in region.epilogue if steps is None else ():
+        lowering.node(node)
+    return True
+
+
+def _steps(graph: Graph, region: Region) -> tuple[Step, ...] | None:
+    """What the kernel does with its results; None for what the template has no step for."""
+    found: list[Step] = []
+    for node in region.epilogue:
+        scale = quantization(graph, node) if node.op == "QuantizeLinear" else None
+        bounded = all(graph.constant(value) is not None for value in node.inputs[1:] if value)
+        step: Step | None = activation(graph, node) if bounded else None
+        if scale is not None and scale.whole:
+            step = Quantize(float(scale.scale), int(scale.zero_point), scale.dtype)
+        if step is None and not narrows(graph, node):
+            return None
+        found += [step] if step else []
+    return tuple(found)
+
+
+def passed_through(lowering: Any, region: Region, source: str, before: Quantization, after: Any) -> bool:
+    """Emit a maximum of quantized values whose result is quantized alike (`after`: its scale, zero point and range)."""
+    alike = (float(before.scale), int(before.zero_point), before.dtype) == (after.scale, after.zero_point, after.dtype)
+    unbounded = (after.low, after.high) == ((-128, 127) if after.dtype == "int8" else (0, 255))
+    if region.anchor.op != "MaxPool" or not (alike and unbounded) or not _suits(lowering.graph, region.anchor):
+        return False
+    _put(lowering, region, lowering.values.get(source, True), (region.output, after.dtype), ())
+    return True
+
+
+def _put(lowering: Any, region: Region, data: Expr, output: tuple[str, str], steps: tuple[Step, ...]) -> None:
+    """The call of the kernel on data that lie channels last, its result as this value of this type."""
+    node, dims = region.anchor, dims_of(data)
+    spec = dataclasses.replace(_spec_of(node, dims, str(data.ty.dtype), output[1]), epilogue=steps)
+    place = [spec.out_height, spec.out_width] if len(dims) == 4 else [spec.out_width]
+    found = lowering.templates.call_pool(spec, data, [spec.batch, *place, spec.channels], region.name)
+    kept = bool(node.attr("keepdims", 1))
+    lowering.values.put(output[0], found if kept else reshaped(lowering.builder, found, [dims[0], dims[-1]]), kept)
+
+
+def _suits(graph: Graph, node: Node) -> bool:
+    """True for a pool over images or lines whose windows all look at data, and of a kind that the template computes."""
+    whole = node.op == "GlobalAveragePool" or (node.op == "ReduceMean" and reduces_image(graph, node))
+    if not (whole or node.op in ("MaxPool", "AveragePool")) or len(node.outputs) > 1:
+        return False
+    dims, out, dtype = graph.tensor(node.inputs[0]).dims, graph.tensor(node.output).dims, graph.tensor(node.output).dtype
+    if len(dims) not in (3, 4) or 0 in (*dims, *out) or node.attr("auto_pad", "NOTSET") != "NOTSET" or node.attr("ceil_mode", 0):
+        return False
+    if dtype != "float32" and not (dtype in BYTES and node.op == "MaxPool"):
+        return False
+    spec = _spec_of(node, [dims[0], *dims[2:], dims[1]], dtype, dtype)
+    reach = [(taps - 1) * hole + 1 for taps, hole in zip(spec.kernel, spec.dilations, strict=True)]
+    inside = all(pad < reach[index % 2] for index, pad in enumerate(spec.pads))
+    return whole or (inside and (spec.out_height, spec.out_width) == ((1, out[2]) if len(out) == 3 else out[2:]))
+
+
+def _spec_of(node: Node, dims: list[int], dtype: str, out_dtype: str) -> PoolSpec:
+    """What the template is asked for; a pool over a line is one over an image of height 1."""
+    line = len(dims) == 3
+    height, width = 1 if line else dims[1], dims[-2]
+    windowed = node.op in ("MaxPool", "AveragePool")
+    kernel, strides, dilations = (_pair(node.attr(key, ()), line) for key in ("kernel_shape", "strides", "dilations"))
+    pads = tuple(node.attr("pads", ())) or (0,) * (2 if line else 4)
+    return PoolSpec(
+        batch=dims[0], height=height, width=width, channels=dims[-1], kernel=kernel if windowed else (height, width),
+        strides=strides, dilations=dilations, pads=(0, pads[0], 0, pads[1]) if line else (pads[0], pads[1], pads[2], pads[3]),
+        function="max" if node.op == "MaxPool" else "average", include_pads=bool(node.attr("count_include_pad", 0)),
+        data_dtype=dtype, out_dtype=out_dtype,
+    )  # fmt: skip
+
+
+def _pair(values: Any, line: bool) -> tuple[int, int]:
+    given = tuple(values) or (1, 1)
+    return (1, given[0]) if line else (given[0], given[1])
