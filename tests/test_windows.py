@@ -84,7 +84,17 @@ def test_the_largest_of_bytes_quantized_alike_stays_bytes() -> None:
     (spec,) = pools_of(alike)
     assert (spec.data_dtype, spec.out_dtype, spec.epilogue) == ("uint8", "uint8", ())
     compare(alike)
-    assert not pools_of(quantized("a = MaxPool <kernel_shape = [3,3], pads = [1,1,1,1]> (rf) y = QuantizeLinear(a, s, z)"))
+    (other,) = pools_of(quantized("a = MaxPool <kernel_shape = [3,3], pads = [1,1,1,1]> (rf) y = QuantizeLinear(a, s, z)"))
+    assert len(other.epilogue) == 1
+
+
+@pytest.mark.parametrize("op", ["GlobalMaxPool", "GlobalAveragePool"])
+@pytest.mark.parametrize("after", ["t, v", "s, z"])
+def test_quantized_images_are_pooled_as_bytes(op: str, after: str) -> None:
+    graph = quantized(f"a = {op} (rf) y = QuantizeLinear(a, {after})", "uint8[1,8,1,1] y")
+    (spec,) = pools_of(graph)
+    assert spec.data_dtype == spec.out_dtype == "uint8" and bool(spec.epilogue) == ((op, after) != ("GlobalMaxPool", "t, v"))
+    compare(graph)
 
 
 def test_pools_on_two_threads_give_the_same_bits() -> None:

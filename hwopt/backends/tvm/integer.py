@@ -18,7 +18,7 @@ from hwopt.backends.tvm import resizing, windows
 from hwopt.backends.tvm.convert import aligned
 from hwopt.backends.tvm.kernels.functions import ROUND
 from hwopt.backends.tvm.kernels.spec import Quantize
-from hwopt.backends.tvm.layout import Expr, Values, dims_of, reshaped
+from hwopt.backends.tvm.layout import Expr, Values
 from hwopt.ir import Graph, Node, scalar
 
 LIMITS = {"uint8": (0, 255), "int8": (-128, 127)}
@@ -62,7 +62,7 @@ def emit(lowering: Lowering, region: Region) -> bool:
     emitters = {"Add": _sum, "Sub": _sum, "Mul": _product, "Relu": _sum, "Clip": _sum, "Concat": _concat}
     if anchor.op in emitters:
         return emitters[anchor.op](lowering, region, operands, result)
-    return _pool(lowering, region, operands[0], result)
+    return windows.emit_integer(lowering, region, *operands[0])
 
 
 def _result(graph: Graph, region: Region) -> Result | None:
@@ -231,138 +231,3 @@ def _concat(lowering: Lowering, region: Region, operands: Sequence[tuple[str, Qu
     same = [_requantized(lowering, expr, found, result) for expr, (_, found) in zip(expressions, operands, strict=True)]
     lowering.values.put(region.output, lowering.builder.emit(relax.op.concat(same, placed)), last)
     return True
-
-
-def _pool(lowering: Lowering, region: Region, operand: tuple[str, Quantization], result: Result) -> bool:
-    from tvm import relax
-
-    graph, anchor, builder = lowering.graph, region.anchor, lowering.builder
-    rank = len(graph.tensor(operand[0]).dims)
-    if rank < 3:
-        return False
-    if windows.passed_through(lowering, region, *operand, result):
-        return True
-    data = lowering.values.get(operand[0], True)
-    image = list(range(1, rank - 1))
-    if anchor.op == "GlobalMaxPool":
-        pooled = builder.emit(relax.op.max(data, image, keepdims=True))
-        lowering.values.put(region.output, _requantized(lowering, pooled, operand[1], result), True)
-        return True
-    if anchor.op in ("GlobalAveragePool", "ReduceMean"):
-        window: Window | None = Window(tuple(dims_of(data)[1:-1]), (1,) * len(image), (0,) * (2 * len(image)), (1,) * len(image))
-    else:
-        window = window_of(graph, anchor, tuple(dims_of(data)[1:-1]))
-    if window is None:
-        return False
-    compute = _largest(window, operand[1], result) if anchor.op == "MaxPool" else _mean(window, anchor, operand[1], result)
-    if anchor.op != "ReduceMean" or anchor.attr("keepdims", 1):
-        return _emit(lowering, region, compute, [data], True)
-    mean = builder.emit_te(compute, data, primfunc_name_hint="integer_reducemean")
-    lowering.values.put(region.output, reshaped(builder, mean, graph.tensor(region.output).dims))
-    return True
-
-
-@dataclass(frozen=True)
-class Window:
-    """A pooling window over the image; `pads` are all begins, then all ends."""
-
-    kernel: tuple[int, ...]
-    strides: tuple[int, ...]
-    pads: tuple[int, ...]
-    dilations: tuple[int, ...]
-
-    def extents(self, image: Sequence[int]) -> list[int]:
-        count = len(self.kernel)
-        rooms = [
-            image[i] + self.pads[i] + self.pads[count + i] - (self.kernel[i] - 1) * self.dilations[i] - 1 for i in range(count)
-        ]
-        return [room // stride + 1 for room, stride in zip(rooms, self.strides, strict=True)]
-
-    def place(self, out: Sequence[Any], inside: Sequence[Any]) -> list[Any]:
-        """Where an element of the window lies in the image (outside of it in the padding)."""
-        count = len(self.kernel)
-        return [out[i] * self.strides[i] + inside[i] * self.dilations[i] - self.pads[i] for i in range(count)]
-
-
-def window_of(graph: Graph, node: Node, image: Sequence[int]) -> Window | None:
-    kernel = tuple(node.attr("kernel_shape"))
-    count = len(kernel)
-    if node.attr("auto_pad", "NOTSET") not in ("NOTSET", "VALID") or len(node.outputs) > 1:
-        return None
-    window = Window(
-        kernel, tuple(node.attr("strides", (1,) * count)), tuple(node.attr("pads", (0,) * (2 * count))),
-        tuple(node.attr("dilations", (1,) * count)),
-    )  # fmt: skip
-    return window if window.extents(image) == list(graph.tensor(node.output).dims[2:]) else None
-
-
-def in_image(place: Sequence[Any], image: Sequence[Any], window: Window) -> Any:
-    """The condition that an element is none of the padding."""
-    from tvm import tirx
-
-    if not any(window.pads):
-        return None
-    return tirx.all(*(tirx.all(at >= 0, at < size) for at, size in zip(place, image, strict=True)))
-
-
-def _largest(window: Window, found: Quantization, result: Result) -> Callable[..., Any]:
-    from tvm import te, tirx
-
-    def compute(data: Any) -> Any:
-        batch, *image, channels = data.shape
-        axes = [te.reduce_axis((0, size), f"k{i}") for i, size in enumerate(window.kernel)]
-
-        def element(*index: Any) -> Any:
-            place = window.place(index[1:-1], axes)
-            inside = in_image(place, image, window)
-            value = data(index[0], *place, index[-1])
-            least = tirx.const(LIMITS[found.dtype][0], found.dtype)
-            return te.max(value if inside is None else tirx.if_then_else(inside, value, least), axis=axes)
-
-        largest = te.compute((batch, *window.extents([int(size) for size in image]), channels), element, "largest")
-        return _sum_of("Relu", [found], result)(largest)
-
-    return compute
-
-
-def _mean(window: Window, node: Node, found: Quantization, result: Result) -> Callable[..., Any]:
-    """saturate((sum(q - z) * m + count * c) / (count << shift)) in 64 bits; the count is constant but at padded borders."""
-    from tvm import te, tirx
-
-    factor = float(found.scale) / result.scale
-    shift = max(0, min(24, math.floor(24 - math.log2(factor))))
-    counted = not any(window.pads) or bool(node.attr("count_include_pad", 0))
-    zero_point = tirx.const(int(found.zero_point), "int32")
-
-    def compute(data: Any) -> Any:
-        batch, *image, channels = data.shape
-        axes = [te.reduce_axis((0, size), f"k{i}") for i, size in enumerate(window.kernel)]
-
-        def element(*index: Any) -> Any:
-            place = window.place(index[1:-1], axes)
-            inside = in_image(place, image, window)
-            value = data(index[0], *place, index[-1]).astype("int32") - zero_point
-            return te.sum(value if inside is None else tirx.if_then_else(inside, value, tirx.const(0, "int32")), axis=axes)
-
-        total = te.compute((batch, *window.extents([int(size) for size in image]), channels), element, "total")
-
-        def mean(*index: Any) -> Any:
-            count = tirx.const(math.prod(window.kernel), "int64") if counted else _count(window, index[1:-1], image)
-            scaled = total(*index).astype("int64") * tirx.const(round(factor * 2**shift), "int64")
-            offset = tirx.const((result.zero_point << shift) + ((1 << shift) >> 1), "int64")
-            return _saturated(tirx.floordiv(scaled + count * offset, count << shift).astype("int32"), result)
-
-        return te.compute(total.shape, mean, "requantized")
-
-    return compute
-
-
-def _count(window: Window, out: Sequence[Any], image: Sequence[Any]) -> Any:
-    """How many elements of the window lie in the image (windows without dilation)."""
-    from tvm import tirx
-
-    count: Any = tirx.const(1, "int64")
-    for i, size in enumerate(window.kernel):
-        start = out[i] * window.strides[i] - window.pads[i]
-        count = count * (tirx.min(start + size, image[i]) - tirx.max(start, 0)).astype("int64")
-    return count

@@ -14,6 +14,8 @@ from hwopt.backends.tvm.weighted import activation
 from hwopt.ir import Graph, Node
 
 BYTES = ("int8", "uint8")
+LARGEST = ("MaxPool", "GlobalMaxPool")
+POOLS = (*LARGEST, "AveragePool", "GlobalAveragePool")
 
 
 def emit(lowering: Any, region: Region) -> bool:
@@ -27,7 +29,7 @@ def emit(lowering: Any, region: Region) -> bool:
     output = anchor.output if steps is None else region.output
     lowering.provide(anchor)
     data = lowering.values.get(anchor.inputs[0], True)
-    _put(lowering, region, data, (output, graph.tensor(output).dtype), steps or ())
+    _put(lowering, region, data, (output, graph.tensor(output).dtype), epilogue=steps or ())
     for node in region.epilogue if steps is None else ():
         lowering.node(node)
     return True
@@ -48,35 +50,43 @@ def _steps(graph: Graph, region: Region) -> tuple[Step, ...] | None:
     return tuple(found)
 
 
-def passed_through(lowering: Any, region: Region, source: str, before: Quantization, after: Any) -> bool:
-    """Emit a maximum of quantized values whose result is quantized alike (`after`: its scale, zero point and range)."""
-    alike = (float(before.scale), int(before.zero_point), before.dtype) == (after.scale, after.zero_point, after.dtype)
-    unbounded = (after.low, after.high) == ((-128, 127) if after.dtype == "int8" else (0, 255))
-    if region.anchor.op != "MaxPool" or not (alike and unbounded) or not _suits(lowering.graph, region.anchor):
+def emit_integer(lowering: Any, region: Region, source: str, before: Quantization) -> bool:
+    """Emit a pool of quantized values whose result is quantized; False where the template has no form for it.
+
+    A maximum that is quantized as what it is of stays as it is.
+    """
+    steps = _steps(lowering.graph, region)
+    if not steps or not before.whole or not _suits(lowering.graph, region.anchor, before.dtype):
         return False
-    _put(lowering, region, lowering.values.get(source, True), (region.output, after.dtype), ())
+    scale, zero_point = float(before.scale), int(before.zero_point)
+    same = region.anchor.op in LARGEST and steps == (Quantize(scale, zero_point, before.dtype),)
+    quantized = {"scale": scale, "zero_point": zero_point, "epilogue": () if same else steps}
+    data = lowering.values.get(source, True)
+    _put(lowering, region, data, (region.output, lowering.graph.tensor(region.output).dtype), **quantized)
     return True
 
 
-def _put(lowering: Any, region: Region, data: Expr, output: tuple[str, str], steps: tuple[Step, ...]) -> None:
+def _put(lowering: Any, region: Region, data: Expr, output: tuple[str, str], **more: Any) -> None:
     """The call of the kernel on data that lie channels last, its result as this value of this type."""
     node, dims = region.anchor, dims_of(data)
-    spec = dataclasses.replace(_spec_of(node, dims, str(data.ty.dtype), output[1]), epilogue=steps)
+    spec = dataclasses.replace(_spec_of(node, dims, str(data.ty.dtype), output[1]), **more)
     place = [spec.out_height, spec.out_width] if len(dims) == 4 else [spec.out_width]
     found = lowering.templates.call_pool(spec, data, [spec.batch, *place, spec.channels], region.name)
     kept = bool(node.attr("keepdims", 1))
     lowering.values.put(output[0], found if kept else reshaped(lowering.builder, found, [dims[0], dims[-1]]), kept)
 
 
-def _suits(graph: Graph, node: Node) -> bool:
+def _suits(graph: Graph, node: Node, quantized: str = "") -> bool:
     """True for a pool over images or lines whose windows all look at data, and of a kind that the template computes."""
-    whole = node.op == "GlobalAveragePool" or (node.op == "ReduceMean" and reduces_image(graph, node))
-    if not (whole or node.op in ("MaxPool", "AveragePool")) or len(node.outputs) > 1:
+    whole = node.op in ("GlobalAveragePool", "GlobalMaxPool") or (node.op == "ReduceMean" and reduces_image(graph, node))
+    if not (whole or node.op in POOLS) or len(node.outputs) > 1:
         return False
-    dims, out, dtype = graph.tensor(node.inputs[0]).dims, graph.tensor(node.output).dims, graph.tensor(node.output).dtype
+    dims, out = graph.tensor(node.inputs[0]).dims, graph.tensor(node.output).dims
+    dtype = quantized or graph.tensor(node.output).dtype
     if len(dims) not in (3, 4) or 0 in (*dims, *out) or node.attr("auto_pad", "NOTSET") != "NOTSET" or node.attr("ceil_mode", 0):
         return False
-    if dtype != "float32" and not (dtype in BYTES and node.op == "MaxPool"):
+    floats = dtype == "float32" and node.op != "GlobalMaxPool"  # of which NaN is the largest
+    if not floats and not (dtype in BYTES and (quantized or node.op in LARGEST)):
         return False
     spec = _spec_of(node, [dims[0], *dims[2:], dims[1]], dtype, dtype)
     reach = [(taps - 1) * hole + 1 for taps, hole in zip(spec.kernel, spec.dilations, strict=True)]
@@ -94,7 +104,7 @@ def _spec_of(node: Node, dims: list[int], dtype: str, out_dtype: str) -> PoolSpe
     return PoolSpec(
         batch=dims[0], height=height, width=width, channels=dims[-1], kernel=kernel if windowed else (height, width),
         strides=strides, dilations=dilations, pads=(0, pads[0], 0, pads[1]) if line else (pads[0], pads[1], pads[2], pads[3]),
-        function="max" if node.op == "MaxPool" else "average", include_pads=bool(node.attr("count_include_pad", 0)),
+        function="max" if node.op in LARGEST else "average", include_pads=bool(node.attr("count_include_pad", 0)),
         data_dtype=dtype, out_dtype=out_dtype,
     )  # fmt: skip
 

@@ -142,10 +142,10 @@ class Pool:
             outer.loop("across", window.columns, horizontal, start=window.left)
 
         code.loop("down", window.rows, vertical, start=window.top)
-        taps = self._count(code, window)
+        share = self._share(code, window)
         for total, (offset, lanes) in zip(totals, parts, strict=True):
             at = Place(place.flat + offset, place.channel + offset, place.image)
-            code.store(self.out, at.flat, self._result(code, load(total, 0, lanes), taps, at, lanes), lanes)
+            code.store(self.out, at.flat, self._result(code, load(total, 0, lanes), (window, share), at, lanes), lanes)
 
     def _start(self) -> Any:
         if self.spec.function == "average":
@@ -155,22 +155,23 @@ class Pool:
     def _combine(self, total: Value, value: Value) -> Value:
         return total + value if self.spec.function == "average" else tirx.Max(total, value)
 
-    def _count(self, code: Code, window: Window) -> Value:
+    def _share(self, code: Code, window: Window) -> Value:
         """1 / the places that an average divides by."""
         if self.spec.include_pads or (isinstance(window.rows, int) and isinstance(window.columns, int)):
             return 1.0 / (self.spec.kernel[0] * self.spec.kernel[1])
         return code.bind("share", tirx.Div(tirx.const(1.0, "float32"), tirx.Cast("float32", window.rows * window.columns)))
 
-    def _result(self, code: Code, value: Value, share: Value, place: Place, lanes: int) -> Value:
-        """The pool's value, dequantized where it leaves its dtype, and the epilogue."""
-        spec = self.spec
+    def _result(self, code: Code, value: Value, seen: tuple[Window, Value], place: Place, lanes: int) -> Value:
+        """The pool's value, dequantized where it leaves its dtype, and the epilogue; `seen` is the window and 1 / its places."""
+        spec, (window, share) = self.spec, seen
         if self.passes:
             return value
+        average = spec.function == "average"
         if self.integer:
-            value = cast(value, "float32", lanes)
-        if spec.function == "average":
+            zeros = spec.zero_point * (window.rows * window.columns if average else 1)
+            value = cast(value - splat(zeros, lanes, "int32"), "float32", lanes)
+            value = value * splat(spec.scale * share if average else spec.scale, lanes)
+        elif average:
             value = value * splat(share, lanes)
-        if self.integer:
-            value = (value - splat(float(spec.zero_point), lanes)) * splat(spec.scale, lanes)
         shared = self.epilogue.per_channel(code, place.channel, lanes)
         return self.epilogue.apply(code, code.bind("value", value), place, shared, lanes, False)
