@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 import subprocess
@@ -36,6 +37,7 @@ from hwopt.plugins import find_target
 from hwopt.profiling import form_of, profile_target, sample_graph, seconds_of
 from hwopt.target import Coded, MicroKernel, Workload, origin
 from targets._roofline import Roofline
+from tests.test_lower import graph_of
 
 MICRO = MicroKernel("float32", 8, 1, 16, "float32", "float32")
 ANALYTICAL = Roofline({"float32": 1e11}, 1e10, find_target("x86-64-v2").memories, {"float32": 8}, launch_seconds=1e-6)
@@ -286,6 +288,19 @@ def test_sums_over_the_innermost_axis_and_over_others_are_counted_apart() -> Non
     rows, columns = (counted(loop("reduce", f"ReduceSum {axis}", 64 * 48, (1, 48)), {}, 1).times for axis in (2, 1))
     assert rows["row_vectors"] + rows["row_singles"] > 0 == rows["sums"]
     assert columns["sums"] > 0 == columns["row_vectors"] + columns["row_singles"]
+
+
+def test_windows_are_counted_by_the_places_that_they_see(target) -> None:
+    node = "y = MaxPool <kernel_shape = [3,2], strides = [2,1], pads = [1,0,1,1], dilations = [1,2]> (x)"
+    (work,) = workloads(graph_of(f"agraph (float[1,40,9,7] x) => (float[1,40,5,6] y) {{ {node} }}"))
+    seen = np.zeros((5, 6))
+    for y, x, down, across in itertools.product(range(5), range(6), range(3), range(2)):
+        seen[y, x] += 0 <= 2 * y - 1 + down < 9 and 0 <= x + 2 * across < 7
+    found = counted(work, {"float32": dataclasses.replace(target.microkernels["float32"], lanes=16)}, 1)
+    assert found.family == "pooled floats"
+    vectors = 3  # 16, 16 and 8 channels
+    assert (found.times["taps"], found.times["results"]) == ((seen == 6).sum() * 6 * vectors, 30 * vectors)
+    assert found.times["border_taps"] == seen.sum() * vectors - found.times["taps"]
 
 
 def test_a_function_of_bytes_is_a_table_and_costs_no_function() -> None:

@@ -43,6 +43,13 @@ def images(net: Net, x: str, shape: tuple[int, ...]) -> Found:
     return _joined(net, leaves)
 
 
+def pools(net: Net, x: str, shape: tuple[int, ...]) -> Found:
+    """Windows and means over such an image."""
+    x, shape = net.conv(x, shape, net.width(8, max(16, min(512, MOST // (shape[2] * shape[3])))), 1)
+    leaves = [_fenced(net, *_pick(net, (_pool, _pool, _pool, _mean))(net, x, shape)) for _ in range(KERNELS)]
+    return _joined(net, leaves)
+
+
 def sequences(net: Net, x: str, shape: tuple[int, ...]) -> Found:
     """Kernels on (batch, rows, features), which a small product makes."""
     wide = net.width(16, max(32, min(1024, MOST // shape[1])))
@@ -57,7 +64,7 @@ def _pick(net: Net, ops: tuple[Op, ...]) -> Op:
 
 def _fenced(net: Net, value: str, shape: tuple[int, ...]) -> Found:
     """A small product behind the leaf, so that it is known whose time is whose, and the mean of that."""
-    if len(shape) == 4 and net.family == "images":
+    if len(shape) == 4 and net.family in ("images", "pools"):
         value, shape = net.conv(value, shape, NARROW, 1)
         return net.add("Flatten", net.add("GlobalAveragePool", value), axis=1), (1, NARROW)
     value = net.linear(value, shape[-1], NARROW, int(np.prod(shape[:-1])))
@@ -139,6 +146,10 @@ def _pool(net: Net, x: str, shape: tuple[int, ...]) -> Found:
         return net.add("Relu", x), shape
     x = net.add(kind, x, kernel_shape=[size] * 2, strides=[stride] * 2, pads=[pad] * 4)
     return x, (*shape[:2], *((side + 2 * pad - size) // stride + 1 for side in shape[2:]))
+
+
+def _mean(net: Net, x: str, shape: tuple[int, ...]) -> Found:
+    return net.add("GlobalAveragePool", x), (*shape[:2], 1, 1)
 
 
 def _reduced(net: Net, x: str, shape: tuple[int, ...]) -> Found:

@@ -21,10 +21,10 @@ MOBILE = (
     (14, (64, 80, 96, 112, 128)),
     (7, (128, 160, 192, 320)),
 )
-GLUE = ("images", "sequences")
+GLUE = ("images", "sequences", "pools")
 FAMILIES = (
     "residual", "bottleneck", "inverted", "plain", "transformer", "rows", "gated", "early", "fire", "mobile", "square",
-    *GLUE, *GLUE,
+    *GLUE, "images", "sequences",
 )  # fmt: skip
 
 
@@ -50,7 +50,7 @@ class Net:
             return (1, int(self.random.choice((16, 32, 40, 49, 64, 80, 96, 128, 196, 256))), hidden)
         if self.family == "sequences":
             return (1, int(self.random.choice((16, 40, 64, 100, 128, 196, 256, 512))), 16)
-        if self.family == "images":
+        if self.family in ("images", "pools"):
             side = int(self.random.choice(SIDES))
             return (1, 8, side, side if self.random.random() < 0.7 else int(self.random.choice(SIDES)))
         if self.family == "rows":
@@ -219,6 +219,9 @@ class Net:
 
     def _images(self, x: str, shape: tuple[int, ...]) -> tuple[str, tuple]:
         return glue.images(self, x, shape)
+
+    def _pools(self, x: str, shape: tuple[int, ...]) -> tuple[str, tuple]:
+        return glue.pools(self, x, shape)
 
     def _sequences(self, x: str, shape: tuple[int, ...]) -> tuple[str, tuple]:
         return glue.sequences(self, x, shape)
