@@ -118,7 +118,7 @@ def _flow(places: Places) -> None:
 
 def _passes_on(graph: Graph, node: Node) -> bool:
     """True for operators that integer kernels compute if their input is quantized."""
-    if node.op == "ReduceMean" and not _over_image(graph, node):
+    if node.op == "ReduceMean" and not over_image(graph, node):
         return False
     passes = _is_steady(graph, node) or any(node.op in ops for ops in (_MOVES, _POOLS, ("Pad", "Resize")))
     return passes and node.domain == "" and all(graph.tensor(value).dtype == "float32" for value in node.outputs if value)
@@ -130,7 +130,7 @@ def _is_steady(graph: Graph, node: Node) -> bool:
     return node.domain == "" and node.op in _STEADY and not divides and not squares
 
 
-def _over_image(graph: Graph, node: Node) -> bool:
+def over_image(graph: Graph, node: Node) -> bool:
     """True for a mean over all axes behind batch and channels."""
     rank = len(graph.tensor(node.inputs[0]).shape or ())
     given = node.attr("axes")

@@ -13,7 +13,7 @@ from hwopt.analysis.qdq import Quantization
 from hwopt.analysis.ranges import Grid
 from hwopt.ir import Edit, Graph, Node, part, scalar
 from passes._quantize_layers import Integers, Layer, integers_of
-from passes._quantize_places import DATA, LEFT, RIGHT, Key, Places
+from passes._quantize_places import DATA, LEFT, RIGHT, Key, Places, over_image
 
 
 def rewrite(
@@ -106,7 +106,9 @@ class _Form:
     def _mean(self, key: Key) -> str:
         """A mean over the image becomes a GlobalAveragePool, which integer kernels know; its flat form is a view of that."""
         node = self.graph.producer.get(key[0])
-        if node is None or node.op != "ReduceMean" or (node.name, 0) not in self.places.reads or key[0] in self.graph.outputs:
+        if node is None or node.op != "ReduceMean" or not over_image(self.graph, node):
+            return ""
+        if (node.name, 0) not in self.places.reads or key[0] in self.graph.outputs:
             return ""
         output = self.edit.fresh(f"{key[0]}_pooled")
         self.inputs[node.name] = [node.inputs[0]]

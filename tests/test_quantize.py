@@ -323,6 +323,16 @@ def test_an_exploded_layer_norm_keeps_its_float_inputs() -> None:
     assert x in next(of_op(after, "Sub")).inputs
 
 
+def test_a_mean_over_rows_stays_one() -> None:
+    """Of tokens, as heads of vision transformers have it, where other layers read the same value as integers."""
+    build = Builder()
+    x = linear(build, build.input((1, 8, 8)), 8)
+    mean = build.op("ReduceMean", [x, build.ints(1)], (1, 8), keepdims=0)
+    build.outputs += [linear(build, mean, 4), linear(build, x, 4)]
+    graph = build.graph()
+    assert error(graph, quantized(graph)) < 0.01
+
+
 def test_a_mean_over_the_image_becomes_an_integer_pool() -> None:
     build = Builder()
     x = relu(build, conv(build, build.input((1, 3, 8, 8)), 6))
