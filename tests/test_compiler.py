@@ -92,6 +92,17 @@ def test_library_computes_what_its_onnx_model_says(compiled: hwopt.Artifact) -> 
         np.testing.assert_allclose(found, wanted, atol=0.03 * np.abs(wanted).max())
 
 
+def test_a_library_without_a_heap_runs_from_python_as_the_others_do(model: Path, tmp_path: Path) -> None:
+    form = hwopt.Form(("shared",), "serial", heap=False)
+    artifact = hwopt.compile(model, out=tmp_path / "bare", passes="none", threads=1, form=form, measure=False)
+    image = pictures(1, 5)["x"]
+    unaligned = np.frombuffer(b"1234" + image.tobytes(), np.float32)[1:].reshape(image.shape)
+    (wanted,) = Session(load(artifact.path / "model.onnx")).run({"x": image}).values()
+    for _ in range(2):
+        (found,) = hwopt.Artifact(artifact.path).run({"x": unaligned}).values()
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_plan_records_numbers_and_replays_to_the_same_bytes(compiled: hwopt.Artifact, model: Path, tmp_path: Path) -> None:
     plan = plan_from_json((compiled.path / "plan.json").read_text())
     assert plan.decisions and plan.refused and plan.rounds

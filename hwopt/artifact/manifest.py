@@ -31,6 +31,7 @@ def facts_of(library: Library) -> dict[str, Any]:
         "outputs": [_tensor_json(tensor) for tensor in library.outputs],
         "peak_activation_bytes": library.arena_bytes,
         "workspace_bytes": library.workspace_bytes,
+        "heap": library.heap,
         "weight_bytes": library.weight_bytes,
     }
 

@@ -49,6 +49,7 @@ class Library:
     workspace_bytes: int
     weight_bytes: int
     variants: tuple[tuple[str, ...], ...] = ()  # the features of each set of kernels, best first, where there are several
+    heap: bool = True  # False: every run needs the caller's workspace
 
 
 def build_library(
@@ -63,9 +64,9 @@ def build_library(
     """Write `<name>.h` and what the form names (see products.py) into `folder`.
 
     `features` are checked when the library runs (names of /proc/cpuinfo); `threads` is what a run uses until somebody says
-    otherwise. Without a heap a run lives in the caller's
-    workspace alone, serially. `fallbacks` are the same model for processors that lack the features, with what they need
-    themselves: the library runs the first that its processor can. The same program gives the same bytes. Nothing is written
+    otherwise. Without a heap a run lives in the caller's workspace alone, serially. `fallbacks` are the same model for processors
+    that lack the features, with what they need themselves: the library runs the first that its processor can. The same program
+    gives the same bytes. Nothing is written
     before everything is built. Raises UnsupportedError for what plain C cannot run, and ToolchainError without a C compiler.
     """
     _check_options(program, threads, form)
@@ -93,7 +94,7 @@ def build_library(
         features=shared_features(variants), threads=threads, inputs=_tensors(program, program.inputs),
         outputs=_tensors(program, program.outputs), arena_bytes=arena_bytes(variants),
         workspace_bytes=workspace_bytes(variants), weight_bytes=weights.bytes,
-        variants=tuple(one.features for one in variants) if fallbacks else (),
+        variants=tuple(one.features for one in variants) if fallbacks else (), heap=form.heap,
     )  # fmt: skip
 
 

@@ -52,20 +52,31 @@ class CEngine:
         self._run.argtypes = [ctypes.c_void_p] * (len(manifest["inputs"]) + len(manifest["outputs"]) + 1)
         self._error.restype = ctypes.c_char_p
         self._name, self._library = name, library
+        self._workspace = 0 if manifest.get("heap", True) else int(manifest["workspace_bytes"])  # 0: the library has its own
         self._outputs = [(tuple(entry["shape"]), numpy_dtype(entry["dtype"])) for entry in manifest["outputs"]]
         weakref.finalize(self, getattr(library, f"{name}_release"))
 
     def prepare(self, inputs: Sequence[np.ndarray]) -> tuple[Callable[[], None], Sequence[np.ndarray]]:
-        dense = [np.require(array, requirements="C") for array in inputs]
+        dense = [self._taken(array) for array in inputs]
         outputs = [aligned_empty(shape, dtype) for shape, dtype in self._outputs]
-        pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (*dense, *outputs)]  # these keep their arrays alive
+        own = [aligned_empty((self._workspace,), np.dtype(np.uint8))] if self._workspace else []
+        pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (*dense, *outputs, *own)]  # these keep their arrays alive
+        arguments = pointers if own else [*pointers, None]
 
         def call() -> None:
-            code = self._run(*pointers, None)
+            code = self._run(*arguments)
             if code:
                 raise ArtifactError(f"{self._name}_run: {self._error(code).decode()}", place=f"code {code}")
 
         return call, outputs
+
+    def _taken(self, array: np.ndarray) -> np.ndarray:
+        """The array as the library takes it: dense, without a heap on its boundary, too."""
+        if not self._workspace or (array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0):
+            return np.require(array, requirements="C")
+        aligned = aligned_empty(array.shape, array.dtype)
+        aligned[...] = array
+        return aligned
 
     def simulation(self, restart: bool) -> dict[str, float] | None:
         """What the model of an array in the library has counted, since the last `restart`; None where there is no such model."""
