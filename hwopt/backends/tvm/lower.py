@@ -11,7 +11,6 @@ from typing import Any
 from hwopt.analysis import bfloat16
 from hwopt.analysis.regions import ELEMENTWISE, Region, constant_nodes, regions
 from hwopt.backends.tvm import (
-    bfloat16_pools,
     convert,
     integer,
     kernels,
@@ -109,7 +108,7 @@ class Lowering:
                 return
         if rowwise.emit(self, region) or table.emit(self, region) or (region.integer and integer.emit(self, region)):
             return
-        if bfloat16_pools.emit(self, region) or windows.emit(self, region):
+        if windows.emit(self, region):
             return
         for node in region.nodes:
             if node.name not in self.constant and not bfloat16.widens(self.graph, node):  # readers widen for themselves

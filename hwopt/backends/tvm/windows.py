@@ -1,11 +1,11 @@
-"""Pools -> the pool template, channels last, with activations, quantization or a rounding to bfloat16 behind them fused."""
+"""Pools -> the pool template, channels last; bfloat16 data, activations, quantization and rounding to bfloat16 are in it."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from hwopt.analysis.bfloat16 import narrows
+from hwopt.analysis.bfloat16 import narrows, widened
 from hwopt.analysis.qdq import Quantization, quantization
 from hwopt.analysis.regions import Region, reduces_image
 from hwopt.backends.tvm.kernels.spec import PoolSpec, Quantize, Step
@@ -27,8 +27,9 @@ def emit(lowering: Any, region: Region) -> bool:
         return False
     steps = _steps(graph, region)
     output = anchor.output if steps is None else region.output
+    source = widened(graph, anchor.inputs[0]) or anchor.inputs[0]
     lowering.provide(anchor)
-    data = lowering.values.get(anchor.inputs[0], True)
+    data = lowering.values.get(source, True)
     _put(lowering, region, data, (output, graph.tensor(output).dtype), epilogue=steps or ())
     for node in region.epilogue if steps is None else ():
         lowering.node(node)

@@ -7,6 +7,7 @@ from typing import Any
 
 from tvm import tirx
 
+from hwopt.backends.tvm.kernels import bfloat16
 from hwopt.backends.tvm.kernels.code import Code, Value, cast, function, load, pieces, splat
 from hwopt.backends.tvm.kernels.epilogue import LIMITS, Epilogue, Place
 from hwopt.backends.tvm.kernels.micro import fused_multiply_add
@@ -47,8 +48,9 @@ class Pool:
     def __init__(self, spec: PoolSpec, schedule: Schedule, micro: MicroKernel) -> None:
         self.spec, self.schedule, self.micro = spec, schedule, micro
         size = spec.batch * spec.out_height * spec.out_width * spec.channels
-        self.passes = spec.function == "max" and not spec.epilogue and spec.data_dtype == spec.out_dtype
-        self.integer = spec.data_dtype != "float32"
+        self.integer = spec.data_dtype in LIMITS
+        narrow = spec.data_dtype == "bfloat16"  # compared and added as what they stand for
+        self.passes = spec.function == "max" and not spec.epilogue and spec.data_dtype == spec.out_dtype and not narrow
         self.kind = spec.data_dtype if self.passes else "int32" if self.integer else "float32"  # of the running result
         self.data = tirx.decl_buffer((spec.batch * spec.height * spec.width * spec.channels,), spec.data_dtype, "data")
         self.out = tirx.decl_buffer((size,), spec.out_dtype, "out")
@@ -135,8 +137,7 @@ class Pool:
                 line, column = origin[0] + ky * spec.dilations[0], origin[1] + kx * spec.dilations[1]
                 base = (line * spec.width + column) * spec.channels + place.channel
                 for total, (offset, lanes) in zip(totals, parts, strict=True):
-                    value = load(self.data, base + offset, lanes)
-                    value = value if self.passes or not self.integer else cast(value, "int32", lanes)
+                    value = self._operand(load(self.data, base + offset, lanes), lanes)
                     inner.store(total, 0, self._combine(load(total, 0, lanes), value), lanes)
 
             outer.loop("across", window.columns, horizontal, start=window.left)
@@ -146,6 +147,12 @@ class Pool:
         for total, (offset, lanes) in zip(totals, parts, strict=True):
             at = Place(place.flat + offset, place.channel + offset, place.image)
             code.store(self.out, at.flat, self._result(code, load(total, 0, lanes), (window, share), at, lanes), lanes)
+
+    def _operand(self, value: Value, lanes: int) -> Value:
+        """Data as they are compared or added."""
+        if self.spec.data_dtype == "bfloat16":
+            return bfloat16.widen(value, lanes)
+        return cast(value, "int32", lanes) if self.integer and not self.passes else value
 
     def _start(self) -> Any:
         if self.spec.function == "average":

@@ -31,6 +31,8 @@ def pool(work: Workload, micro: MicroKernel | None, threads: int) -> Counted | N
     names = step_names(work)
     if micro is None or work.kind != "pool" or work.dtype not in PLAIN or names[:1] == [] or names[0] not in POOLED:
         return None
+    if names[0] == "ReduceMean" and "," not in work.steps[0]:  # of rows, which do not lie channels last
+        return None
     if len(work.dims) not in (2, 3, 4) or (work.dtype == "float32" and names[0] == "GlobalMaxPool"):
         return None
     seen = Seen(work, names[0], micro.lanes)
