@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from hwopt.backends import ort
 from hwopt.backends.tvm.build import compile_program
 from hwopt.backends.tvm.kernels.spec import PoolSpec
 from hwopt.backends.tvm.lower import lower
@@ -95,6 +96,26 @@ def test_quantized_images_are_pooled_as_bytes(op: str, after: str) -> None:
     (spec,) = pools_of(graph)
     assert spec.data_dtype == spec.out_dtype == "uint8" and bool(spec.epilogue) == ((op, after) != ("GlobalMaxPool", "t, v"))
     compare(graph)
+
+
+HOLES = "kernel_shape = [2,2], dilations = [3,3], pads = [1,1,1,1]"
+
+
+def test_windows_that_step_over_the_image_are_left_to_others() -> None:
+    graph = graph_of(f"agraph (float[1,5,2,4] x) => (float[1,5,1,3] y) {{ y = MaxPool <{HOLES}> (x) }}")
+    assert not pools_of(graph)
+    compare(graph)
+    compare(graph_of(f"agraph (uint8[1,5,2,4] x) => (uint8[1,5,1,3] y) {{ y = MaxPool <{HOLES}> (x) }}"))
+    compare(quantized(f"a = MaxPool <{HOLES}, strides = [9,9]> (rf) y = QuantizeLinear(a, s, z)", "uint8[1,8,1,1] y"))
+
+
+def test_the_largest_of_the_least_numbers_is_one_of_them() -> None:
+    graph = graph_of("agraph (float[1,21,4,4] x) => (float[1,21,3,3] y) { y = MaxPool <kernel_shape = [2,2]> (x) }")
+    assert pools_of(graph)
+    for least in (-np.inf, np.finfo(np.float32).min):
+        feeds = {"x": np.full((1, 21, 4, 4), least, np.float32)}
+        found = run_program(compile_program(graph, find_target("host"), 1, "t"), feeds)["y"]
+        assert (found == ort.run(graph, feeds)["y"]).all() and (found == least).all()
 
 
 def test_pools_on_two_threads_give_the_same_bits() -> None:

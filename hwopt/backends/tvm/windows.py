@@ -90,9 +90,20 @@ def _suits(graph: Graph, node: Node, quantized: str = "") -> bool:
     if not floats and not (dtype in BYTES and (quantized or node.op in LARGEST)):
         return False
     spec = _spec_of(node, [dims[0], *dims[2:], dims[1]], dtype, dtype)
-    reach = [(taps - 1) * hole + 1 for taps, hole in zip(spec.kernel, spec.dilations, strict=True)]
-    inside = all(pad < reach[index % 2] for index, pad in enumerate(spec.pads))
-    return whole or (inside and (spec.out_height, spec.out_width) == ((1, out[2]) if len(out) == 3 else out[2:]))
+    return whole or ((spec.out_height, spec.out_width) == ((1, out[2]) if len(out) == 3 else out[2:]) and _see_data(spec))
+
+
+def _see_data(spec: PoolSpec) -> bool:
+    """True if every window has a tap in the image: in the padding there are none, and one with holes may step over a small image."""
+    sides = zip(
+        (spec.height, spec.width), (spec.out_height, spec.out_width), spec.kernel, spec.strides, spec.dilations, spec.pads[:2],
+        strict=True,
+    )  # fmt: skip
+    return all(
+        any(0 <= place * stride - before + tap * hole < size for tap in range(taps))
+        for size, out, taps, stride, hole, before in sides
+        for place in range(out)
+    )
 
 
 def _spec_of(node: Node, dims: list[int], dtype: str, out_dtype: str) -> PoolSpec:

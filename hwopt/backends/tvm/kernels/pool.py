@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,7 +158,7 @@ class Pool:
     def _start(self) -> Any:
         if self.spec.function == "average":
             return 0 if self.integer else 0.0
-        return LIMITS[self.spec.data_dtype][0] if self.integer else -3.402823e38
+        return LIMITS[self.spec.data_dtype][0] if self.integer else -math.inf
 
     def _combine(self, total: Value, value: Value) -> Value:
         return total + value if self.spec.function == "average" else tirx.Max(total, value)
