@@ -94,7 +94,7 @@ def _suits(graph: Graph, node: Node, quantized: str = "") -> bool:
 
 
 def _see_data(spec: PoolSpec) -> bool:
-    """True if every window has a tap in the image: in the padding there are none, and one with holes may step over a small image."""
+    """True if every window has a tap in the image: one with holes may step over all of a small one."""
     sides = zip(
         (spec.height, spec.width), (spec.out_height, spec.out_width), spec.kernel, spec.strides, spec.dilations, spec.pads[:2],
         strict=True,
