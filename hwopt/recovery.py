@@ -58,10 +58,22 @@ def deepened(job: Job, task: Search, baseline: np.ndarray, searched: Searched, f
         option, _ = _tried(built, trained)
         if option is not None:
             return option
-    usual = usual or searched(task)  # which says what could be met
+    usual = usual or _searched(searched, task, trainer)
     trained = None if usual[0].graph is job.graph or trainer.over else trainer.train(usual[0], 0)
     option, _ = (None, None) if trained is None else _tried(built, trained)
     return option or _noted(usual, trainer)
+
+
+def _searched(searched: Searched, task: Search, trainer: Trainer) -> Option:
+    """Without training; the error says what could be met, and what training came to."""
+    try:
+        return searched(task)
+    except BudgetError as error:
+        drops = [one.comparison.drop for one in trainer.done.values() if one is not None and one.comparison]
+        if not drops:
+            raise
+        trained = f"no trained plan keeps it either ({len(drops)} tried, the least drop {min(drops):+.2%})"
+        raise BudgetError(f"{error.message}; {trained}", place=error.place, hint=error.hint) from error
 
 
 def deepened_unbuilt(job: Job, task: Search, priced: Priced) -> Found:

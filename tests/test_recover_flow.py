@@ -127,6 +127,13 @@ def test_a_size_that_no_plan_reaches_untrained_is_reached_with_training(model: P
     assert found.plan.recovery and found.comparison and found.comparison.drop <= 0.03
 
 
+def test_a_budget_that_training_cannot_keep_either_says_what_came_of_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("passes.quantize.INT4_OPSET", 99)
+    brief = "distill{steps=8,batch=32,lr=0.001,threads=1,checks=1}"
+    with pytest.raises(BudgetError, match=r"nearest plans.*no trained plan keeps it either \(\d tried, the least drop \+"):
+        plan_model(model, budget=Budget(0.0005, weight_bytes=5500), recover=brief, **OPTIONS)
+
+
 def test_deeper_budgets_keep_the_other_limits() -> None:
     found = relaxed(Budget(0.01, weight_bytes=100))
     assert [round(one.max_drop, 3) for one in found] == [0.12, 0.04] and {one.weight_bytes for one in found} == {100}

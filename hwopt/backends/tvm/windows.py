@@ -86,24 +86,13 @@ def _suits(graph: Graph, node: Node, quantized: str = "") -> bool:
     dtype = quantized or graph.tensor(node.output).dtype
     if len(dims) not in (3, 4) or 0 in (*dims, *out) or node.attr("auto_pad", "NOTSET") != "NOTSET" or node.attr("ceil_mode", 0):
         return False
-    floats = dtype == "float32" and node.op != "GlobalMaxPool"  # of which NaN is the largest
-    if not floats and not (dtype in BYTES and (quantized or node.op in LARGEST)):
+    if dtype == "float32" and node.op == "GlobalMaxPool":  # of which NaN is the largest
+        return False
+    if dtype != "float32" and not (dtype in BYTES and (quantized or node.op in LARGEST)):
         return False
     spec = _spec_of(node, [dims[0], *dims[2:], dims[1]], dtype, dtype)
-    return whole or ((spec.out_height, spec.out_width) == ((1, out[2]) if len(out) == 3 else out[2:]) and _see_data(spec))
-
-
-def _see_data(spec: PoolSpec) -> bool:
-    """True if every window has a tap in the image: one with holes may step over all of a small one."""
-    sides = zip(
-        (spec.height, spec.width), (spec.out_height, spec.out_width), spec.kernel, spec.strides, spec.dilations, spec.pads[:2],
-        strict=True,
-    )  # fmt: skip
-    return all(
-        any(0 <= place * stride - before + tap * hole < size for tap in range(taps))
-        for size, out, taps, stride, hole, before in sides
-        for place in range(out)
-    )
+    fits = (spec.out_height, spec.out_width) == ((1, out[2]) if len(out) == 3 else out[2:])
+    return whole or (fits and 0 not in (*spec.taps(0), *spec.taps(1)))  # with holes they may step over a small image
 
 
 def _spec_of(node: Node, dims: list[int], dtype: str, out_dtype: str) -> PoolSpec:

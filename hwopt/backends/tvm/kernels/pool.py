@@ -164,7 +164,9 @@ class Pool:
         return total + value if self.spec.function == "average" else tirx.Max(total, value)
 
     def _share(self, code: Code, window: Window) -> Value:
-        """1 / the places that an average divides by."""
+        """1 / the places that an average divides by; nothing for a maximum."""
+        if self.spec.function == "max":
+            return None
         if self.spec.include_pads or (isinstance(window.rows, int) and isinstance(window.columns, int)):
             return 1.0 / (self.spec.kernel[0] * self.spec.kernel[1])
         return code.bind("share", tirx.Div(tirx.const(1.0, "float32"), tirx.Cast("float32", window.rows * window.columns)))

@@ -231,6 +231,13 @@ class PoolSpec(Windowed):
         """Elements that the windows look at."""
         return self.batch * self.out_height * self.out_width * self.channels * self.kernel[0] * self.kernel[1]
 
+    def taps(self, axis: int) -> list[int]:
+        """How many taps of a window lie in the image, for each position along the axis (0: down, 1: across)."""
+        size, count = ((self.height, self.out_height), (self.width, self.out_width))[axis]
+        starts = (place * self.strides[axis] - self.pads[axis] for place in range(count))
+        reach = range(0, self.kernel[axis] * self.dilations[axis], self.dilations[axis])
+        return [sum(0 <= start + tap < size for tap in reach) for start in starts]
+
 
 def _extent(size: int, kernel: int, stride: int, dilation: int) -> int:
     return (size - (kernel - 1) * dilation - 1) // stride + 1

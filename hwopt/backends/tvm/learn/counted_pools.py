@@ -21,7 +21,7 @@ from hwopt.backends.tvm.learn.counted import (
 from hwopt.target import MicroKernel, Workload
 
 PLAIN = ("float32", "int8", "uint8")
-LARGEST = ("MaxPool", "GlobalMaxPool")
+LARGEST = ("MaxPool", "GlobalMaxPool")  # as in windows.py, which imports TVM
 POOLED = (*LARGEST, "AveragePool", "GlobalAveragePool", "ReduceMean")
 VECTORS = 4  # of a tile
 
@@ -66,17 +66,16 @@ class Seen:
 
 def _axes(work: Workload) -> list[tuple[int, int, int, int]]:
     """(results, taps of them all, results whose window lies in the image, taps of one) of each axis of the image."""
+    from hwopt.backends.tvm.kernels.spec import PoolSpec
+
     if not work.window:
         size = max(1, round(work.elements / max(1, math.prod(work.dims))))
         return [(1, size, 1, size)]
-    _, *sides = work.window
-    found = []
-    for axis in (0, 1):
-        size, kernel, stride, hole, before = sides[axis], sides[2 + axis], sides[4 + axis], sides[6 + axis], sides[8 + axis]
-        out = (size + before + sides[10 + axis] - (kernel - 1) * hole - 1) // stride + 1
-        inside = [sum(0 <= place * stride - before + tap * hole < size for tap in range(kernel)) for place in range(max(1, out))]
-        found.append((len(inside), sum(inside), sum(count == kernel for count in inside), kernel))
-    return found
+    batch, height, width, *pairs, top, left, bottom, right = work.window
+    kernel, strides, dilations = ((pairs[at], pairs[at + 1]) for at in (0, 2, 4))
+    spec = PoolSpec(batch, height, width, work.dims[1], kernel, strides, dilations, (top, left, bottom, right))
+    sides = [(spec.taps(axis), kernel[axis]) for axis in (0, 1)]
+    return [(len(taps), sum(taps), taps.count(most), most) for taps, most in sides]
 
 
 def _times(seen: Seen, names: list[str]) -> Numbers:
