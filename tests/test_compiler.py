@@ -6,7 +6,8 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,10 +20,12 @@ from hwopt.evaluate import compare
 from hwopt.io.onnx import load, save
 from hwopt.ir import Graph, Node, TensorType, frozen, infer_types
 from hwopt.job import clean, prepare, quiet
+from hwopt.measure import Timing
 from hwopt.pipeline import Context
 from hwopt.plan.budget import Budget
 from hwopt.plan.plan import plan_from_json
 from hwopt.plugins import find_target
+from hwopt.report.outcome import _alone_faster
 from hwopt.report.summary import summary
 
 
@@ -267,3 +270,16 @@ def test_what_plain_c_cannot_run_goes_to_the_virtual_machine(tmp_path: Path) -> 
 def test_report_reads_back_as_json(compiled: hwopt.Artifact) -> None:
     assert json.loads((compiled.path / "report.json").read_text()) == compiled.report
     assert compare("x", np.ones(3), np.ones(3)).drop == 0
+
+
+@pytest.mark.parametrize(("one", "said"), [(1e-3, True), (1.9e-3, False)])
+def test_a_library_that_is_faster_on_one_thread_says_so(
+    compiled: hwopt.Artifact, monkeypatch: pytest.MonkeyPatch, one: float, said: bool
+) -> None:
+    timed = {"1": Timing(one, one, one, 40), "2": Timing(2e-3, 2e-3, 2e-3, 40)}
+    monkeypatch.setattr("hwopt.report.outcome.interleaved", lambda runners: [run() for run in runners.values()] and timed)
+    monkeypatch.setattr("hwopt.report.outcome.sample_feeds", lambda job, built: {"x": pictures(1, 3)["x"]})
+    built = SimpleNamespace(kind="c", artifact=compiled, library=SimpleNamespace(name="small"))
+    notes = _alone_faster(cast(Any, SimpleNamespace(threads=2)), cast(Any, built), cast(Any, built))
+    assert bool(notes) == said
+    assert not said or notes[0].startswith("one thread is faster here: 1 ms against 2 ms on 2")

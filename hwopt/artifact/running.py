@@ -89,10 +89,18 @@ class Artifact:
         call()
         return {tensor.name: array for tensor, array in zip(self.outputs, outputs, strict=True)}
 
-    def runner(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], None]:
-        """One run on these inputs again and again, for timing; the outputs stay inside."""
+    def runner(self, inputs: Mapping[str, np.ndarray], threads: int | None = None) -> Callable[[], None]:
+        """One run on these inputs again and again, for timing; the outputs stay inside. `threads` is set before each run."""
         call, _ = self._prepared(inputs)
-        return call
+        if threads is None:
+            return call
+        engine = self._changeable()
+
+        def run() -> None:
+            engine.set_threads(threads)
+            call()
+
+        return run
 
     def bench(
         self, inputs: Mapping[str, np.ndarray] | None = None, *, runs: int = 100, warmup: int = 10, threads: int | None = None
@@ -161,17 +169,22 @@ class Artifact:
     def _prepared(self, inputs: Mapping[str, np.ndarray]) -> tuple[Callable[[], None], Sequence[np.ndarray]]:
         return self._load().prepare(ordered(self.manifest["name"], self.inputs, inputs))
 
+    def _changeable(self) -> CEngine:
+        """The engine, if its number of threads can be set."""
+        engine = self._load()
+        if not isinstance(engine, CEngine):
+            text = f"the artifact runs in TVM's virtual machine with {self.manifest['threads']} threads"
+            raise UsageError(text, hint="set TVM_NUM_THREADS instead")
+        return engine
+
     @contextmanager
     def _threads(self, threads: int | None) -> Iterator[int]:
         """Use this many threads for a while."""
-        usual, engine = self.manifest["threads"], self._load()
+        usual = self.manifest["threads"]
         if threads is None or threads == usual:
             yield usual
             return
-        if not isinstance(engine, CEngine):
-            raise UsageError(
-                f"the artifact runs in TVM's virtual machine with {usual} threads", hint="set TVM_NUM_THREADS instead"
-            )
+        engine = self._changeable()
         engine.set_threads(threads)
         try:
             yield threads

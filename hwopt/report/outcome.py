@@ -22,6 +22,8 @@ from hwopt.report.figures import Figures, layer_table, make_report
 from hwopt.samples import Samples, shared
 from hwopt.target import origin
 
+LESS = 0.9  # of the time on all threads, below which one thread alone is worth a note
+
 
 def measured_report(job: Job, found: Found, baseline: Built, result: Built) -> dict[str, Any]:
     """Score and time the libraries that ship, side by side with ONNX Runtime on the original.
@@ -34,7 +36,8 @@ def measured_report(job: Job, found: Found, baseline: Built, result: Built) -> d
     times = _measured_times(job, baseline, result) if here else _predicted_times(job, baseline, result)
     before, after = _of_library(job, baseline, times["baseline"]), _of_library(job, result, times["result"])
     peers = {"onnxruntime": times["onnxruntime"].median} if here else {}
-    report = _report(job, found, before, after, compared, _notes(job, found, result, compared), peers)
+    notes = _notes(job, found, result, compared) + (_alone_faster(job, baseline, result) if here else [])
+    report = _report(job, found, before, after, compared, notes, peers)
     return report | _simulated(job, baseline, result)
 
 
@@ -105,6 +108,20 @@ def _measured_times(job: Job, baseline: Built, result: Built) -> dict[str, Timin
     times = interleaved(runners)
     peer = interleaved({"onnxruntime": onnxruntime_runner(job.graph, feeds, job.threads)})
     return {"result": times["baseline"], **times, **peer}
+
+
+def _alone_faster(job: Job, baseline: Built, result: Built) -> list[str]:
+    """A note where the library takes longer on its threads than on one: kernels of microseconds, processors that share a core."""
+    if job.threads < 2 or result.kind != "c":
+        return []
+    feeds = sample_feeds(job, baseline)
+    counts = (1, job.threads)
+    times = interleaved({str(count): result.artifact.runner(feeds, count) for count in counts})
+    one, all_of_them = (times[str(count)].median for count in counts)
+    if one > LESS * all_of_them:
+        return []
+    better = f"compile it with --threads 1, or call {result.library.name}_set_threads(1)"
+    return [f"one thread is faster here: {one * 1e3:.3g} ms against {all_of_them * 1e3:.3g} ms on {job.threads}; {better}"]
 
 
 def _predicted_times(job: Job, baseline: Built, result: Built) -> dict[str, Timing]:
