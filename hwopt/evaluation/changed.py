@@ -6,6 +6,7 @@ exemplars" of Hooker et al. (arXiv:1911.05248).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from hwopt.evaluation.pixels import Pixels
 from hwopt.samples import write_npz
 
 KEEP = 16
+PICTURE = re.compile(r"\d{2,}_sample\d+\.png")  # rank and sample
 
 
 def changed_rows(pair: Pair, names: Sequence[str], keep: int) -> list[dict[str, Any]]:
@@ -49,9 +51,13 @@ def _name(number: int, names: Sequence[str]) -> str:
 def save_changed(folder: Path, rows: list[dict[str, Any]], pair: Pair, pixels: Pixels | None) -> list[str]:
     """Write changed.npz (inputs, both models' first outputs) and, for pictures, one PNG each; the names of all files.
 
-    `picture` is added to the rows. Pictures whose numbers are no brightnesses (`pixels` is None) are in the .npz alone.
+    `picture` is added to the rows. Pictures whose numbers are no brightnesses (`pixels` is None) are in the .npz alone. Those of
+    an earlier evaluation go: the folder holds what this one found.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*_sample*.png"):
+        if PICTURE.fullmatch(old.name):
+            old.unlink()
     places = np.array([row["sample"] for row in rows], np.int64)
     arrays = {f"input_{name}": array[places] for name, array in pair.samples.arrays.items()}
     arrays |= {"sample": places, "float": pair.original[0][places], "compressed": pair.compressed[0][places]}
