@@ -91,9 +91,11 @@ class TopOne:
 
 
 def check_labels(graph: Graph, labels: np.ndarray | None, source: str) -> None:
-    """Raise DataError for labels that the first output has no class for, before anything is run; sizes must be known."""
+    """Raise DataError for labels that the first output has no class for, before anything is run; sizes must be known. Labels of
+    tokens or pixels choose from one axis of it, which the loss finds and looks at.
+    """
     shape = graph.tensor(graph.outputs[0]).shape or ()
-    if labels is not None and len(shape) > 1 and all(isinstance(dim, int) for dim in shape[1:]):
+    if labels is not None and labels.ndim == 1 and len(shape) > 1 and all(isinstance(dim, int) for dim in shape[1:]):
         check_range(labels, math.prod(dim for dim in shape[1:] if isinstance(dim, int)), source)
 
 

@@ -125,7 +125,7 @@ def with_training(
 
     refuse_unsupported(job.graph)
     stored = isinstance(train, (Samples, Mapping, str, Path))
-    data = _samples(train, job.graph) if stored else train
+    data = samples_from(train, job.graph, places=True) if stored else train
     if data is None and job.ctx.calibration is None:
         raise UsageError("there are no data to train on", place="--recover", hint="give --train or --calibrate")
     _check_training(job, recipe, job.ctx.calibration if data is None else data, own_loss=loss is not None)

@@ -18,6 +18,7 @@ from hwopt.files import replacing
 from hwopt.ir import Graph, TensorType, numpy_dtype
 from hwopt.ir.graph import param_digest
 
+IGNORED = -100  # label of a place that no class is asked of, as in torch
 LABELS, TEXTS, CLASSES = "labels", "texts", "classes"  # names in an .npz beside those of inputs
 Encode = Callable[[list[str]], Mapping[str, np.ndarray]]
 
@@ -125,8 +126,10 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         np.savez(file, **dict(arrays))  # type: ignore[arg-type]
 
 
-def checked(samples: Samples, graph: Graph) -> Samples:
-    """The same samples if they fit the graph's inputs; raises DataError otherwise."""
+def checked(samples: Samples, graph: Graph, *, places: bool = False) -> Samples:
+    """The same samples if they fit the graph's inputs; raises DataError otherwise. With `places` labels may also be a class for
+    each place of an output, [samples, ...]: what trains can use them, a score per sample cannot.
+    """
     place = samples.source
     if not isinstance(samples.arrays, Mapping):
         raise DataError("arrays by input name are needed", place=place)
@@ -145,7 +148,11 @@ def checked(samples: Samples, graph: Graph) -> Samples:
     batch = batch_of(graph)
     if len(samples) < batch:
         raise DataError(f"{len(samples)} samples, the model needs at least {batch}", place=place)
-    return samples if samples.labels is None else replace(samples, labels=_labels(samples.labels, len(samples), place))
+    if samples.labels is None:
+        return samples
+    labels = np.asarray(samples.labels)
+    many = places and labels.ndim > 1 and labels.shape[1:] != (1,)
+    return replace(samples, labels=(_places if many else _labels)(labels, len(samples), place))
 
 
 def check_batch(graph: Graph, place: str) -> None:
@@ -161,6 +168,14 @@ def check_batch(graph: Graph, place: str) -> None:
         if kind.shape[0] != batch:
             reason = f"input {name!r} is {kind}: its first axis is not the batch of {first!r}, {graph.tensor(first)}"
             raise DataError(f"{reason}, so samples cannot be cut from both", place=place, hint=hint)
+
+
+def _places(labels: np.ndarray, count: int, place: str) -> np.ndarray:
+    """Class indices, [samples, ...]; -100 where nothing counts. Raises DataError for anything else."""
+    if len(labels) != count or not np.issubdtype(labels.dtype, np.integer) or ((labels < 0) & (labels != IGNORED)).any():
+        reason = f"labels are {labels.dtype} {list(labels.shape)} for {count} samples, the least is {labels.min(initial=0)}"
+        raise DataError(reason, place=place, hint=f"give class indices, [samples, ...], and {IGNORED} where nothing counts")
+    return labels.astype(np.int64)
 
 
 def _labels(labels: np.ndarray, count: int, place: str) -> np.ndarray:

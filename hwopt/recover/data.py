@@ -152,11 +152,11 @@ def rows_of(batch: Batch, rows: Any) -> Batch:
 def source_of(graph: Graph, data: Any) -> Source:
     """Samples, arrays by input name (with `labels`), or a loader. Raises UsageError for what can be read only once."""
     if isinstance(data, Samples):
-        return Arrays(checked(data, graph))
+        return Arrays(checked(data, graph, places=True))
     if isinstance(data, Mapping):
         arrays = {name: np.asarray(array) for name, array in data.items()}
         labels = arrays.pop("labels", None) if "labels" not in graph.inputs else None
-        return Arrays(checked(Samples(arrays, labels), graph))
+        return Arrays(checked(Samples(arrays, labels), graph, places=True))
     if isinstance(data, Iterator):
         hint = "give a list, a DataLoader or a function of the epoch"
         raise UsageError("can be read only once", place="training data", hint=hint)

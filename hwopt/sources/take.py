@@ -20,39 +20,39 @@ from hwopt.sources.tables import is_table, read_table
 KINDS = "an .npz, a folder of pictures, a dataset on disk (arrow, parquet), or module:function"
 
 
-def samples_from(source: Any, graph: Graph, place: str = "data") -> Samples:
+def samples_from(source: Any, graph: Graph, place: str = "data", *, places: bool = False) -> Samples:
     """Samples that fit the graph's inputs. Raises DataError that names what does not, UsageError for options that mean nothing.
 
     `source` is Samples, arrays by name, a path (with options, see Request), `module:function`, a function that takes nothing,
     or an iterable of batches or single samples: mappings by input name, or tuples of the inputs and maybe the labels. `place` is
-    what errors and reports call data that have no name of their own.
+    what errors and reports call data that have no name of their own; `places` allows labels for each place of an output.
     """
     if isinstance(source, Samples):
-        return checked(source, graph)
+        return checked(source, graph, places=places)
     if isinstance(source, Mapping):
-        return checked(samples_of(source, graph, place), graph)
+        return checked(samples_of(source, graph, place), graph, places=places)
     if isinstance(source, (str, Path)):
         request = parse_request(str(source))
-        found = _read(request, graph)
-        return checked(found.rows(request.sliced()) if request.rows else found, graph)
+        found = _read(request, graph, places)
+        return checked(found.rows(request.sliced()) if request.rows else found, graph, places=places)
     if callable(source) and not isinstance(source, Iterable):
-        return _called(source, getattr(source, "__name__", "data"), graph)
+        return _called(source, getattr(source, "__name__", "data"), graph, places)
     if isinstance(source, Iterable):
-        return checked(samples_of_items(source, graph, place), graph)
+        return checked(samples_of_items(source, graph, place), graph, places=places)
     raise DataError(f"a {type(source).__name__} is no data", hint=f"give {KINDS}, arrays by name, or an iterable")
 
 
-def _called(function: Callable[[], Any], name: str, graph: Graph) -> Samples:
+def _called(function: Callable[[], Any], name: str, graph: Graph, places: bool) -> Samples:
     try:
         given = function()
     except Exception as error:  # whatever the user's function raises must name it
         raise DataError(f"failed: {type(error).__name__}: {error}", place=name) from error
-    return samples_from(given, graph, name)
+    return samples_from(given, graph, name, places=places)
 
 
-def _read(request: Request, graph: Graph) -> Samples:
+def _read(request: Request, graph: Graph, places: bool) -> Samples:
     if is_named(request.path) and not request.file.exists():
-        return _called(named_function(request.path, "module:function"), request.path, graph)
+        return _called(named_function(request.path, "module:function"), request.path, graph, places)
     if not request.file.exists():
         raise DataError("no such file", place=request.path, hint=f"give {KINDS}")
     check_batch(graph, request.path)
