@@ -247,3 +247,10 @@ NONSENSE = ("gradual{stages=0}", "netadapt{latency=2}", "netadapt{tries=0}", "lo
 def test_a_schedule_that_means_nothing_is_refused(case: Case, text: str) -> None:
     with pytest.raises(UsageError):
         recovered(dataclasses.replace(case, passes=(PruneChannels(ratio=0.5),)), text)
+
+
+def test_a_schedule_without_passes_says_how_to_write_them(case: Case) -> None:
+    with pytest.raises(UsageError, match="nothing to do step by step") as refused:
+        recovered(case, "gradual")
+    stated = str(refused.value.hint).removeprefix("give ").partition(", with")[0]
+    assert isinstance(parse_recipe(f"gradual{{{stated}}}"), Schedule)

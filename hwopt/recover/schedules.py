@@ -164,7 +164,7 @@ class Stepwise(Schedule):
         passes: tuple[Pass, ...] = stated or case.passes
         stages = stages_of(case.graph if stated else case.teacher, passes, case.ctx)
         if not stages.widths and not stages.sparse and (stated or not case.passes):
-            hint = "give passes=, such as a pruning with its ratio, or a plan that prunes"
+            hint = 'give passes="prune-channels{ratio=0.5}", with its quotes, or a plan that prunes'
             raise UsageError("there is nothing to do step by step", place=str(self), hint=hint)
         return stages.whole if stated else case.graph, stages
 
