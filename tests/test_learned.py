@@ -24,7 +24,7 @@ from hwopt.backends.tvm.learn.measure import attribute, profile
 from hwopt.backends.tvm.learn.model import Learned
 from hwopt.backends.tvm.learn.networks import FAMILIES, random_network
 from hwopt.backends.tvm.learn.predictor import weighed
-from hwopt.backends.tvm.learn.records import Record, append, clocked, judged, quality, read, table_of, together
+from hwopt.backends.tvm.learn.records import Record, append, clocked, fastest, judged, quality, read, table_of, together
 from hwopt.backends.tvm.learn.records import learned as learned_from
 from hwopt.backends.tvm.learn.table import Table, find_table, from_json, load_table, path_for, table_name, work_key
 from hwopt.backends.tvm.learn.tiles import tile_of
@@ -463,6 +463,16 @@ def test_what_other_templates_took_is_left_out(tmp_path: Path, target, instant: 
     assert (state.older, len(state.records)) == (5, kept - 5) and kept > 5
     assert all(record.code == templates_digest() for record in state.records)
     assert len(load_table(out).measured) <= len(state.records)
+
+
+def test_predictors_learn_from_the_fastest_of_several_records_and_from_steady_ones() -> None:
+    (one,) = synthetic(1)
+    slow, unsteady = (
+        dataclasses.replace(one, seconds=2 * one.seconds),
+        dataclasses.replace(one, seconds=0.5 * one.seconds, noise=0.15),
+    )
+    elsewhere = dataclasses.replace(slow, work=dataclasses.replace(one.work, footprint=one.work.footprint + 1024))
+    assert fastest([slow, one, unsteady, elsewhere]) == [one, elsewhere]
 
 
 def test_two_visits_count_as_the_faster_one_and_say_how_they_differ() -> None:

@@ -104,8 +104,8 @@ def test_traces_are_the_same_in_every_process_and_new_ones_follow_the_best() -> 
 
 def test_producers_are_never_computed_inside_of_vectors() -> None:
     """Such a kernel is wrong: TVM gives the producer room for one lane."""
-    text = "agraph (uint8[1,480,6,80] x) => (uint8[1,480,2,40] y) <float s = {0.1}, float t = {0.07}, uint8 z = {3}> "
-    body = "{ f = DequantizeLinear(x, s, z) p = AveragePool<kernel_shape=[3,2], strides=[3,2]>(f) y = QuantizeLinear(p, t, z) }"
+    text = "agraph (float[1,480,1,6,80] x) => (float[1,480,1,2,40] y) "
+    body = "{ p = AveragePool<kernel_shape=[1,3,2], strides=[1,3,2]>(x) y = Sigmoid(p) }"
     graph = from_model(parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]> {text}{body}'))
     task = next(one for one in tasks_of(graph, find_target("host"), 1) if isinstance(one.spec, LoopsSpec))
     for trace in proposed(task, 12):
