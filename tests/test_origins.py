@@ -73,3 +73,16 @@ def test_workloads_say_axes_and_forms_of_operands_of_what_is_no_product() -> Non
     steps = {work.name: work.steps for work in workloads(graph)}
     assert steps["first"] == ("Conv",) and steps["joined"] == ("Concat 2",) and steps["twice"] == ("Mul full",)
     assert steps["turned"] == ("Transpose 3,2,1,0",) and steps["last"] == ("Softmax 1",)
+
+
+def test_a_softmax_behind_a_sum_runs_in_the_name_of_their_region() -> None:
+    window = {"kernel_shape": [3, 3], "pads": [1] * 4}
+    graph = graph_of(
+        CONV, ("one", "MaxPool", ["a"], "b", window), ("other", "AveragePool", ["a"], "c", window),
+        ("sum", "Add", ["b", "c"], "d", {}), ("end", "Softmax", ["d"], "e", {"axis": -1}), ("out", "Exp", ["e"], "y", {}),
+    )  # fmt: skip
+    calls = calls_of(graph)
+    samples, _ = assigned(workloads(graph), owners_of(calls), np.ones(len(calls)), np.zeros(len(calls)))
+    (found,) = (one for one in samples if one.work.name == "sum")
+    assert len(found.work.steps) == 2 and found.seconds >= 1 and found.shared == 1
+    assert any(call.label == "sum" for call in calls)

@@ -59,7 +59,7 @@ def emit(lowering: Lowering, region: Region) -> bool:
         graph.tensor(region.output).dtype, steps, guard,
     )  # fmt: skip
     arguments = [data, *([addend] if add else []), *parameters]
-    lowering.values.put(region.output, _called(lowering.templates, spec, node, arguments, dims), last)
+    lowering.values.put(region.output, _called(lowering.templates, spec, (node.op, region.name), arguments, dims), last)
     return True
 
 
@@ -104,16 +104,17 @@ def _parameters(values: Values, graph: Graph, node: Node) -> list[Any] | None:
     return [constant(array) for array in found] if all(array.size == size for array in found) else None
 
 
-def _called(templates: Templates, spec: RowsSpec, node: Node, arguments: list[Expr], dims: list[int]) -> Expr:
+def _called(templates: Templates, spec: RowsSpec, called: tuple[str, str], arguments: list[Expr], dims: list[int]) -> Expr:
     from tvm import relax
 
-    name, build = BUILDERS[node.op]
+    op, label = called
+    name, build = BUILDERS[op]
     if spec not in templates.row_kernels:
         symbol = f"{name}_{len(templates.row_kernels)}"
         micro = templates.target.microkernels.get("float32", PLAIN["float32"])
         built = build(spec, micro, templates.threads, symbol).with_attr({"hwopt.template": 1, **OPAQUE})
         templates.row_kernels[spec] = templates.builder.add_func(built, symbol)
     call = relax.call_tir(templates.row_kernels[spec], relax.Tuple(arguments), relax.TensorType(dims, spec.out_dtype))
-    found = templates.builder.emit(call, node.name)
-    templates.labels[found.name] = node.name
+    found = templates.builder.emit(call, label)
+    templates.labels[found.name] = label
     return found
