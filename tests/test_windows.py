@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from hwopt.backends.tvm.kernels.spec import PoolSpec
 from hwopt.backends.tvm.lower import lower
 from hwopt.backends.tvm.run import run_program
 from hwopt.backends.tvm.templates import Templates
+from hwopt.ir import Graph
 from hwopt.plugins import find_target
 from tests.test_lower import compare, graph_of, quantized
 
@@ -125,12 +128,12 @@ def test_pools_on_two_threads_give_the_same_bits() -> None:
     assert (one == two).all()
 
 
-def pools_of(graph) -> list[PoolSpec]:  # type: ignore[no-untyped-def]
+def pools_of(graph: Graph) -> list[PoolSpec]:
     """What the pool template is asked for."""
     asked: list[PoolSpec] = []
 
     class Watching(Templates):
-        def call_pool(self, spec, *rest):  # type: ignore[no-untyped-def]
+        def call_pool(self, spec: PoolSpec, *rest: Any) -> Any:
             asked.append(spec)
             return super().call_pool(spec, *rest)
 

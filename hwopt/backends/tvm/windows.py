@@ -19,7 +19,7 @@ POOLS = (*LARGEST, "AveragePool", "GlobalAveragePool")
 
 
 def emit(lowering: Any, region: Region) -> bool:
-    """Emit a region that is a pool of floats, or a maximum of bytes; False for all others."""
+    """Emit a region that is a pool of floats or bfloat16, or a maximum of bytes; False for all others."""
     graph, anchor = lowering.graph, region.anchor
     if region.integer or not _suits(graph, anchor):
         return False

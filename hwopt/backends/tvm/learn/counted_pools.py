@@ -29,7 +29,7 @@ VECTORS = 4  # of a tile
 def pool(work: Workload, micro: MicroKernel | None, threads: int) -> Counted | None:
     """The counts; None for a kernel that is none of the template's."""
     names = step_names(work)
-    if micro is None or work.kind != "pool" or work.dtype not in PLAIN or names[:1] == [] or names[0] not in POOLED:
+    if micro is None or work.kind != "pool" or work.dtype not in PLAIN or not names or names[0] not in POOLED:
         return None
     if names[0] == "ReduceMean" and "," not in work.steps[0]:  # of rows, which do not lie channels last
         return None
