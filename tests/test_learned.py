@@ -475,6 +475,14 @@ def test_predictors_learn_from_the_fastest_of_several_records_and_from_steady_on
     assert fastest([slow, one, unsteady, elsewhere]) == [one, elsewhere]
 
 
+@pytest.mark.usefixtures("few_trees")
+def test_a_kernel_whose_time_varied_is_priced_by_the_predictor(target) -> None:
+    first, *others = synthetic(60)
+    table = table_of([dataclasses.replace(first, seconds=3 * first.seconds, noise=0.1), *others], target, None)
+    assert work_key(first.work, 1) not in table.measured
+    assert all(work_key(one.work, 1) in table.measured for one in others)
+
+
 def test_two_visits_count_as_the_faster_one_and_say_how_they_differ() -> None:
     one, other = synthetic(1)[0], dataclasses.replace(synthetic(1)[0], seconds=1.2 * synthetic(1)[0].seconds)
     (found,) = together([[one], [other]])
