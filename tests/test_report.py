@@ -14,8 +14,10 @@ from hwopt.plan.options import Pricer
 from hwopt.plan.plan import Decision, Offer, Plan, Round
 from hwopt.plugins import find_target
 from hwopt.report.chart import Axis, Dot, axis, chart, number
-from hwopt.report.figures import hardware, layer_table
+from hwopt.report.figures import Figures, hardware, layer_table
+from hwopt.report.outcome import _unsteady
 from hwopt.report.page import page
+from hwopt.report.summary import summary
 from hwopt.target import Target
 from tests._recover import net
 from tests.test_winograd import square_conv
@@ -65,6 +67,23 @@ def test_page_has_charts_layers_candidates_and_reasons(report: dict[str, Any], p
     assert "front: 1.5 ms" in text and "chosen: 1 ms, drop 0.50%" in text
     assert re.search(r"1e\+03 → 300", text)  # the part of fc1 counts to fc1
     assert "predicted 1 ms, measured 1 ms" in text
+
+
+@pytest.mark.parametrize(("spread", "said"), [(3e-4, "varied by 30%"), (5e-5, "")])
+def test_times_that_vary_are_noted(spread: float, said: str) -> None:
+    values = figures(1e-3, "measured") | {"latency_spread_seconds": spread}
+    assert ("".join(_unsteady(Figures(**values))) != "") == bool(said)
+    assert said in "".join(_unsteady(Figures(**values)))
+
+
+def test_predicted_times_have_no_spread() -> None:
+    report = {
+        "baseline": figures(2e-3, "measured"), "result": figures(1e-3, "predicted"), "model": "net", "target": "host",
+        "threads": 1, "peers": {}, "speedup": 2, "compression": 1, "score_drop": None, "paired_flips": None, "notes": [],
+    }  # fmt: skip
+    lines = summary(report).splitlines()
+    assert "2 ms              0 ms" in lines[2]
+    assert "1 ms (predicted)          0.9" in lines[3]
 
 
 def test_page_stands_alone_and_escapes_names(report: dict[str, Any], plan: Plan) -> None:

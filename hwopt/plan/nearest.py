@@ -55,9 +55,10 @@ def nearest(task: Search, attempts: Sequence[Attempt], unchanged: str) -> str:
     if kept:
         found.append(f"--max-drop {math.ceil(1e4 * max(min(kept), 0.0) - 1e-6) / 1e4:.2%} with all limits kept")
     else:
-        found += [f"{_least(task, attempts, name)}, the least that was found" for name in limits]
+        least = (_least(task, attempts, name) for name in limits)
+        found += [f"{text}, the least that was found" for text in least if text not in found]
     whole = f"no combination of changes meets the budget ({unchanged} unchanged)"
-    return f"{whole}; nearest plans: {'; or '.join(dict.fromkeys(found))}"
+    return f"{whole}; nearest plans: {'; or '.join(found)}"
 
 
 def _alone(task: Search, attempts: Sequence[Attempt], name: str) -> str:

@@ -23,6 +23,7 @@ from hwopt.samples import Samples, shared
 from hwopt.target import origin
 
 LESS = 0.9  # of the time on all threads, below which one thread alone is worth a note
+UNSTEADY = 0.1  # of the median between the quartiles: others use the processor, too
 
 
 def measured_report(job: Job, found: Found, baseline: Built, result: Built) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def measured_report(job: Job, found: Found, baseline: Built, result: Built) -> d
     times = _measured_times(job, baseline, result) if here else _predicted_times(job, baseline, result)
     before, after = _of_library(job, baseline, times["baseline"]), _of_library(job, result, times["result"])
     peers = {"onnxruntime": times["onnxruntime"].median} if here else {}
-    notes = _notes(job, found, result, compared) + (_alone_faster(job, baseline, result) if here else [])
+    notes = [*_notes(job, found, result, compared), *_unsteady(after), *(_alone_faster(job, baseline, result) if here else ())]
     report = _report(job, found, before, after, compared, notes, peers)
     return report | _simulated(job, baseline, result)
 
@@ -108,6 +109,13 @@ def _measured_times(job: Job, baseline: Built, result: Built) -> dict[str, Timin
     times = interleaved(runners)
     peer = interleaved({"onnxruntime": onnxruntime_runner(job.graph, feeds, job.threads)})
     return {"result": times["baseline"], **times, **peer}
+
+
+def _unsteady(figures: Figures) -> Iterator[str]:
+    """A note where the runs of one library differ, so that others would find another speed."""
+    share = figures.latency_spread_seconds / figures.latency_seconds
+    if share > UNSTEADY:
+        yield f"the time of a run varied by {share:.0%} (quartiles): measure again while nothing else runs, with hwopt bench"
 
 
 def _alone_faster(job: Job, baseline: Built, result: Built) -> list[str]:

@@ -58,10 +58,10 @@ def _simulated_lines(found: Mapping[str, Any]) -> list[str]:
 
 def _cells(figures: Mapping[str, Any]) -> tuple[str, str, str, str, str, str]:
     score = "" if figures["score"] is None else f"{figures['score']:.4f}"
-    latency = milliseconds(figures["latency_seconds"]) + ("" if figures["latency_source"] == "measured" else " (predicted)")
+    latency, measured = milliseconds(figures["latency_seconds"]), figures["latency_source"] == "measured"
     return (
-        latency,
-        milliseconds(figures["latency_spread_seconds"]),
+        latency if measured else f"{latency} (predicted)",
+        milliseconds(figures["latency_spread_seconds"]) if measured else "",
         score,
         size(figures["weight_bytes"]),
         size(figures["library_weight_bytes"]),
