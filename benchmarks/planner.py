@@ -196,7 +196,7 @@ def families(
         raise ValueError("the model has no data")
     with tempfile.TemporaryDirectory(prefix="hwopt-planner-") as scratch:
         whole = build(job.graph, job.target, job.threads, Path(scratch) / "float")
-        job, task = as_measured(job, task, whole)
+        task = as_measured(job, task, whole)
         feeds = {key: array[:1] for key, array in evaluate.items() if key != "labels"}
         joint, priced = search_timed(task, price(task))
         lab = Lab(job, judge, task, priced, Path(scratch), scorer(whole.artifact.run), whole, feeds)

@@ -49,7 +49,7 @@ def decided_and_built(job: Job, replay: Plan | None, baseline: Built, build: Bui
     task = None if replay else make_task(job)
     if task is None:
         return _kept(job, baseline, _given(job, replay), build)
-    job, task = as_measured(job, task, baseline)
+    task = as_measured(job, task, baseline)
     priced = price(task)
     if job.training.recipe is None:
         return _searched(job, task, priced, baseline, build)
@@ -67,15 +67,13 @@ def decided_and_built(job: Job, replay: Plan | None, baseline: Built, build: Bui
     return found, result or build(found)
 
 
-def as_measured(job: Job, task: Search, baseline: Built) -> tuple[Job, Search]:
+def as_measured(job: Job, task: Search, baseline: Built) -> Search:
     """The same with prices that are measured where a decision depends on them, in the seconds that the baseline takes here."""
-    target, measuring = measuring_on(job.target, job.threads)
+    measuring = measuring_on(job.target, job.threads)
     if measuring:
         job.progress("measuring kernels", 0, 1)
         measuring.learn(job.graph)  # first of all: every other price is compared with the unchanged model's
-    job = dataclasses.replace(job, target=target)
-    scale, memory = _time_scale(job, baseline), _memory_scale(baseline)
-    return job, dataclasses.replace(task, target=target, measuring=measuring, scale=scale, memory_scale=memory)
+    return dataclasses.replace(task, measuring=measuring, scale=_time_scale(job, baseline), memory_scale=_memory_scale(baseline))
 
 
 def _kept(job: Job, baseline: Built, found: Found, build: Build) -> tuple[Found, Built]:

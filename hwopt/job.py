@@ -18,6 +18,7 @@ from hwopt.io.preprocess import Preprocess, folded, parse_preprocess
 from hwopt.ir import Graph, descends
 from hwopt.pipeline import Context, Pass, PassManager, Phase, parse_list
 from hwopt.plan.budget import Budget
+from hwopt.plan.doubts import own_prices
 from hwopt.plan.options import Progress
 from hwopt.plan.plan import Plan, plan_from_json
 from hwopt.plugins import find_passes, find_target
@@ -80,7 +81,7 @@ def prepare(
     """Load, clean and check everything before any long work starts."""
     from hwopt.io.onnx import load
 
-    hardware = find_target(target) if isinstance(target, str) else target
+    hardware = own_prices(find_target(target) if isinstance(target, str) else target)
     if budget is not None and budget.activation_bytes is not None:
         hardware = hardware.cramped()
     families, fixed = choose_families(passes)

@@ -18,7 +18,7 @@ from hwopt.job import Job, prepare, quiet
 from hwopt.plan.attempt import Priced, Search, price
 from hwopt.plan.budget import parse_budget
 from hwopt.plan.corrected import search_timed
-from hwopt.plan.doubts import Measuring, measuring_on
+from hwopt.plan.doubts import Measuring, measuring_on, own_prices
 from hwopt.plan.search import search
 from hwopt.plugins import find_target
 from hwopt.target import Cost, Target, Workload
@@ -185,7 +185,8 @@ def host(tmp_path: Path) -> Target:
 
 
 def test_kernels_are_really_timed_for_this_call_alone(job: Job, host: Target) -> None:
-    own, measuring = measuring_on(host, 1)
+    own = own_prices(host)
+    measuring = measuring_on(own, 1)
     assert measuring is not None and own.cost is not host.cost
     graph = job.graph
     sources = {own.cost.estimate(work, 1).source for work in workloads(graph)}
@@ -196,7 +197,7 @@ def test_kernels_are_really_timed_for_this_call_alone(job: Job, host: Target) ->
 
 
 def test_nothing_is_measured_where_the_target_is_another_machine_or_has_no_table(job: Job, host: Target) -> None:
-    assert measuring_on(find_target("cortex-a53"), 1)[1] is None
-    assert measuring_on(job.target, 1)[1] is None
-    assert measuring_on(host, 2)[1] is None
-    assert measuring_on(dataclasses.replace(host, runs_here=False), 1)[1] is None
+    assert measuring_on(find_target("cortex-a53"), 1) is None
+    assert measuring_on(job.target, 1) is None
+    assert measuring_on(host, 2) is None
+    assert measuring_on(dataclasses.replace(host, runs_here=False), 1) is None

@@ -68,13 +68,16 @@ class Measuring:
                 cost.learn(profile(graph, self.target, self.threads, runner, RUN), self.threads)
 
 
-def measuring_on(target: Target, threads: int) -> tuple[Target, Measuring | None]:
-    """The target with prices of its own, which what is measured while planning changes; None where nothing can be measured."""
-    own = getattr(target.cost, "fresh", None)
-    if own is None or not target.runs_here or threads not in target.cost.table.threads:  # type: ignore[attr-defined]
-        return target, None
-    target = dataclasses.replace(target, cost=own())
-    return target, Measuring(target, threads)
+def own_prices(target: Target) -> Target:
+    """The target with prices of its own, which what is measured while planning changes."""
+    fresh = getattr(target.cost, "fresh", None)
+    return target if fresh is None else dataclasses.replace(target, cost=fresh())
+
+
+def measuring_on(target: Target, threads: int) -> Measuring | None:
+    """What measures for these prices; None where nothing can be measured."""
+    table = getattr(target.cost, "table", None)
+    return Measuring(target, threads) if table is not None and target.runs_here and threads in table.threads else None
 
 
 def settled(
