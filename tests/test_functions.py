@@ -51,6 +51,15 @@ def test_functions_behind_a_product(body: str) -> None:
     agree(text, {"a": FINITE, "w": np.eye(42, dtype=np.float32)})
 
 
+def test_masked_scores_have_no_weight_at_all() -> None:
+    """Nor one that is nearly 0: processors take many times as long for numbers below the normal ones."""
+    data = np.array([[0, 0, 0, *([-100, -1e4, -1e30, -3e38] * 10)]], np.float32)
+    graph = graph_of("agraph (float[1,43] x) => (float[1,43] y) { y = Softmax(x) }")
+    found = run_program(compile_program(graph, find_target("host"), 1, "test"), {"x": data})["y"]
+    assert not found[0, 3:].any()
+    np.testing.assert_allclose(found[0, :3], 1 / 3, rtol=1e-6)
+
+
 @pytest.mark.parametrize("axis", [1, 2])
 @pytest.mark.parametrize("op", ["ReduceMax", "ReduceMin", "ArgMax", "ArgMin", "Softmax", "LogSoftmax", "ReduceLogSumExp"])
 def test_rows_of_infinities(op: str, axis: int) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from tvm import tirx
 
 from hwopt.backends.tvm.kernels.code import Code, Value, cast, splat, vector
 
 ROUND = 12582912.0  # 1.5 x 2**23: adding it to a small float32 rounds half to even into the low mantissa bits
-ROUND_BITS = 0x4B400000  # of ROUND, as a float32
+BIAS = 127  # of the exponents of float32
 EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 ERF = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
 
@@ -55,26 +56,37 @@ class Maths:
     def exp(self, x: Value) -> Value:
         """exp(x), infinity from 88.3 on: 1 / (1 + exp(-x)) vanishes exactly."""
         given = self.name(x)
-        x = self.name(self.clip(given, -87.3, 88.3))
-        rounded = self.name(self.fma(x, self.constant(1.44269504), self.constant(ROUND)))
-        power = self.name(self._whole(rounded))
-        rest = self.fma(power, self.constant(-0.693359375), x)  # ln 2 in two parts
-        rest = self.name(self.fma(power, self.constant(2.12194440e-4), rest))
-        mantissa = self.fma(self.polynomial(rest, EXP), rest * rest, rest + self.constant(1.0))
-        integers = vector("int32", self.lanes)
-        shifted = tirx.shift_left(tirx.reinterpret(integers, rounded), splat(23, self.lanes, "int32"))
-        bits = tirx.reinterpret(integers, self.name(mantissa)) + shifted
+        mantissa, rounded = self._powers(self.clip(given, -87.3, 88.3), ROUND)
+        bits = tirx.reinterpret(vector("int32", self.lanes), mantissa) + self._exponents(rounded)
         found = tirx.reinterpret(vector("float32", self.lanes), bits)
         beyond = given + splat(tirx.infinity("float32"), self.lanes)  # NaN stays NaN
         return self.name(tirx.Select(tirx.LT(given, self.constant(88.3)), found, beyond))
 
-    def _whole(self, rounded: Value) -> Value:
-        """The number that was added to ROUND. Of a sum that is no intrinsic TVM would take ROUND off without rounding."""
-        return rounded - self.constant(ROUND) if self.fused else self._taken_off(rounded)
+    def decay(self, x: Value) -> Value:
+        """exp(x) for x <= 0, exactly 0 from -88 on: numbers close to 0 that are no normal ones slow processors down."""
+        mantissa, rounded = self._powers(self.clip(x, -88.0, None), ROUND + BIAS)
+        return self.name(mantissa * tirx.reinterpret(vector("float32", self.lanes), self._exponents(rounded)))
 
-    def _taken_off(self, rounded: Value) -> Value:
+    def _powers(self, x: Value, offset: float) -> tuple[Value, Value]:
+        """m and n + offset of exp(x) = m x 2**n."""
+        rounded = self.name(self.fma(x, self.constant(1.44269504), self.constant(offset)))
+        power = self.name(self._whole(rounded, offset))
+        rest = self.fma(power, self.constant(-0.693359375), x)  # ln 2 in two parts
+        rest = self.name(self.fma(power, self.constant(2.12194440e-4), rest))
+        return self.name(self.fma(self.polynomial(rest, EXP), rest * rest, rest + self.constant(1.0))), rounded
+
+    def _exponents(self, rounded: Value) -> Value:
+        """The low bits of a number that was added to a large one, where a float32 has its exponent."""
+        return tirx.shift_left(tirx.reinterpret(vector("int32", self.lanes), rounded), splat(23, self.lanes, "int32"))
+
+    def _whole(self, rounded: Value, offset: float = ROUND) -> Value:
+        """The number that was added to the offset. Of a sum that is no intrinsic TVM would take that off without rounding."""
+        return rounded - self.constant(offset) if self.fused else self._taken_off(rounded, offset)
+
+    def _taken_off(self, rounded: Value, offset: float = ROUND) -> Value:
         """The same in integers, out of TVM's sight."""
-        steps = tirx.reinterpret(vector("int32", self.lanes), rounded) - splat(ROUND_BITS, self.lanes, "int32")
+        bits = int(np.float32(offset).view(np.int32))
+        steps = tirx.reinterpret(vector("int32", self.lanes), rounded) - splat(bits, self.lanes, "int32")
         return cast(steps, "float32", self.lanes)
 
     def sigmoid(self, x: Value) -> Value:
@@ -87,7 +99,7 @@ class Maths:
     def erf(self, x: Value) -> Value:
         size = self.name(tirx.Max(x, self.constant(0.0) - x))
         t = self.name(tirx.Div(self.constant(1.0), self.fma(size, self.constant(0.3275911), self.constant(1.0))))
-        tail = self.polynomial(t, ERF) * t * self.exp(self.constant(0.0) - size * size)
+        tail = self.polynomial(t, ERF) * t * self.decay(self.constant(0.0) - size * size)
         value = self.name(self.constant(1.0) - tail)
         return tirx.Select(tirx.LT(x, self.constant(0.0)), self.constant(0.0) - value, value)
 

@@ -27,7 +27,7 @@ def build(spec: RowsSpec, micro: MicroKernel, threads: int, symbol: str) -> tirx
         largest = rows.reduced(inner, tirx.Max, -float("inf"), lambda _, at, lanes: read(at, lanes))
 
         def exponential(some: Code, at: Value, lanes: int) -> Value:
-            found = Maths(some, lanes, rows.fused).exp(read(at, lanes) - splat(largest, lanes))
+            found = Maths(some, lanes, rows.fused).decay(read(at, lanes) - splat(largest, lanes))
             some.store(space, at, found, lanes)
             return found
 
