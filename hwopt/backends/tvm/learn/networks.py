@@ -265,12 +265,18 @@ class Net:
         value = self._split(self.linear(x, hidden, hidden, rows), rows, heads, depth, (0, 2, 1, 3))
         scores = self.add("Div", self.add("MatMul", *parts), self.constant(np.float32(depth**0.5)))
         if self.random.random() < 0.4:
-            scores = self.add("Add", scores, self.constant(np.zeros((1, 1, 1, rows), np.float32)))
+            scores = self.add("Add", scores, self._mask(x, rows))
         mixed = self.add("Transpose", self.add("MatMul", self.add("Softmax", scores, axis=-1), value), perm=[0, 2, 1, 3])
         joined = self.add("Reshape", mixed, self.constant(np.array((1, rows, hidden), np.int64)))
         x = self._norm(self.add("Add", self.linear(joined, hidden, hidden, rows), x), hidden)
         wide = self.add("Gelu", self.linear(x, hidden, inner, rows))
         return self._norm(self.add("Add", self.linear(wide, inner, hidden, rows), x), hidden), shape
+
+    def _mask(self, x: str, rows: int) -> str:
+        """Scores to add that are computed from the data, large and negative for the last quarter of the rows."""
+        largest = self.add("ReduceMax", x, self.constant(np.array([2])), keepdims=0)
+        unused = np.where(np.arange(rows) >= rows - rows // 4, -1e4, 0).astype(np.float32)
+        return self.add("Mul", self.add("Reshape", largest, self.constant(np.array((1, 1, 1, rows)))), self.constant(unused))
 
     def _split(self, x: str, rows: int, heads: int, depth: int, order: tuple[int, ...]) -> str:
         shaped = self.add("Reshape", x, self.constant(np.array((1, rows, heads, depth), np.int64)))
