@@ -84,7 +84,7 @@ class LowRank(Pass):
             if isinstance(layer, str):
                 yield Refusal(cls.name, node.name, layer)
                 continue
-            ranks = layer.worthwhile(granule)
+            ranks = _with_estimate(layer.worthwhile(granule), layer, granule)
             for rank, rank_in in ranks:
                 yield cls((node.name,), rank, rank_in if layer.spatial else 0)
             if not ranks:
@@ -120,8 +120,7 @@ class LowRank(Pass):
         """Output and input rank for this layer, the options' zeros filled in."""
         granule = target.granule_of("float32") if target else 1
         if isinstance(self.rank, str):
-            outer, inner = (_snapped(one, granule) for one in layer.estimated_ranks())
-            return (min(outer, layer.outputs), min(inner, layer.inputs)) if layer.tucker else (max(outer, inner), layer.inputs)
+            return layer.snapped_estimate(granule)
         rank = self.rank or _snapped(layer.default_rank, granule)
         if not layer.tucker:
             return rank, layer.inputs
@@ -184,10 +183,12 @@ class Layer:
 
     def estimated_ranks(self) -> tuple[int, int]:
         """Of the outputs and of the inputs: the directions above the noise."""
-        taps = _as_taps(self.weight) if self.spatial else as_matrix(self.weight, self.transposed).T[:, :, None]
-        outer = vbmf_rank(frozen(taps.reshape(self.outputs, -1)))
-        inner = vbmf_rank(frozen(taps.transpose(1, 0, 2).reshape(self.inputs, -1))) if self.spatial else outer
-        return outer, inner
+        return _estimated_ranks(self.weight) if self.spatial else (_estimated_rank(self.weight),) * 2
+
+    def snapped_estimate(self, granule: int) -> tuple[int, int]:
+        """(rank, rank_in) by that, on the granule."""
+        outer, inner = (_snapped(one, granule) for one in self.estimated_ranks())
+        return (min(outer, self.outputs), min(inner, self.inputs)) if self.tucker else (max(outer, inner), self.inputs)
 
     @property
     def macs(self) -> float:
@@ -230,6 +231,17 @@ class Layer:
             return f"no ranks on the granule {granule} save multiply-adds for {self.inputs} -> {self.outputs} channels"
         largest = math.ceil(self.break_even) - 1
         return f"rank below break-even would be {largest}, under the granule {granule}"
+
+
+def _with_estimate(ranks: list[tuple[int, int]], layer: Layer, granule: int) -> list[tuple[int, int]]:
+    """With the ranks that the weights have above their noise instead of the nearest ones: no more to look at. Where these pay."""
+    if not ranks or not all(layer.estimated_ranks()):  # nothing but noise
+        return ranks
+    estimated = layer.snapped_estimate(granule)
+    if estimated in ranks or layer.unprofitable(*estimated):
+        return ranks
+    nearest = min(ranks, key=lambda pair: sum(abs(one - other) for one, other in zip(pair, estimated, strict=True)))
+    return [estimated if pair == nearest else pair for pair in ranks]
 
 
 def layer_of(graph: Graph, node: Node, kind: str = "tucker") -> Layer | str:
@@ -283,6 +295,18 @@ def as_matrix(weight: np.ndarray, transposed: bool) -> np.ndarray:
     """[inputs, outputs] float32 of a Gemm, MatMul or 1x1 convolution."""
     matrix = weight.reshape(weight.shape[0], -1)
     return frozen(np.array(matrix.T if transposed else matrix, dtype=np.float32, order="C"))
+
+
+@remembered
+def _estimated_rank(weight: np.ndarray) -> int:
+    return vbmf_rank(weight.reshape(len(weight), -1))
+
+
+@remembered
+def _estimated_ranks(weight: np.ndarray) -> tuple[int, int]:
+    outputs, inputs = weight.shape[:2]
+    turned = np.moveaxis(weight, 1, 0)
+    return vbmf_rank(weight.reshape(outputs, -1)), vbmf_rank(turned.reshape(inputs, -1))
 
 
 @remembered
