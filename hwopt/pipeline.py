@@ -75,6 +75,7 @@ class Pass:
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})  # fields whose words are known, and the words
     each: ClassVar[tuple[str, ...]] = ()  # fields that may hold one value for every name in `site`
     order: ClassVar[int] = 50  # among the passes of one phase that run together: low numbers first, then by name
+    prepares: ClassVar[Phase | None] = None  # the phase whose changes err less behind it: offered in front of them, never alone
 
     site: tuple[str, ...] = ()
 
@@ -99,6 +100,11 @@ class Pass:
     def apart(self) -> bool:
         """True if it hands floats to all neighbours: whatever these do, its conversions stay."""
         return False
+
+    @property
+    def prepared(self) -> bool:
+        """True if passes that prepare its phase may make it err less."""
+        return True
 
     def covers(self, node: Node) -> bool:
         """True if the node is in `site`, was split off a node in `site`, or there is no `site`."""
@@ -271,7 +277,7 @@ def run_pass(one: Pass, graph: Graph, ctx: Context) -> Graph:
 
 
 def merged(passes: Iterable[Pass]) -> tuple[Pass, ...]:
-    """Passes in phase order, equal ones with different sites joined into one that runs once.
+    """Passes in the order of phases, and inside these in their own, equal ones with different sites joined into one.
 
     Equal but for the fields that hold a value for each site: these are put one behind the other.
     """
@@ -280,7 +286,7 @@ def merged(passes: Iterable[Pass]) -> tuple[Pass, ...]:
         blank = dict.fromkeys(one.each, ()) if one.site else {}
         alike.setdefault(dataclasses.replace(one, site=(), **blank), []).append(one)
     joined = [_joined(members) for members in alike.values()]
-    return tuple(sorted(joined, key=lambda one: one.phase))
+    return tuple(sorted(joined, key=lambda one: (one.phase, one.order)))
 
 
 def _joined(members: Sequence[Pass]) -> Pass:

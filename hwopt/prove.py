@@ -133,4 +133,4 @@ def _unchosen(offer: Offer, text: str) -> Offer:
 
 
 def _place(decision: Decision) -> str:
-    return "+".join(parse(decision.by[0], find_passes()).site)
+    return "+".join(parse(decision.by[-1], find_passes()).site)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from hwopt.ir import Graph, Node
-from hwopt.pipeline import Context, Pass, Phase
+from hwopt.ir import Graph, Node, of_op
+from hwopt.pipeline import Context, Pass, Phase, Refusal
+from hwopt.target import Target
 from passes._channel_scales import Rescaling, Slot, data_axis, givers, taker
 
 OPS = ("Conv", "Gemm", "MatMul")
@@ -23,6 +25,7 @@ class Equalize(Pass):
     Exact up to rounding, needs no data, and makes one scale per tensor enough for more channels. A chain is two layers with
     constant weights, nothing between them but what lets a positive factor pass (Relu, LeakyRelu, pools; not Clip, whose limits
     stay), and nobody else who reads in between. `site` names the second layer. Chains that touch are swept until they settle.
+    Plans have it in front of quantize, where the measured error of the second layer gets smaller.
     Nagel et al., "Data-free quantization through weight equalization and bias correction", ICCV 2019, section 4.1.
     """
 
@@ -31,14 +34,14 @@ class Equalize(Pass):
     phase: ClassVar[Phase] = Phase.SHARE
     exact: ClassVar[bool] = True
     order: ClassVar[int] = 10
+    prepares: ClassVar[Phase | None] = Phase.QUANTIZE
 
     def run(self, graph: Graph, ctx: Context) -> Graph:
         self.check_site(graph)
         chains = []
         for node in graph.nodes:
             if node.op in OPS and self.covers(node):
-                done = any(by.partition("{")[0] == self.name for by in node.history)
-                found = "is equalized already" if done else _chain(graph, node)
+                found = _chain(graph, node)
                 if isinstance(found, str):
                     ctx.refuse(self, node, found)
                 else:
@@ -52,9 +55,17 @@ class Equalize(Pass):
         scales.write(edit)
         return edit.finish(str(self))
 
+    @classmethod
+    def candidates(cls, graph: Graph, target: Target) -> Iterator[Pass | Refusal]:  # noqa: ARG003
+        for node in of_op(graph, *OPS):
+            found = _chain(graph, node)
+            yield Refusal(cls.name, node.name, found) if isinstance(found, str) else cls((node.name,))
+
 
 def _chain(graph: Graph, node: Node) -> tuple[list[Slot], Slot] | str:
     """What is divided, the first layer's weights first, and what is multiplied; or why there is no chain."""
+    if any(by.partition("{")[0] == Equalize.name for by in node.history):
+        return "is equalized already"
     after = taker(graph, node)
     if isinstance(after, str):
         return after

@@ -160,6 +160,10 @@ class Quantize(Pass):
     def apart(self) -> bool:
         return self.dynamic
 
+    @property
+    def prepared(self) -> bool:
+        return self.dtype == "int8"  # of floats every size is rounded alike
+
     @classmethod
     def candidates(cls, graph: Graph, target: Target) -> Iterator[Pass | Refusal]:
         for node in of_op(graph, *OPS):

@@ -25,7 +25,7 @@ from passes._rounding import round_rows, scales_of
 OPS = ("Conv", "Gemm", "MatMul")
 BITS = {3: np.int8, 4: ml_dtypes.int4, 8: np.int8}
 METHODS = ("nearest", "gptq", "awq")
-FORMS = ((8, 0), (4, 32))  # (bits, group) worth considering
+FORMS = ((8, 0), (4, 32), (3, 32), (3, 0))  # (bits, group) worth considering: of as many bits the first that a layer can take
 BLOCKED_OPSET = 21  # brought 4-bit integers and blocks
 
 
@@ -101,17 +101,20 @@ class QuantizeWeights(Pass):
         if self.bits < 8 and self.method == "nearest":
             yield replace(self, method="gptq", act_order=True)
 
+    @property
+    def prepared(self) -> bool:
+        return False  # data stay as they are; awq scales for weights alone
+
     @classmethod
     def candidates(cls, graph: Graph, target: Target) -> Iterator[Pass | Refusal]:
         for node in of_op(graph, *OPS):
             if "float32" not in target.peak:
                 yield Refusal(cls.name, node.name, "the target multiplies no floats")
                 continue
-            found = [cls((node.name,), bits, group) for bits, group in FORMS]
-            reasons = [one._reason(graph, node) for one in found]
-            if all(reasons):
-                yield Refusal(cls.name, node.name, reasons[0])
-            yield from (one for one, reason in zip(found, reasons, strict=True) if not reason)
+            reasons = {one: one._reason(graph, node) for one in (cls((node.name,), bits, group) for bits, group in FORMS)}
+            if all(reasons.values()):
+                yield Refusal(cls.name, node.name, next(iter(reasons.values())))
+            yield from {one.bits: one for one, reason in reversed(reasons.items()) if not reason}.values()
 
     def turned(self, **knobs: Any) -> Pass:
         """One scale per output channel has no group size to turn."""

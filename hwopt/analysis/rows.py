@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from hwopt.analysis.memo import remembered
 from hwopt.backends.ort import Session, observing
 from hwopt.errors import DataError
 from hwopt.ir import Graph
@@ -29,9 +30,28 @@ class Rows:
         return np.maximum(np.abs(self.low), np.abs(self.high))
 
 
-def activation_rows(graph: Graph, samples: Samples, wanted: Iterable[tuple[str, int]]) -> Mapping[str, Rows]:
-    """(value, axis of its channels) -> Rows, in one sweep of ONNX Runtime. Raises DataError where values are not finite."""
-    axes = dict(wanted)
+def activation_rows(
+    graph: Graph, samples: Samples, wanted: Iterable[tuple[str, int]], others: Iterable[tuple[str, int]] = ()
+) -> Mapping[str, Rows]:
+    """(value, axis of its channels) -> Rows, in one sweep of ONNX Runtime. Raises DataError where values are not finite.
+
+    Remembered for the graph and the samples: asked a second time, it watches `others` in the same sweep.
+    """
+    known, axes = _known(graph, samples), dict(wanted)
+    missing = {value: axis for value, axis in axes.items() if (value, axis) not in known}
+    if missing and known:
+        missing = {**{value: axis for value, axis in others if (value, axis) not in known}, **missing}
+    if missing:
+        known.update(_watched(graph, samples, missing))
+    return {value: known[value, axis] for value, axis in axes.items()}
+
+
+@remembered
+def _known(_graph: Graph, _samples: Samples) -> MutableMapping[tuple[str, int], Rows]:
+    return {}
+
+
+def _watched(graph: Graph, samples: Samples, axes: Mapping[str, int]) -> Iterator[tuple[tuple[str, int], Rows]]:
     watched = observing(graph, axes)
     session = Session(watched) if watched.outputs else None
     share = -(-LIMIT // max(len(samples) // batch_of(graph), 1))
@@ -50,4 +70,5 @@ def activation_rows(graph: Graph, samples: Samples, wanted: Iterable[tuple[str, 
             kept[value].append(rows[picked].astype(np.float32))
     if len(ranges) < len(axes):
         raise DataError("the calibration data give no activations", place=samples.source)
-    return {value: Rows(np.concatenate(kept[value])[:LIMIT], *ranges[value]) for value in axes}
+    for value, axis in axes.items():
+        yield (value, axis), Rows(np.concatenate(kept[value])[:LIMIT], *ranges[value])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,11 +22,12 @@ from hwopt.ir import Graph
 from hwopt.pipeline import Context, Pass, PassManager, Refusal, merged
 from hwopt.plan.budget import Amounts, Budget, exceeded
 from hwopt.plan.doubts import Measuring, settled
-from hwopt.plan.errors import Known, measure_errors
-from hwopt.plan.fisher import error_pairs
-from hwopt.plan.options import Base, Option, Pair, Pricer, Progress, collect, useful
+from hwopt.plan.errors import Known, errors_behind, measure_errors
+from hwopt.plan.fisher import by_gradients, error_pairs
+from hwopt.plan.options import Base, Option, Pair, Pricer, Progress, collect, option_of, useful
 from hwopt.plan.pairs import pairs_of
 from hwopt.plan.plan import Plan, Round
+from hwopt.plan.prepared import Chains, prepared
 from hwopt.plan.solve import Limits, Solution
 from hwopt.samples import Samples
 from hwopt.target import Target
@@ -162,11 +163,34 @@ def price(task: Search) -> Priced:
     head = samples.head(SENSITIVITY_SAMPLES)
     fitted = dataclasses.replace(task.ctx, calibration=rest_of(samples) or samples)
     options = measure_errors(task.graph, fitted, options, head, task.workers, task.progress, task.known, task.sensitivity)
-    finite = tuple(option for option in options if math.isfinite(option.error))
+    finite = [option for option in options if math.isfinite(option.error)]
+    behind, reasons = _behind(task, fitted, base, finite, head)
+    finite, refused = [*finite, *behind], [*refused, *reasons]
     pairs = pairs_of(task.graph, task.ctx, base, finite, task.pricer)
     if task.pairwise:
         pairs = (*pairs, *error_pairs(task.graph, fitted, finite, head))
-    return Priced(base, finite, pairs, tuple(refused), task.scorer(Session(task.graph).run))
+    return Priced(base, tuple(finite), pairs, tuple(refused), task.scorer(Session(task.graph).run))
+
+
+def _behind(
+    task: Search, fitted: Context, base: Base, options: Sequence[Option], samples: Samples
+) -> tuple[list[Option], list[Refusal]]:
+    """Options that err less behind a pass that prepares them."""
+    rough = task.ctx.roughly(task.graph)
+    single = [one for option in options for one in option.passes]
+    gradients = by_gradients(task.sensitivity, task.graph, single, samples)
+
+    def price(chain: tuple[Pass, ...]) -> Option | Refusal:
+        return option_of(chain, task.graph, base, rough, task.pricer, task.budget)
+
+    def judge(changed: Graph, chains: Chains) -> list[float]:
+        unknown = [(option, chain) for option, chain in chains if chain.text not in task.known]
+        plain = [option for option, _ in unknown]
+        found = errors_behind(task.graph, changed, fitted, plain, samples, task.workers, task.progress, gradients=gradients)
+        task.known.update(zip((chain.text for _, chain in unknown), found, strict=True))
+        return [task.known[chain.text] for _, chain in chains]
+
+    return prepared(task.graph, fitted, task.target, task.passes, options, price, judge)
 
 
 @remembered

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 
+from hwopt.analysis.sensitivity import sensitivity
 from hwopt.backends.ort import Session
 from hwopt.evaluate import divergence
 from hwopt.ir import Graph
@@ -40,6 +42,28 @@ def measure_errors(
     elif single:
         known.update(_divergences(graph, ctx, single, samples, workers, progress))
     return [dataclasses.replace(option, error=sum(known[str(one)] for one in option.passes)) for option in options]
+
+
+def errors_behind(
+    graph: Graph, changed: Graph, ctx: Context, options: Sequence[Option], samples: Samples, workers: int, progress: Progress,
+    *, gradients: bool,
+) -> list[float]:  # fmt: skip
+    """Of options of one pass each that have their errors in `graph`, in one that computes the same with other weights.
+
+    Gradients tell how the error changes: its level, which is fitted to measured errors, is the option's own.
+    """
+    single = list(dict.fromkeys(option.passes[0] for option in options))
+    if not gradients:
+        found = _divergences(changed, ctx, single, samples, workers, progress)
+        return [found[str(option.passes[0])] for option in options]
+    progress("measuring sensitivity by gradients", 0, 1)
+    before, after = (sensitivity(one, single, samples, partial(_run, one, ctx), seed=ctx.seed) for one in (graph, changed))
+    ratios = {one: after.error(one) / max(before.error(one), 1e-30) for one in single}
+    return [option.error * ratios[option.passes[0]] for option in options]
+
+
+def _run(graph: Graph, ctx: Context, one: Pass) -> Graph:
+    return run_pass(one, graph, ctx)
 
 
 def _estimates(graph: Graph, ctx: Context, single: Sequence[Pass], samples: Samples, progress: Progress) -> dict[str, float]:

@@ -1,13 +1,14 @@
 """The last step of a search: what a plan does coarsely is done with more care, where the outputs then err less.
 
 Weights of 4 bits, rounded by what that does to outputs instead of to the nearest, cost neither time nor bytes, but seconds a
-layer to make: too long for every candidate, not for the plan that is chosen.
+layer to make: too long for every candidate, not for the plan that is chosen. And what prepares a change at no price is no
+faster, so nothing that looks for the fastest plan would choose it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from hwopt.backends.ort import Session
 from hwopt.ir import Graph
@@ -40,15 +41,25 @@ class _Judge:
         return self.known[text]
 
 
-def refined(task: Search, solution: Solution) -> tuple[Solution, tuple[Refusal, ...]]:
-    """The solution with finer passes where these lower the error of the outputs, and what gained nothing."""
+def refined(task: Search, solution: Solution, menu: Sequence[Option] = ()) -> tuple[Solution, tuple[Refusal, ...]]:
+    """The solution with options of the menu that prepare its changes for nothing, and with finer passes, where these lower the
+    error of the outputs; and what gained nothing."""
     stated = merged(one for option in solution.options for one in option.passes)
-    samples = task.ctx.calibration
-    if samples is None or not any(list(one.finer()) for one in stated):
+    samples, free = task.ctx.calibration, list(_behind(solution.options, menu))
+    if samples is None or not (free or any(list(one.finer()) for one in stated)):
         return solution, ()
     fitted = dataclasses.replace(task.ctx, calibration=rest_of(samples) or samples, refused=[])
     judge = _Judge(task.graph, fitted, samples.head(SENSITIVITY_SAMPLES), task.known)
     options, refused, error = solution.options, [], judge.error(solution.options)
+    for name, better in free:
+        tried = tuple(better.get(id(option), option) for option in options)
+        found = judge.error(tried)
+        if found <= WORTH * error:
+            options, error = tried, found
+        else:
+            reason = f"in front of all that it prepares: the outputs' error {error:.3g} -> {found:.3g}, not worth it"
+            refused.append(Refusal(name, task.graph.name, reason))
+    stated = merged(one for option in options for one in option.passes)
     for place, coarse in enumerate(stated):
         for fine in coarse.finer():
             task.progress("rounding with more care", place, len(stated))
@@ -60,6 +71,18 @@ def refined(task: Search, solution: Solution) -> tuple[Solution, tuple[Refusal, 
             else:
                 refused.append(Refusal(fine.name, task.graph.name, f"{dataclasses.replace(fine, site=())}: {said}, not worth it"))
     return (solution if options is solution.options else dataclasses.replace(solution, options=options)), tuple(refused)
+
+
+def _behind(options: Sequence[Option], menu: Sequence[Option]) -> Iterator[tuple[str, dict[int, Option]]]:
+    """Families that prepare some of the options for nothing: what these become."""
+    groups = {option.group: option for option in options}
+    families: dict[str, dict[int, Option]] = {}
+    for other in menu:
+        option = groups.get(other.group)
+        costs = option is None or other.gain < option.gain or other.bytes > option.bytes or other.joules > option.joules
+        if option is not None and not costs and other.passes[0].prepares is not None and other.passes[1:] == option.passes:
+            families.setdefault(other.passes[0].name, {})[id(option)] = other
+    yield from families.items()
 
 
 def _with(option: Option, coarse: Pass, fine: Pass) -> Option:

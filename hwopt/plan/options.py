@@ -193,7 +193,7 @@ def collect(
     def consider(chains: Sequence[tuple[Pass, ...]]) -> None:
         for done, chain in enumerate(chains):
             progress("pricing", done, len(chains))
-            found = _priced(chain, graph, base, cheap, pricer, budget, hopeful)
+            found = option_of(chain, graph, base, cheap, pricer, budget, hopeful)
             (refused if isinstance(found, Refusal) else options).append(found)  # type: ignore[arg-type]
 
     consider([(one,) for one in instances])
@@ -207,7 +207,7 @@ def _instances(
     """What the families propose, with the knobs (`family.field`) turned as asked, and what they decline."""
     refused: list[Refusal] = []
     instances: list[Pass] = []
-    for kind in passes:
+    for kind in (kind for kind in passes if kind.prepares is None):
         if budget.weight_bytes is None and kind.saves == {"bytes"}:
             refused.append(Refusal(kind.name, graph.name, "makes weights smaller, not faster, and no size budget asks for that"))
             continue
@@ -236,11 +236,11 @@ def _site(one: Pass) -> str:
 
 def _group(combination: tuple[Pass, ...]) -> str:
     """Pruning decides about a coupling group, everything else about a layer."""
-    site = _site(combination[0])
+    site = _site(combination[-1])
     return f"channels of {site}" if combination[0].phase == Phase.PRUNE else site
 
 
-def _priced(
+def option_of(
     combination: tuple[Pass, ...], graph: Graph, base: Base, ctx: Context, pricer: Pricer, budget: Budget, hopeful: bool = False
 ) -> Option | Refusal:
     """The option, or why it is none."""
@@ -250,9 +250,9 @@ def _priced(
         after = run_pass(one, changed, ctx)
         if after is changed:
             reason = ctx.refused[-1].reason if len(ctx.refused) > known else "changes nothing"
-            return Refusal(one.name, _site(one), f"{one}: {reason}")
+            return Refusal(one.name, _site(combination[-1]), f"{one}: {reason}")
         changed = after
-    site = _site(combination[0])
+    site = _site(combination[-1])
     work, conversions = _changed_work(changed, base, site)
     alive = {place: size - base.alive[place] for place, size in alive_at(changed, base.alive).items()}
     option = repriced(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from hwopt.errors import BudgetError, HwoptError
 from hwopt.evaluate import Comparison, compare
-from hwopt.pipeline import Phase, Refusal, merged
+from hwopt.pipeline import Pass, Phase, Refusal, merged
 from hwopt.plan.attempt import Attempt, Found, Priced, Search, measured, price, tightened, versions
 from hwopt.plan.backend import lacking
 from hwopt.plan.budget import Amounts, Budget
@@ -18,7 +18,7 @@ from hwopt.plan.options import Option
 from hwopt.plan.plan import Decision, Offer, Plan, Round
 from hwopt.plan.polish import polished
 from hwopt.plan.solve import Limits, Solution, solve
-from hwopt.plan.uniform import UNIFORM, uniform_solutions
+from hwopt.plan.uniform import UNIFORM, behind, uniform_solutions
 from hwopt.plugins import find_passes
 
 __all__ = ["Attempt", "Found", "Priced", "Search", "price", "search", "versions"]
@@ -67,7 +67,11 @@ def _uniform(task: Search, priced: Priced, attempts: list[Attempt]) -> None:
     Where scores move in coarse steps (one wrong answer of 100 is a point), an early round may fail by bad luck, and all later
     ones look at less and less.
     """
-    attempts.extend(measured(task, priced, one, one.error) for one in uniform_solutions(priced))
+    for one in uniform_solutions(priced):
+        attempts.append(measured(task, priced, one, one.error))
+        careful = behind(priced, one)
+        if careful is not None and not (attempts[-1].round.feasible and task.budget.latency_seconds is None):
+            attempts.append(measured(task, priced, careful, careful.error))
 
 
 def _one_dtype(task: Search, priced: Priced, attempts: list[Attempt]) -> None:
@@ -106,7 +110,7 @@ def _single_family(task: Search, priced: Priced, attempts: list[Attempt]) -> Non
 
     Once, with the largest error that was feasible; in rounds of its own where it could be faster than the best joint plan.
     """
-    alone = tuple(option for option in priced.options if all(one.phase == Phase.QUANTIZE for one in option.passes))
+    alone = tuple(option for option in priced.options if all(_of_quantization(one) for one in option.passes))
     if task.budget.limited or len(alone) in (0, len(priced.options)):
         return
     menu = dataclasses.replace(priced, options=alone)
@@ -121,6 +125,10 @@ def _single_family(task: Search, priced: Priced, attempts: list[Attempt]) -> Non
         attempts.append(measured(task, priced, solution, allowed))
 
 
+def _of_quantization(one: Pass) -> bool:
+    return Phase.QUANTIZE in (one.phase, one.prepares)
+
+
 def _refine(task: Search, priced: Priced, attempts: list[Attempt]) -> None:
     """The best plan with more care; if nothing is feasible, that with the least drop of those that keep the other limits."""
     best = next(iter(ranking(task, attempts, task.amounts(task.graph))), None)
@@ -128,7 +136,7 @@ def _refine(task: Search, priced: Priced, attempts: list[Attempt]) -> None:
     best = best or min(kept, key=lambda attempt: attempt.comparison.drop, default=None)
     if best is None:
         return
-    solution, refused = refined(task, best.solution)
+    solution, refused = refined(task, best.solution, priced.options)
     attempt = measured(task, priced, solution, best.round.allowed_error)
     better = attempt if attempt.comparison.drop <= best.comparison.drop else best
     attempts[attempts.index(best)] = dataclasses.replace(better, refused=refused)

@@ -24,9 +24,22 @@ def uniform_solutions(priced: Priced) -> Iterator[Solution]:
         if option.form and len(option.passes) == 1 and one.phase == Phase.QUANTIZE:
             ways.setdefault(dataclasses.replace(one, site=()), {})[option.group] = option
     for menu in ways.values():
-        options = tuple(menu.values())
-        figures = predicted(priced.base, options, priced.pairs)
-        yield Solution(
-            options, figures["seconds"], round(figures["bytes"]), round(figures["peak_bytes"]), figures["joules"],
-            figures["error"], 0.0, UNIFORM,
-        )  # fmt: skip
+        yield _solution(priced, tuple(menu.values()))
+
+
+def behind(priced: Priced, solution: Solution) -> Solution | None:
+    """The same with every layer behind what prepares it best; None where nothing does."""
+    better: dict[Pass, Option] = {}
+    for option in sorted(priced.options, key=lambda one: -one.error):
+        if len(option.passes) == 2 and option.passes[0].prepares is not None:
+            better[option.passes[-1]] = option
+    options = tuple(better.get(option.passes[-1], option) for option in solution.options)
+    return None if options == solution.options else _solution(priced, options)
+
+
+def _solution(priced: Priced, options: tuple[Option, ...]) -> Solution:
+    figures = predicted(priced.base, options, priced.pairs)
+    return Solution(
+        options, figures["seconds"], round(figures["bytes"]), round(figures["peak_bytes"]), figures["joules"],
+        figures["error"], 0.0, UNIFORM,
+    )  # fmt: skip
