@@ -21,6 +21,7 @@ from hwopt.plan.budget import Budget
 from hwopt.plan.explain import explain
 from hwopt.plan.plan import apply_plan, plan_from_json
 from hwopt.plan.search import search
+from hwopt.plan.solve import Limits, solve
 from hwopt.plan.uniform import behind, uniform_solutions
 from hwopt.plugins import find_passes, find_target
 from hwopt.samples import Samples
@@ -156,6 +157,17 @@ def test_layers_in_one_precision_are_tried_behind_what_prepares_them() -> None:
     assert better is not None and better.error < eight.error
     assert {option.group for option in better.options} == {option.group for option in eight.options}
     assert behind(priced, better) is None
+
+
+def test_what_the_allowance_does_not_need_is_left_to_the_end() -> None:
+    priced = price(task_for(attention(), "smooth,quantize"))
+    (eight,) = (one for one in uniform_solutions(priced) if all(o.form == "int8" for o in one.options))
+    for allowed, needed in ((200 * eight.error, False), (0.99 * eight.error, True)):
+        found = solve(priced.base, priced.options, priced.pairs, Limits(allowed))
+        assert found is not None
+        assert found.seconds <= eight.seconds * (1 + 1e-9)
+        assert found.error <= allowed
+        assert any(option.passes[0].prepares is not None for option in found.options) == needed
 
 
 def test_of_one_phase_what_prepares_comes_first() -> None:

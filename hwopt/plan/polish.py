@@ -13,7 +13,7 @@ from hwopt.ir import Graph
 from hwopt.pipeline import Context, merged
 from hwopt.plan.attempt import Priced
 from hwopt.plan.options import Option, Pricer
-from hwopt.plan.solve import Limits, Solution, predicted, solve
+from hwopt.plan.solve import Limits, Solution, predicted, solution_of, solve
 
 TRIES = 64  # graphs that are made and priced
 DOUBT = 0.02  # exchanges are worth a look if the sums say that they cost less than this share of the whole
@@ -45,11 +45,7 @@ def polished(
     options = tuple(option for option in priced.options if chosen.get(option.group) is option)
     if {id(one) for one in options} == {id(one) for one in solution.options}:
         return solution
-    figures = predicted(priced.base, options, priced.pairs)
-    return Solution(
-        options, figures["seconds"], round(figures["bytes"]), round(figures["peak_bytes"]), figures["joules"], figures["error"],
-        solution.gap, "polished",
-    )  # fmt: skip
+    return solution_of(priced.base, options, priced.pairs, solution.gap, "polished")
 
 
 class _Prices:

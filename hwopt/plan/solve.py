@@ -21,6 +21,7 @@ CLOSE = 1e-4  # what HiGHS, too, is asked for
 MANY = 8  # limits, above which prices for all of them take longer than HiGHS
 HALVINGS, EVEN = 16, 0.01  # steps towards the least peak, and how near is enough
 ROUNDING = 1e-6  # relative, of recomputed sums
+NEEDLESS = 0.01  # of the allowed error: what changes are prepared for must be more
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,27 @@ def solve(
     answer does not keep the limits when it is computed again.
     """
     aim = aim or ("seconds" if limits.seconds is None else "error")
+    found = _solved(base, options, pairs, limits, aim, tie)
+    return found if found is None or aim == "error" else _plainer(base, options, pairs, limits, found)
+
+
+def _plainer(base: Base, options: Sequence[Option], pairs: Sequence[Pair], limits: Limits, found: Solution) -> Solution:
+    """The same without preparations that the limits do not need: the plan is to be decided by what matters."""
+    plain = {(option.group, option.passes): option for option in options}
+    chosen, spare = list(found.options), np.inf if limits.error is None else NEEDLESS * limits.error
+    for place in sorted(range(len(chosen)), key=lambda one: -chosen[one].error):
+        option = chosen[place]
+        other = plain.get((option.group, option.passes[1:])) if option.passes[0].prepares is not None else None
+        if other is not None and other.error - option.error <= spare and other.gain >= option.gain:
+            chosen[place], spare = other, spare - (other.error - option.error)
+    if all(one is other for one, other in zip(chosen, found.options, strict=True)):
+        return found
+    better = solution_of(base, chosen, pairs, found.gap, found.by)
+    kept = all(better.amount(name) <= limit for name, limit in limits.stated().items() if name != "error")
+    return better if kept else found
+
+
+def _solved(base: Base, options: Sequence[Option], pairs: Sequence[Pair], limits: Limits, aim: str, tie: bool) -> Solution | None:
     if not options:
         kept = all(base.amount(name) <= limit for name, limit in limits.stated().items())
         return _checked(base, (), (), (), limits, 0.0, "milp") if kept else None
@@ -242,8 +264,14 @@ def _checked(
         if figures[name] > limit + ROUNDING * (abs(limit) + abs(base.amount(name))):
             hint = "this is an error in hwopt"
             raise HwoptError(f"the solver's choice has {name} {figures[name]:.6g} of {limit:.6g}", place="plan", hint=hint)
+    return solution_of(base, chosen, pairs, gap, by)
+
+
+def solution_of(base: Base, chosen: Sequence[Option], pairs: Sequence[Pair], gap: float, by: str) -> Solution:
+    """These options with what the model predicts of them."""
+    figures = predicted(base, chosen, pairs)
     return Solution(
-        chosen, figures["seconds"], round(figures["bytes"]), round(figures["peak_bytes"]), figures["joules"],
+        tuple(chosen), figures["seconds"], round(figures["bytes"]), round(figures["peak_bytes"]), figures["joules"],
         figures["error"], gap, by,
     )  # fmt: skip
 

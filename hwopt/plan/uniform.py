@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from hwopt.pipeline import Pass, Phase
 from hwopt.plan.attempt import Priced
 from hwopt.plan.options import Option
-from hwopt.plan.solve import Solution, predicted
+from hwopt.plan.solve import Solution, solution_of
 
 UNIFORM = "uniform"  # the solver's name in such a solution
 
@@ -24,7 +24,7 @@ def uniform_solutions(priced: Priced) -> Iterator[Solution]:
         if option.form and len(option.passes) == 1 and one.phase == Phase.QUANTIZE:
             ways.setdefault(dataclasses.replace(one, site=()), {})[option.group] = option
     for menu in ways.values():
-        yield _solution(priced, tuple(menu.values()))
+        yield solution_of(priced.base, tuple(menu.values()), priced.pairs, 0.0, UNIFORM)
 
 
 def behind(priced: Priced, solution: Solution) -> Solution | None:
@@ -34,12 +34,4 @@ def behind(priced: Priced, solution: Solution) -> Solution | None:
         if len(option.passes) == 2 and option.passes[0].prepares is not None:
             better[option.passes[-1]] = option
     options = tuple(better.get(option.passes[-1], option) for option in solution.options)
-    return None if options == solution.options else _solution(priced, options)
-
-
-def _solution(priced: Priced, options: tuple[Option, ...]) -> Solution:
-    figures = predicted(priced.base, options, priced.pairs)
-    return Solution(
-        options, figures["seconds"], round(figures["bytes"]), round(figures["peak_bytes"]), figures["joules"],
-        figures["error"], 0.0, UNIFORM,
-    )  # fmt: skip
+    return None if options == solution.options else solution_of(priced.base, options, priced.pairs, 0.0, UNIFORM)
