@@ -132,6 +132,8 @@ def with_training(
     _check_training(job, recipe, job.ctx.calibration if data is None else data, own_loss=loss is not None)
     if recipe is not None and not recipe.seed:
         recipe = replace(recipe, seed=job.ctx.seed)
+    if recipe is not None and not recipe.threads and job.target.runs_here and job.threads < job.target.cores:
+        recipe = replace(recipe, threads=job.threads)  # who asks for few does not want all of them
     training = Training(recipe, data, loss, None if checkpoints is None else Checkpoints(Path(checkpoints)))
     return replace(job, training=training)
 

@@ -27,6 +27,7 @@ from hwopt.plan.explain import explain
 from hwopt.plan.plan import Plan, Recovery, plan_from_json
 from hwopt.plan.search import Found
 from hwopt.recover import Lottery, Outcome
+from hwopt.recover.recipe import Distill
 from hwopt.recovery import Trainer, relaxed
 from hwopt.samples import write_npz
 from tests._recover import blobs, trained_net
@@ -179,6 +180,35 @@ def test_a_model_without_gradients_is_refused_before_any_long_work(tmp_path: Pat
     job = prepare(to_model(build.graph()), "host", None, None, None, None, None, None, 1, 0, quiet)
     with pytest.raises(UnsupportedError, match="no gradients for Multinomial"):
         with_training(job, "distill", {"x0": np.zeros((8, 4), np.float32)})
+
+
+def test_training_takes_as_many_threads_as_the_job_where_it_was_told_few(model: Path) -> None:
+    def threads(target: str, asked: int | None, recipe: str) -> int:
+        job = prepare(model, target, None, None, data(32, 1), None, None, None, asked, 0, quiet)
+        found = with_training(dataclasses.replace(job, target=dataclasses.replace(job.target, cores=4)), recipe).training.recipe
+        assert found is not None
+        return found.threads
+
+    assert threads("host", 1, "distill") == 1
+    assert threads("host", 4, "distill") == 0
+    assert threads("host", 1, "distill{threads=3}") == 3
+    assert threads("cortex-a72", 1, "distill") == 0  # which says nothing about this machine
+
+
+def test_training_leaves_the_number_of_threads_to_torch_and_puts_it_back() -> None:
+    torch = pytest.importorskip("torch")
+    from hwopt.recover.torch.schedule import settled
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # as OMP_NUM_THREADS=1 does
+        with settled(Distill()) as threads:
+            assert threads == torch.get_num_threads() == 1
+        with settled(Distill(threads=2)) as threads:
+            assert threads == torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_command_line_trains(model: Path, tmp_path: Path) -> None:

@@ -55,7 +55,11 @@ class NetAdapt(Schedule):
         if self.stops:
             return self._again(case)
         if case.ctx.target is None:
-            raise UsageError("needs the cost model of a target", place=str(self), hint="give --target")
+            raise UsageError(
+                "needs the cost model of a target",
+                place=str(self),
+                hint="give --target, or a context that has one: Context(find_target('host'))",
+            )
         rounds = _Rounds(case, self, case.ctx.target)
         rounds.go()
         return rounds.settle()

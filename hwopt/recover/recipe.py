@@ -50,7 +50,7 @@ class Recipe:
     hard: float = 0.0  # weight of the labels' cross entropy
     loss: str = ""  # module:function of the user's instead: loss(outputs, teacher's outputs, labels) -> number
     seed: int = 0
-    threads: int = 0  # of torch; 0: one per core. Another number sums in another order
+    threads: int = 0  # of torch; 0: as many as it takes by itself (OMP_NUM_THREADS). Another number sums in another order
 
     def recover(self, case: Case) -> Outcome:
         """Train; a schedule overrides this and trains several times."""

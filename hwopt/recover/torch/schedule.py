@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import psutil
 import torch
 
 from hwopt.recover.recipe import Recipe
@@ -17,7 +16,7 @@ from hwopt.recover.torch.student import Student
 @contextmanager
 def settled(recipe: Recipe) -> Iterator[int]:
     """Deterministic algorithms on a fixed number of threads, a generator of its own; everything is put back afterwards."""
-    threads = recipe.threads or psutil.cpu_count() or 1
+    threads = recipe.threads or torch.get_num_threads()
     memory: Any = torch.utils.deterministic
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     warn_only, fill = torch.is_deterministic_algorithms_warn_only_enabled(), memory.fill_uninitialized_memory
