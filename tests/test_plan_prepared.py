@@ -15,11 +15,11 @@ from hwopt.decide import make_task
 from hwopt.io.proto import to_model
 from hwopt.ir import Graph, Node, TensorType, frozen, infer_types
 from hwopt.job import prepare, quiet
-from hwopt.pipeline import Context, merged, parse, run_pass
+from hwopt.pipeline import Context, Refusal, merged, parse, run_pass
 from hwopt.plan.attempt import Found, Search, price
 from hwopt.plan.budget import Budget
-from hwopt.plan.explain import explain
-from hwopt.plan.plan import apply_plan, plan_from_json
+from hwopt.plan.explain import MANY, explain
+from hwopt.plan.plan import Plan, apply_plan, plan_from_json
 from hwopt.plan.search import search
 from hwopt.plan.solve import Limits, solve
 from hwopt.plan.uniform import behind, uniform_solutions
@@ -139,6 +139,15 @@ def test_what_is_not_prepared_is_refused_with_the_reason() -> None:
     assert [one.reason for one in alike.refused if one.by == "smooth" and "no migration strength" in one.reason]
     none = price(task_for(attention(), "smooth,low-rank"))
     assert [one.reason for one in none.refused if one.by == "smooth"] == ["there is nothing that it prepares"]
+
+
+def test_where_refusals_are_many_reasons_are_counted_without_their_numbers() -> None:
+    small = "quantize{site=a}: its error of 5e-07 is small beside that of other layers"
+    reasons = [small, "smooth{site=a} + quantize{site=a}: error 2e-06 -> 3e-06, not worth it"] * (MANY // 2 + 1)
+    plan = Plan("host", 1, "", Budget(0.1), 0, refused=tuple(Refusal("smooth", "a", reason) for reason in reasons))
+    count = MANY // 2 + 1
+    line = f"  smooth at a: {count} x its error is small beside that of other layers, {count} x errs hardly less, not worth it"
+    assert line in explain(plan).splitlines()
 
 
 def test_a_pass_of_a_newcomer_that_prepares_changes_is_found_in_the_same_way() -> None:

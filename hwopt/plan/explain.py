@@ -16,6 +16,8 @@ KINDS = {
     "was chosen instead": "another was chosen instead",
     "; not chosen": "not worth its error",
     "removes more than": "removes more than another and is not faster",
+    "is small beside": "its error is small beside that of other layers",
+    "not worth it": "errs hardly less, not worth it",
 }
 
 
