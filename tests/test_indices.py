@@ -47,3 +47,8 @@ def test_wild_indices_take_the_nearest_entry(line: str, shape: str, valid: list,
     for given, equal in ((valid, valid), (wild, nearest)):
         wanted = Session(graph).run({"x": TABLE, "i": np.array(equal, np.int64)})["y"]
         np.testing.assert_array_equal(compiled(graph, np.array(given, np.int64)), wanted)
+
+
+def test_bounded_indices_are_no_reason_to_warn(capfd: pytest.CaptureFixture[str]) -> None:
+    compiled(model("y = Gather(x, i)", "[3]"), np.array([0, 1, 2]))
+    assert not capfd.readouterr().err

@@ -19,6 +19,7 @@ from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.fold import folded
 from hwopt.backends.tvm.generic import scheduled
 from hwopt.backends.tvm.in_place import in_place
+from hwopt.backends.tvm.indices import take
 from hwopt.backends.tvm.kernels import loops, transpose
 from hwopt.backends.tvm.lower import lower
 from hwopt.backends.tvm.origins import fused_origins
@@ -80,7 +81,7 @@ def fused(module: Any, target: Target, threads: int, choose: Choose = kernels.de
 
     passes = relax.transform
     # Polynomials for exp, tanh and erf, within 4e-7 of libm's and 10 to 40 times faster, as they become vector code.
-    fast, legal = passes.FastMathTransform(), passes.LegalizeOps()
+    fast, legal = passes.FastMathTransform(), passes.LegalizeOps({"relax.take": take})
     ready = [fast, legal, passes.AnnotateTIROpPattern(), passes.FoldConstant()]
     views = passes.RewriteDataflowReshape()  # looks into kernels, as long as they are not scheduled
     with tvm_target(target):

@@ -11,6 +11,7 @@ from typing import Any
 from hwopt.backends.tvm import convert
 from hwopt.backends.tvm.build import named
 from hwopt.backends.tvm.fold import folded
+from hwopt.backends.tvm.indices import take
 from hwopt.backends.tvm.lower import Lowering
 from hwopt.backends.tvm.read import Reading, read
 from hwopt.backends.tvm.support import needs_runtime, refuse, refuse_unsupported, sorts_here
@@ -67,7 +68,13 @@ def _reading(graph: Graph, target: Target) -> Reading:
     from tvm.s_tir import dlight
 
     passes, gpu = relax.transform, dlight.gpu
-    fuse = [passes.LegalizeOps(), passes.AnnotateTIROpPattern(), passes.FoldConstant(), passes.FuseOps(), passes.FuseTIR()]
+    fuse = [
+        passes.LegalizeOps({"relax.take": take}),
+        passes.AnnotateTIROpPattern(),
+        passes.FoldConstant(),
+        passes.FuseOps(),
+        passes.FuseTIR(),
+    ]
     rules = (gpu.Matmul(), gpu.GEMV(), gpu.Reduction(), gpu.GeneralReduction(), gpu.Transpose(), gpu.Fallback())
     with _tvm_target(target):
         module = tvm.transform.Sequential(fuse)(Plain(graph, target, 1).module())
