@@ -93,8 +93,9 @@ def prepare(
     calibration, evaluation = _disjoint(_samples(calibrate, graph), evaluation, scorer)
     if evaluation is not None:
         check_labels(graph, evaluation.labels, evaluation.source)
+    ctx = Context(hardware, calibration.spread() if calibration else None, seed)
     return Job(
-        graph=graph, ctx=Context(hardware, calibration, seed), target=hardware, threads=threads or hardware.cores,
+        graph=graph, ctx=ctx, target=hardware, threads=threads or hardware.cores,
         budget=budget or Budget(), families=families, fixed=fixed, evaluation=evaluation, user_score=scorer, progress=progress,
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ from hwopt.ir.graph import param_digest
 
 IGNORED = -100  # label of a place that no class is asked of, as in torch
 LABELS, TEXTS, CLASSES = "labels", "texts", "classes"  # names in an .npz beside those of inputs
+GOLDEN = (5**0.5 - 1) / 2
 Encode = Callable[[list[str]], Mapping[str, np.ndarray]]
 
 
@@ -59,6 +60,14 @@ class Samples:
     @cached_property
     def _heads(self) -> dict[int, Samples]:
         return {}
+
+    def spread(self) -> Samples:
+        """In an order in which the first ones, however many, are from all over: data often come sorted by class.
+
+        Places by the golden ratio (a Kronecker sequence): the same for the same number of samples.
+        """
+        places = np.arange(len(self)) * GOLDEN % 1
+        return self.rows(np.argsort(places, kind="stable"))
 
     def rows(self, rows: slice | np.ndarray) -> Samples:
         labels, texts, files = (None if one is None else one[rows] for one in (self.labels, self.texts, self.files))

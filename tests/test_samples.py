@@ -27,6 +27,15 @@ def arrays(count: int = 5, **changes: Any) -> dict[str, np.ndarray]:
     return {"image": image, "scale": np.ones((count, 1), np.float32), **changes}
 
 
+def test_the_first_ones_of_sorted_samples_are_of_all_classes_once_spread() -> None:
+    labels = np.repeat(np.arange(10), 100)
+    samples = Samples({"x": np.arange(1000.0)}, labels).spread()
+    assert samples.labels is not None and sorted(samples.arrays["x"]) == list(range(1000))
+    assert all(samples.labels[place] == samples.arrays["x"][place] // 100 for place in range(1000))
+    for count in (20, 32, 64, 256):
+        assert np.bincount(samples.labels[:count], minlength=10).min() >= count // 10 - 1
+
+
 def save(tmp_path: Path, **values: np.ndarray) -> Path:
     path = tmp_path / "data.npz"
     np.savez(path, **values)
