@@ -21,6 +21,7 @@ from hwopt.emit.toolchain import find_compiler
 from hwopt.errors import HwoptError, UsageError
 from hwopt.files import replacing
 from hwopt.plan.backend import CUDA
+from hwopt.plan.plan import interrupted
 from hwopt.plugins import find_target
 
 UNKEYED = ("progress", "checkpoints")  # arguments that change nothing in the result
@@ -38,7 +39,7 @@ def deliver(
     """compile_model for build systems; the artifact, and whether it came from the cache.
 
     Libraries and header are copied to `install`, the files that were read listed in `depfile`. A build that measures nothing
-    (`measure=False`) is looked up in `cache` first and kept there afterwards.
+    (`measure=False`) is looked up in `cache` first and kept there afterwards, unless somebody interrupted it.
     """
     for folder in (install, depfile.parent if depfile else None):
         if folder is not None and not folder.is_dir():
@@ -52,7 +53,7 @@ def deliver(
         from hwopt.compiler import compile_model  # TVM takes seconds to import: only for what the cache does not hold
 
         artifact = compile_model(model, out=out, **options)
-        if cache is not None and key:
+        if cache is not None and key and not interrupted(artifact.plan["note"]):
             cache.keep(key, artifact.path)
     if install is not None:
         for name in products(artifact):

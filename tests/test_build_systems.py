@@ -17,10 +17,12 @@ import pytest
 from onnx import helper, numpy_helper
 
 from hwopt.backends.tvm.learn.model import Learned
+from hwopt.cache import Cache
 from hwopt.cli import main
-from hwopt.delivery import compiler_of
+from hwopt.delivery import compiler_of, deliver
 from hwopt.depends import dependencies
 from hwopt.io.onnx import load
+from hwopt.plan.plan import interrupted
 from hwopt.plugins import find_target
 from hwopt.samples import write_npz
 
@@ -170,6 +172,21 @@ def test_sixteen_parallel_builds_share_one_cache(project, tmp_path):
     found = [{path.name: path.read_bytes() for path in (tmp_path / str(number)).iterdir()} for number in range(16)]
     assert all(one == found[number % 2] for number, one in enumerate(found))
     assert len(list((project / "cache/artifacts").iterdir())) == 2
+
+
+def test_what_was_interrupted_is_built_again_and_not_kept(project, tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    cache, data = Cache(project / "cache"), project / "small.npz"
+    options = {"cache": cache, "measure": False, "calibrate": data, "evaluate": data, "target": "x86-64-v3"}
+    with monkeypatch.context() as patched:
+        patched.setattr("hwopt.plan.search._polish", stopped)
+        first, _ = deliver(project / "small.onnx", tmp_path / "first", **options)
+    assert interrupted(first.plan["note"])
+    second, cached = deliver(project / "small.onnx", tmp_path / "second", **options)
+    assert not cached and not interrupted(second.plan["note"])
+    assert deliver(project / "small.onnx", tmp_path / "third", **options)[1]
 
 
 def test_a_damaged_entry_of_the_cache_is_built_again(project, tmp_path, monkeypatch, capsys):

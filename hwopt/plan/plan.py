@@ -122,6 +122,11 @@ class Plan:
         return merged(parse(text, known) for decision in self.decisions for text in decision.by)
 
 
+def interrupted(note: str) -> bool:
+    """Whether a plan's note says that somebody stopped its search or its training: another run may find better."""
+    return "interrupted" in note
+
+
 def plan_from_json(text: str, place: str = "plan") -> Plan:
     """The inverse of `Plan.to_json`; raises UsageError for what is no plan."""
     try:
