@@ -58,6 +58,13 @@ def test_one_pass_is_shown_with_all_it_can_be_told(capsys: pytest.CaptureFixture
     assert code == 2 and "did you mean low-rank?" in err
 
 
+def test_a_way_to_recover_shows_what_it_can_be_told(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = hwopt(capsys, "passes", "lottery")
+    assert code == 0 and "Frankle" in out and "epochs" in out
+    code, out, _ = hwopt(capsys, "passes", "distill", "--json")
+    assert code == 0 and {"temperature", "lr"} <= {row["option"] for row in json.loads(out)["options"]}
+
+
 def test_every_pass_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = hwopt(capsys, "passes", "--json")
     for row in json.loads(out):

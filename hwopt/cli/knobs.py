@@ -1,4 +1,4 @@
-"""What one pass can be told: its fields with types, usual values and known words, and what it does."""
+"""What one pass, or one way to recover, can be told: its fields with types, usual values and known words, and what it does."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ import typing
 from typing import Any
 
 from hwopt.pipeline import Pass, printed_value
+from hwopt.recover import Recipe
 
 
-def knobs_of(kind: type[Pass]) -> list[dict[str, Any]]:
-    """A row for each option of a pass, in the order of its fields."""
+def knobs_of(kind: type[Pass] | type[Recipe]) -> list[dict[str, Any]]:
+    """A row for each option of a pass, or of a way to recover, in the order of its fields."""
     hints = typing.get_type_hints(kind)
+    choices, searched = (getattr(kind, name, {}) for name in ("choices", "knobs"))
     return [
         {
             "option": field.name,
             "type": type_name(hints[field.name]),
             "default": printed_value(field.default),
-            "choices": ", ".join(kind.choices.get(field.name, ())),
-            "searched": ", ".join(map(printed_value, kind.knobs.get(field.name, ()))),
+            "choices": ", ".join(choices.get(field.name, ())),
+            "searched": ", ".join(map(printed_value, searched.get(field.name, ()))),
         }
         for field in dataclasses.fields(kind)
     ]
@@ -35,6 +37,6 @@ def type_name(kind: Any) -> str:
     return {int: "integer", float: "number", str: "word", bool: "true or false"}.get(kind, getattr(kind, "__name__", str(kind)))
 
 
-def described(kind: type[Pass]) -> str:
+def described(kind: type[Pass] | type[Recipe]) -> str:
     """The docstring, which says what the pass does, where it applies and what its options mean."""
     return inspect.getdoc(kind) or kind.summary

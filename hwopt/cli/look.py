@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -63,7 +64,7 @@ def explain_(source: Path, layer: str, report: Path | None) -> None:
 @click.argument("name", default="")
 @JSON
 def passes(name: str, as_json: bool) -> None:
-    """List the passes: name, family, what they do. With a NAME: everything that this one can be told."""
+    """List the passes: name, family, what they do. With a NAME, also of a way to --recover: everything that it can be told."""
     from hwopt.plugins import find_passes
 
     if name:
@@ -79,8 +80,9 @@ def passes(name: str, as_json: bool) -> None:
 def _show_pass(name: str, as_json: bool) -> None:
     from hwopt.cli.knobs import described, knobs_of
     from hwopt.plugins import find_passes
+    from hwopt.recover import RECIPES
 
-    known = find_passes()
+    known: dict[str, Any] = {**find_passes(), **RECIPES}
     if name not in known:
         raise UsageError(f"unknown pass {name!r}", hint=did_you_mean(name, known))
     kind = known[name]
