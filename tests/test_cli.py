@@ -35,6 +35,17 @@ def images(count: int) -> np.ndarray:
     return np.random.default_rng(0).random((count, 1, 28, 28), np.float32)
 
 
+def test_a_target_shows_its_figures_and_a_kind_of_file_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = hwopt(capsys, "targets", "cortex-a72")
+    assert "memory lpddr4" in out and "4 GB/s" in out
+    _, out, _ = hwopt(capsys, "targets", "gpu", "--json")
+    keys = {row["key"]: row for row in json.loads(out)["rows"]}
+    assert keys["[[memories]]"]["default"] == "needed" and keys["launch_seconds"]["default"] == "3e-06"
+    assert keys["arch"]["value"].startswith("'sm_75' or")
+    code, _, err = hwopt(capsys, "targets", "cortex-a73")
+    assert code == 2 and "did you mean cortex-a7" in err
+
+
 def test_passes_and_targets_are_listed_as_data(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = hwopt(capsys, "passes", "--json")
     names = [row["name"] for row in json.loads(out)]

@@ -10,9 +10,10 @@ import click
 
 from hwopt.cli.device import device
 from hwopt.cli.evaluate import evaluate
-from hwopt.cli.look import diff, explain_, passes, print_, targets
+from hwopt.cli.look import diff, explain_, passes, print_
 from hwopt.cli.make import apply_, compile_, demo, plan
 from hwopt.cli.profile import profile
+from hwopt.cli.targets import targets
 from hwopt.cli.use import bench, cache, run, tune
 from hwopt.errors import EXIT_CODES, HwoptError
 

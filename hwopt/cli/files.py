@@ -62,10 +62,11 @@ def print_table(rows: list[dict[str, Any]], as_json: bool) -> None:
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text  # brackets in names are no markup
 
     table = Table(*rows[0].keys(), box=None)
     for row in rows:
-        table.add_row(*(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(*(Text(f"{value:.6g}" if isinstance(value, float) else str(value)) for value in row.values()))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 

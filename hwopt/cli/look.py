@@ -1,4 +1,4 @@
-"""The verbs that show something and change nothing: print, diff, explain, passes, targets."""
+"""The verbs that show something and change nothing: print, diff, explain, passes."""
 
 from __future__ import annotations
 
@@ -92,24 +92,3 @@ def _show_pass(name: str, as_json: bool) -> None:
     else:
         click.echo(f"{name}: {kind.summary}\n\n{described(kind)}\n")
         print_table(knobs_of(kind), as_json=False)
-
-
-@click.command()
-@JSON
-def targets(as_json: bool) -> None:
-    """List the targets: name, kind, what they are. `--target mine.toml` takes hardware of your own, by its figures."""
-    from hwopt.plugins import find_targets
-    from hwopt.target import origin
-
-    rows = [
-        {
-            "name": t.name,
-            "kind": t.kind,
-            "cores": t.cores,
-            "runs here": t.runs_here,
-            "prices": origin(t.cost),
-            "summary": t.summary,
-        }
-        for t in find_targets().values()
-    ]
-    print_table(rows, as_json)
