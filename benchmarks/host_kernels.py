@@ -90,7 +90,7 @@ def part(models: Sequence[str] = tuple(ZOO), threads: int = 1, forms: Sequence[s
         by_family.setdefault(one.family, []).append(one.near)
     families = ", ".join(f"{name} {statistics.fmean(near):.0%} of {len(near)}" for name, near in sorted(by_family.items()))
     cost = find_target("host").cost
-    table = table_of(cost)
+    table = table_of(cost) if getattr(cost, "own", False) else None
     facts = load_table(table).facts if table else {}
     held = {"kernels": "held_out_within_10", "networks": "held_out_networks_within_10"}  # of the random networks behind the table
     summary |= {f"host_table_{name}_within_10": facts[key] for name, key in held.items() if facts.get(key) is not None}

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from hwopt.analysis.workload import workloads
 from hwopt.errors import HwoptError
@@ -20,10 +21,29 @@ from hwopt.pipeline import Context, PassManager, merged
 from hwopt.plan.options import Base, Option, Pricer, base_of, repriced
 from hwopt.target import Cost, Target, Workload
 
+if TYPE_CHECKING:  # TVM is imported when something is measured
+    from hwopt.backends.tvm.learn.measure import Profile
+
 SECONDS = 20.0  # that one plan may spend on it
+STRANGE = 60.0  # the same on a processor that no table knows
 RUN = 0.3  # how long each graph is run
 KERNEL = 0.2  # seconds that a new kernel takes to compile, about: nothing is begun that would not end in time
 MATTERS = 0.002  # of the whole model's time: smaller doubts are left
+
+
+@runtime_checkable
+class Measurable(Protocol):
+    """A cost model that takes measurements."""
+
+    @property
+    def own(self) -> bool:
+        """Whether its prices are of this very processor."""
+
+    def measures(self, threads: int) -> bool:
+        """Whether those on so many threads are taken."""
+
+    def learn(self, found: Profile, threads: int) -> None:
+        """Take what kernels took."""
 
 
 @dataclass
@@ -55,17 +75,16 @@ class Measuring:
         return True
 
     def _doubted(self, work: Workload) -> bool:
-        return self.target.cost.estimate(work, self.threads).source == "learned"
+        return self.target.cost.estimate(work, self.threads).source != "measured"
 
     def _time(self, graph: Graph) -> None:
         from hwopt.backends.tvm.learn.measure import profile
-        from hwopt.backends.tvm.learn.model import Learned
         from hwopt.backends.tvm.tune.runner import Runner
 
-        cost = self.target.cost
-        if isinstance(cost, Learned):
-            with Runner(self.threads) as runner:
-                cost.learn(profile(graph, self.target, self.threads, runner, RUN), self.threads)
+        with Runner(self.threads) as runner:
+            found = profile(graph, self.target, self.threads, runner, RUN)
+        if isinstance(self.target.cost, Measurable):
+            self.target.cost.learn(found, self.threads)
 
 
 def own_prices(target: Target) -> Target:
@@ -76,8 +95,10 @@ def own_prices(target: Target) -> Target:
 
 def measuring_on(target: Target, threads: int) -> Measuring | None:
     """What measures for these prices; None where nothing can be measured."""
-    table = getattr(target.cost, "table", None)
-    return Measuring(target, threads) if table is not None and target.runs_here and threads in table.threads else None
+    cost = target.cost
+    if not isinstance(cost, Measurable) or not target.runs_here or not cost.measures(threads):
+        return None
+    return Measuring(target, threads, SECONDS if cost.own else STRANGE)
 
 
 def settled(
@@ -137,6 +158,6 @@ def _gain(option: Option, base: Base, pricer: Pricer) -> tuple[float, float]:
 
 
 def _half(cost: Cost) -> float:
-    if cost.source != "learned" or cost.low is None or cost.high is None:
+    if cost.source == "measured" or cost.low is None or cost.high is None:
         return 0.0
     return (cost.high - cost.low) / 2

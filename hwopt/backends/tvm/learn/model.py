@@ -54,6 +54,15 @@ class Learned:
         seconds = float(self.table.facts.get("clock_seconds", 0.0))
         return CYCLES / seconds / self.hertz if seconds and self.hertz else 1.0
 
+    @property
+    def own(self) -> bool:
+        """Whether prices are of this very processor."""
+        return True
+
+    def measures(self, threads: int) -> bool:
+        """Whether measurements on so many threads are taken."""
+        return threads in self.table.threads
+
     def fresh(self) -> Learned:
         """The same without what was measured since, and with a place of its own for more of it."""
         return dataclasses.replace(self, more={})
@@ -71,7 +80,7 @@ class Learned:
         found = self._plain(plain, threads, prior)
         if workload.coded is None or found.source == "analytical":
             return found if workload.coded is None else self.analytical.estimate(workload, threads)
-        return _scaled(found, self.analytical.estimate(workload, threads), prior)
+        return scaled(found, self.analytical.estimate(workload, threads), prior)
 
     def _plain(self, work: Workload, threads: int, prior: Cost) -> Cost:
         if not work.steps or work.kind not in KINDS or threads not in self.table.threads:
@@ -82,18 +91,18 @@ class Learned:
         seconds, noise, around = self.more.get(key) or self.table.measured.get(key) or (0.0, 0.0, 0)
         if seconds:
             seconds *= self._moved(work, around, threads)
-            return _cost(prior, seconds, seconds, seconds * (1 + noise), "measured")
+            return priced_at(prior, seconds, seconds, seconds * (1 + noise), "measured")
         found = self._predicted(work, threads)
         if found is None:
             return prior if threads == 1 or 1 not in self.table.threads else self._as_alone(work, prior)
         mean, half = found
-        return _cost(prior, math.exp(mean), math.exp(mean - half), math.exp(mean + half), "learned")
+        return priced_at(prior, math.exp(mean), math.exp(mean - half), math.exp(mean + half), "learned")
 
     def _as_alone(self, work: Workload, prior: Cost) -> Cost:
         """Of a family that was measured on one thread only: as much of that as the analytical model says."""
         alone = self.analytical.estimate(work, 1)
         found = self._plain(work, 1, alone)
-        return prior if found.source == "analytical" else _scaled(found, prior, alone)
+        return prior if found.source == "analytical" else scaled(found, prior, alone)
 
     def _moved(self, work: Workload, footprint: int, threads: int) -> float:
         """How much longer a kernel takes in a model with other weights around it than where it was measured."""
@@ -116,12 +125,13 @@ def _predicted(
     return table.model.predict(found, threads) if table.model.knows(found, threads) else None
 
 
-def _cost(prior: Cost, seconds: float, low: float, high: float, source: str) -> Cost:
+def priced_at(prior: Cost, seconds: float, low: float, high: float, source: str) -> Cost:
+    """The same joules and bytes in other seconds."""
     return dataclasses.replace(prior, seconds=seconds, low=low, high=high, source=source)
 
 
-def _scaled(known: Cost, wanted: Cost, instead: Cost) -> Cost:
+def scaled(known: Cost, wanted: Cost, instead: Cost) -> Cost:
     """`wanted`, corrected by what is known of `instead`: both are analytical."""
     factor = wanted.seconds / instead.seconds if instead.seconds else 1.0
     low, high = (known.seconds if one is None else one for one in (known.low, known.high))
-    return _cost(wanted, known.seconds * factor, low * factor, high * factor, known.source if factor == 1 else "learned")
+    return priced_at(wanted, known.seconds * factor, low * factor, high * factor, known.source if factor == 1 else "learned")

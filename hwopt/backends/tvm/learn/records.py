@@ -21,7 +21,7 @@ from hwopt.backends.tvm.learn.features import counted
 from hwopt.backends.tvm.learn.measure import NOISE, Profile
 from hwopt.backends.tvm.learn.predictor import Predictor, fitted
 from hwopt.backends.tvm.learn.stock import work_from
-from hwopt.backends.tvm.learn.table import Table, instructions, processor, work_key
+from hwopt.backends.tvm.learn.table import Table, instructions, instructions_of, processor, work_key
 from hwopt.backends.tvm.learn.trees import MEMBERS
 from hwopt.errors import UsageError
 from hwopt.target import Target, Workload
@@ -200,7 +200,8 @@ def table_of(records: Sequence[Record], target: Target, found: Quality | None, d
         measured[work_key(one.work, one.threads)] = (float(f"{one.seconds:.5g}"), round(one.noise, 4), one.work.footprint)
     facts = {
         "date": date or datetime.date.today().isoformat(), "kernels": len(kept), "networks": len({one.seed for one in kept}),
-        "target": target.name, "clock_seconds": kept[0].clock, **(_rounded(found) if found else {}),
+        "target": target.name, "instructions": instructions_of(target.microkernels), "clock_seconds": kept[0].clock,
+        **(_rounded(found) if found else {}),
         "versions": {name: importlib.metadata.version(name) for name in ("hwopt", "apache-tvm", "scikit-learn")},
     }  # fmt: skip
     counted_by = Counter(record.threads for record in kept)

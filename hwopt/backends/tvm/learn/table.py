@@ -16,7 +16,7 @@ from typing import Any
 
 from hwopt.backends.tvm.learn.predictor import Predictor
 from hwopt.errors import HwoptError, UsageError
-from hwopt.target import Target, Workload
+from hwopt.target import MicroKernel, Target, Workload
 
 FORMAT = 2
 HINT = "measure again: hwopt profile"
@@ -100,6 +100,11 @@ def processor() -> str:
 def instructions(llvm: Mapping[str, Any]) -> str:
     """What decides about the code: LLVM's processor and features."""
     return " ".join([str(llvm.get("mcpu", "")), *sorted(map(str, llvm.get("mattr", ())))]).strip()
+
+
+def instructions_of(micros: Mapping[str, MicroKernel]) -> dict[str, str]:
+    """What multiplies each dtype: prices of products hold for other processors that use the same."""
+    return {dtype: f"{one.intrinsic} {one.lanes} x {one.depth}" for dtype, one in sorted(micros.items())}
 
 
 def table_name(cpu: str, isa: str) -> str:
