@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+NARROW = 64  # 2 x 255 x 64 is less than 2 to the 15th
 HOST = "host"  # the name of the target that is whichever machine this is
 
 
@@ -40,6 +41,9 @@ class MicroKernel:
     rows: int = 1  # output positions that one step multiplies; they share `rows` accumulator registers
     wide: str = ""  # of integers: LLVM's name of the instruction for products of 16-bit numbers, in pairs or one in each lane
     others: tuple[MicroKernel, ...] = ()  # of the same dtype, for work that this one does not take; the first that does is used
+    narrow: bool = (
+        False  # it adds pairs of products in 16 bits, which is exact for weights within NARROW; `wide` adds those pairs
+    )
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Workload:
     window: tuple[int, ...] = ()  # of images: batch, then (height, width) of data, kernel, strides, dilations, pads
     dims: tuple[int, ...] = ()  # of the result
     steps: tuple[str, ...] = ()  # operators of the anchor and its epilogue, in order; a Transpose with its permutation
+    narrow: bool = False  # all weights are integers within NARROW
     relaid: bool = False  # reads an image of the model's caller, whose channels lie first
     order: str = ""  # of what only moves data: how its source lies, and further facts (analysis/orders.py)
     footprint: int = field(default=0, compare=False)  # weights of the whole model, about: they pass through the caches in a run

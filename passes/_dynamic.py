@@ -8,7 +8,7 @@ whole tensor and a zero point that kernels would have to correct with sums of we
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import numpy as np
 
@@ -29,8 +29,8 @@ def undynamic(graph: Graph, node: Node, layer: Layer) -> str:
     return "" if graph.tensor(node.inputs[0]).shape else "the shape of its data is not known"
 
 
-def dynamic(graph: Graph, layers: Iterable[Layer], activation: str, *, reduce_range: bool) -> Edit:
-    """All layers with data quantized by rows. `activation` is the dtype that the target's kernels take."""
+def dynamic(graph: Graph, layers: Iterable[Layer], activation: str, *, reduced: Container[str]) -> Edit:
+    """All layers with data quantized by rows, as `activation`, which the target's kernels take; `reduced` get 7-bit weights."""
     edit = graph.edit()
     rows: dict[str, tuple[str, str]] = {}
     for layer in layers:
@@ -38,7 +38,7 @@ def dynamic(graph: Graph, layers: Iterable[Layer], activation: str, *, reduce_ra
         if value not in rows:
             rows[value] = _rows(edit, graph, value, activation)
         data, step = rows[value]
-        numbers = integers_of(layer, 1.0, None, reduce_range=reduce_range)
+        numbers = integers_of(layer, 1.0, None, reduce_range=node.name in reduced)
         given = edit.param(f"{node.inputs[1]}_int8", numbers.weight)
         names = [edit.param(f"{node.inputs[1]}_scale", numbers.scale)]
         names.append(edit.param(f"{node.inputs[1]}_zero_point", np.zeros(numbers.scale.shape, np.int8)))

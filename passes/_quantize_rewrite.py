@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -22,11 +22,11 @@ def rewrite(
     grids: Mapping[Key, Grid],
     means: Mapping[str, np.ndarray],
     *,
-    reduce_range: bool,
+    reduced: Container[str],
     bits: Mapping[str, int],
 ) -> Edit:
     """All changes as one Edit; `grids` holds the grid of every group of points, `means` those of layers' input channels,
-    `bits` how wide each layer's weights become.
+    `bits` how wide each layer's weights become, but for 8 bits of the `reduced` ones, which become 7.
     """
     form = _Form(places, grids, places.graph.edit())
     for key in places.points:
@@ -39,11 +39,11 @@ def rewrite(
     for (name, index), role in places.reads.items():
         node = places.graph.node[name]
         form.rewire(node, index, form.dequantized((node.inputs[index], role)))
-    for layer in layers.values():
+    for name, layer in layers.items():
         if layer.weight is not None:
             key = layer.node.inputs[0], DATA
-            mean = means.get(layer.node.name)
-            form.weigh(layer, integers_of(layer, form.scale_of(key), mean, reduce_range=reduce_range, bits=bits[layer.node.name]))
+            mean = means.get(name)
+            form.weigh(layer, integers_of(layer, form.scale_of(key), mean, reduce_range=name in reduced, bits=bits[name]))
     return form.finish(name for name, layer in layers.items() if layer.node.op == "Gemm")
 
 

@@ -41,6 +41,8 @@ def operations_per_cycle(kernel: MicroKernel) -> float:
 
     A product of tiles takes 16 cycles (Intel, "Optimization reference manual", chapter "Intel AMX").
     """
+    if kernel.narrow:  # what other weights get
+        return operations_per_cycle(kernel.others[0])
     products = kernel.lanes * kernel.depth * 2
     if ".tdp" in kernel.intrinsic:
         return products * kernel.rows / 16

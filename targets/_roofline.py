@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from hwopt.backends.tvm.learn.counted_winograd import share_of_direct
 from hwopt.target import Coded, Cost, Memory, MicroKernel, Workload
 
+PAIRED = 0.75  # the time of products that are added in pairs of 16 bits: three instructions instead of four
 INSTRUCTIONS = 8  # vector instructions in the time of one epilogue step: four cycles, two a cycle
 
 
@@ -77,7 +78,9 @@ class Roofline:
         if self.units and workload.macs:
             tiles = (m // self.rows) * (n // granule) * workload.groups
             waste = round_up(tiles, self.units) / tiles
-        return 2.0 * m * n * k * workload.groups * waste * share_of_direct(workload, self.micros.get(dtype))
+        micro = self.micros.get(dtype)
+        paired = PAIRED if workload.narrow and micro is not None and micro.narrow else 1.0
+        return 2.0 * m * n * k * workload.groups * waste * paired * share_of_direct(workload, micro)
 
     def _holding(self, size: int) -> Memory:
         """The nearest memory that the working set fits into."""

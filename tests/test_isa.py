@@ -21,7 +21,7 @@ from hwopt.backends.tvm.kernels import winograd_schedule
 from hwopt.backends.tvm.kernels.spec import Activation, Bias, ConvSpec, MatmulSpec, PoolSpec, Quantize, Scale
 from hwopt.emit import Buffer, Call, Program
 from hwopt.emit.build import build_library
-from hwopt.target import MicroKernel
+from hwopt.target import NARROW, MicroKernel
 from targets import _isa_arm, _isa_arm32, _isa_riscv, _isa_x86
 from targets._cpu import needed_features
 from tests._machines import Machine, RunError, execute
@@ -50,7 +50,8 @@ def x86(level: str, integer: str, instruction: str, cpu: str = "") -> dict[str, 
     machine = Machine("x86_64", cpu)
     return {
         f"{name} float": Level(found["float32"], floats, tvm, machine),
-        f"{name} {integer}": Level(found["int8"], instruction, tvm, machine),
+        f"{name} {integer}": Level((found["int8"], *found["int8"].others)[-1], instruction, tvm, machine),
+        **({f"{name} pairs": Level(found["int8"], instruction.replace("wd", "ubsw"), tvm, machine)} if found["int8"].narrow else {}),
     }
 
 
@@ -128,11 +129,12 @@ def suited(spec: Any, micro: MicroKernel) -> MicroKernel:
 
 
 def case(kind: str, micro: MicroKernel) -> Case:
-    types = {"data_dtype": micro.activation, "weight_dtype": micro.dtype, "out_dtype": micro.accumulator}
+    types: dict[str, Any] = {"data_dtype": micro.activation, "weight_dtype": micro.dtype, "out_dtype": micro.accumulator}
     if kind in POOLS:
         return _pool(kind, micro)
     if kind in MATMULS:
-        return _matmul(MatmulSpec(**MATMULS[kind], **types), micro)
+        return _matmul(MatmulSpec(**MATMULS[kind], **types, narrow=micro.narrow and MATMULS[kind].get("constant", True)), micro)
+    types["narrow"] = micro.narrow
     if kind == "requantized conv":
         return _requantized(ConvSpec(batch=1, **CONVS["conv 3x3"], **{**types, "out_dtype": "int8"}), micro)
     padding = 0 if micro.accumulator == "float32" else 7
@@ -166,7 +168,8 @@ def _matmul(spec: MatmulSpec, micro: MicroKernel) -> Case:
         right = generator.standard_normal((spec.batch, spec.k, spec.n), np.float32)
     else:
         data = generator.integers(low, 128 if low else 256, (spec.batch, spec.m, spec.k)).astype(kinds[0])
-        right = generator.integers(-128, 128, (spec.batch, spec.k, spec.n)).astype(kinds[1])
+        least, most = (-NARROW, NARROW) if spec.narrow else (-128, 127)
+        right = generator.integers(least, most + 1, (spec.batch, spec.k, spec.n)).astype(kinds[1])
     wanted = data.astype(float) @ right.astype(float)
     if spec.constant:
         return Case(spec, micro, data, (kernels.pack(spec, right[0], micro),), (), wanted)

@@ -16,6 +16,7 @@ import tvm
 from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.kernels import schedule as schedules
 from hwopt.backends.tvm.kernels.spec import Activation, Add, Bias, ConvSpec, MatmulSpec, Mean, Multiply, PoolSpec, Quantize, Scale
+from hwopt.target import NARROW
 from targets import _isa_arm, _isa_x86
 
 INT8 = {"data_dtype": "uint8", "weight_dtype": "int8", "out_dtype": "int32"}
@@ -51,7 +52,7 @@ def compiled(spec, micro, target, cores=1):
 def run(spec, data, weights, tensors=(), cores=1, flags=None):
     """The kernel's output, flat."""
     flags = machine() if flags is None else flags
-    micro = _isa_x86.microkernels(flags)["float32" if spec.weight_dtype == "float32" else "int8"]
+    micro = kernels.suited(spec, _isa_x86.microkernels(flags)["float32" if spec.weight_dtype == "float32" else "int8"])
     assert kernels.supports(spec, micro) == ""
     library = compiled(spec, micro, _isa_x86.llvm(flags), cores)
     packed = kernels.pack(spec, weights, micro) if getattr(spec, "constant", True) else weights
@@ -90,7 +91,9 @@ def random(spec, seed=0):
     if spec.weight_dtype == "float32":
         return generator.standard_normal(shape, np.float32), generator.standard_normal(weights, np.float32)
     low, high = (0, 256) if spec.data_dtype == "uint8" else (-128, 128)
-    return generator.integers(low, high, shape).astype(spec.data_dtype), generator.integers(-128, 128, weights).astype(np.int8)
+    least, most = (-NARROW, NARROW) if spec.narrow else (-128, 127)
+    found = generator.integers(least, most + 1, weights).astype(np.int8)
+    return generator.integers(low, high, shape).astype(spec.data_dtype), found
 
 
 def _taken(spec, axis, tap):
@@ -221,6 +224,18 @@ def test_every_x86_level_that_runs_here_computes_the_same(level, integer):
     spec = conv(9, 7, 5, 19, (3, 3), pads=(1, 0, 2, 1), integer=integer)
     data, weights = random(spec)
     close(run(spec, data, weights, flags=FLAGS[level]), accumulators(spec, data, weights), 0 if integer else 2e-5)
+
+
+@pytest.mark.parametrize("level", ["sse", "avx2", "avx512"])
+@pytest.mark.parametrize("out", [19, 32])
+def test_sums_of_pairs_in_16_bits_are_exact_for_the_largest_numbers_that_are_allowed(level, out):
+    if not FLAGS[level] <= machine_flags():
+        pytest.skip(f"this machine lacks {level}")
+    spec = dataclasses.replace(conv(9, 7, 10, out, (3, 3), pads=(1, 0, 2, 1), integer=True), narrow=True)
+    data, weights = random(spec)
+    data[:, :4], weights[:3], weights[3:6] = 255, -NARROW, NARROW
+    assert _isa_x86.microkernels(FLAGS[level])["int8"].narrow and np.abs(weights.astype(int)).max() == NARROW
+    assert (run(spec, data, weights, flags=FLAGS[level]) == accumulators(spec, data, weights).reshape(-1)).all()
 
 
 def erf(x):

@@ -10,6 +10,7 @@ import numpy as np
 from hwopt.analysis.constant import constant
 from hwopt.analysis.memo import remembered
 from hwopt.ir import Graph, Node
+from hwopt.target import NARROW
 
 INTEGERS = ("uint8", "int8")
 
@@ -82,6 +83,15 @@ def quantized_weight(graph: Graph, value: str, channel_axis: int) -> tuple[np.nd
     if not found.whole and found.axis != channel_axis % array.ndim:
         return None
     return array, found.scale
+
+
+def narrow_weights(graph: Graph, value: str) -> bool:
+    """True for a dequantized constant whose integers all lie within NARROW."""
+    node = graph.producer.get(value)
+    array = _decoded(graph, node.inputs[0]) if node is not None and node.op == "DequantizeLinear" else None
+    if array is None or array.dtype == ml_dtypes.int4:
+        return array is not None
+    return array.dtype == np.int8 and bool(array.size and array.min() >= -NARROW and array.max() <= NARROW)
 
 
 _DECODING = ("Gather", "GatherElements", "Reshape", "Transpose", "Cast", "Slice", "BitShift", "BitwiseAnd", "BitwiseOr")

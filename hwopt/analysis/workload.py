@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from hwopt.analysis.bfloat16 import narrows, widens
 from hwopt.analysis.compressed import Compressed, compressed
 from hwopt.analysis.orders import orders
+from hwopt.analysis.qdq import narrow_weights
 from hwopt.analysis.regions import VIEWS, Region, constant_nodes, regions
 from hwopt.ir import Graph, Node, TensorType
 from hwopt.target import Coded, Workload
@@ -43,12 +44,13 @@ def workload(graph: Graph, region: Region) -> Workload:
     written = sum(_bytes(graph.tensor(value)) for value in region.outputs)
     m, n, k, groups, taps = _product(graph, region.anchor)
     kind = region.kind if region.kind != "other" else "reduce"
+    narrow = region.integer and kind in ("conv", "matmul") and narrow_weights(graph, region.anchor.inputs[1])
     return Workload(
         name=region.name, kind=kind, dtype=_dtype(graph, region), m=m, n=n, k=k, groups=groups, taps=taps,
         elements=_extra_elements(graph, region), read_bytes=read, write_bytes=written, weight_bytes=weights,
         coded=None if weight is None else Coded(weight.bytes, weight.bits, weight.books is not None),
         window=_window(graph, region.anchor), dims=_dims(graph.tensor(region.output)),
-        steps=_steps(graph, region), relaid=_relaid(graph, region),
+        steps=_steps(graph, region), narrow=narrow, relaid=_relaid(graph, region),
     )  # fmt: skip
 
 

@@ -13,12 +13,12 @@ from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.coded import CodedKernel
 from hwopt.backends.tvm.kernels import packed
 from hwopt.backends.tvm.kernels.packed import PackedSpec
-from hwopt.backends.tvm.kernels.spec import MatmulSpec, PoolSpec
+from hwopt.backends.tvm.kernels.spec import ConvSpec, MatmulSpec, PoolSpec
 from hwopt.backends.tvm.layout import OPAQUE, Expr, constant
 from hwopt.backends.tvm.narrow import broadened
 from hwopt.backends.tvm.transformed import transformed
 from hwopt.backends.tvm.weighted import Kernel, Spec
-from hwopt.target import MicroKernel, Target
+from hwopt.target import NARROW, MicroKernel, Target
 
 Choose = Callable[[Any, MicroKernel, int], kernels.Schedule]  # the schedule of a kernel for a number of threads
 PLAIN = {
@@ -55,9 +55,19 @@ class Templates:
 
     def fitted(self, kernel: Kernel) -> tuple[Kernel, MicroKernel]:
         """The kernel in the form that computes it fastest, and its micro-kernel."""
-        kernel = broadened(kernel, self.micro(kernel.spec).lanes)
+        kernel = self._narrowed(broadened(kernel, self.micro(kernel.spec).lanes))
         micro = self.micro(kernel.spec)
         return (transformed(kernel, micro) if self.target.spacious else kernel), micro
+
+    def _narrowed(self, kernel: Kernel) -> Kernel:
+        """With a note that its weights are small, where the target has a micro-kernel for those."""
+        spec, weights = kernel.spec, kernel.weights
+        if not isinstance(spec, ConvSpec | MatmulSpec) or not isinstance(weights, np.ndarray) or spec.weight_dtype != "int8":
+            return kernel
+        large = weights.size and np.abs(weights.astype(np.int16)).max() > NARROW
+        if large or not self.target.microkernels.get("int8", PLAIN["int8"]).narrow:
+            return kernel
+        return dataclasses.replace(kernel, spec=dataclasses.replace(spec, narrow=True))
 
     def call_coded(self, kernel: CodedKernel, label: str) -> Expr | None:
         """The same for a kernel that decodes its weights (kernels.packed); None where no micro-kernel reads such codes."""

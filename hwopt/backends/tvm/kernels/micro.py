@@ -101,6 +101,9 @@ def accumulate(micro: MicroKernel, total: Value, data: Value, weight: Value) -> 
         return bfloat16.dot(micro, total, data, weight)
     if micro.dtype == "int16" and "vpdp" not in name:
         return modular.add(total, intrinsic(wide, name, data, weight), lanes)
+    if micro.narrow:
+        pairs = intrinsic(vector("int16", lanes * 2), name, data, weight)
+        return total + intrinsic(wide, micro.wide, pairs, splat(tirx.const(1, "int16"), lanes * 2))
     if "pmadd" in name:  # x86: int16 pairs, exact for 8-bit values
         return total + intrinsic(wide, name, data, weight)
     if "vmulls" in name:  # the same in 32-bit NEON
@@ -116,7 +119,7 @@ def widened(micro: MicroKernel, value: Value) -> Any:
     """Operands of instructions that take neither bytes nor bfloat16, converted."""
     if micro.accumulator == "int32" and not micro.intrinsic:
         return cast(value, "int32", micro.lanes)
-    if "pmadd" in micro.intrinsic:
+    if "pmadd" in micro.intrinsic and not micro.narrow:
         return cast(value, "int16", micro.lanes * micro.depth)
     if micro.dtype == "bfloat16" and not bfloat16.multiplies(micro):
         return bfloat16.widen(value, micro.lanes)

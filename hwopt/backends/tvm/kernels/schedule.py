@@ -143,7 +143,7 @@ def round_up(size: int, tile: int) -> int:
 
 def widens(shape: Geometry, micro: MicroKernel) -> bool:
     """Whether bytes are widened in workspace, once, for an instruction that takes 16-bit numbers."""
-    return "pmadd" in micro.intrinsic and micro.dtype == "int8" and not shape.computed and not shape.beside
+    return "pmadd" in micro.intrinsic and not micro.narrow and micro.dtype == "int8" and not shape.computed and not shape.beside
 
 
 def copies_rows(shape: Geometry, micro: MicroKernel) -> bool:

@@ -101,7 +101,8 @@ def product(work: Workload, micro: MicroKernel, threads: int) -> Counted:
     times = {name: value * tiling.several for name, value in loop.items()} | _times(work, tiling)
     times |= code_of(_code(tiling, steps_of(step_names(work)[1:])), work.footprint)
     facts = _schedule(tiling, loop) | _sizes(work, tiling) | memory_shape(work)
-    return Counted(f"product {work.dtype}", spread(times, threads, cycles * tiling.several), floats(facts))
+    family = f"product {work.dtype}" + (" narrow" if micro.narrow else "")
+    return Counted(family, spread(times, threads, cycles * tiling.several), floats(facts))
 
 
 def _loop(tiling: Tiling) -> Numbers:

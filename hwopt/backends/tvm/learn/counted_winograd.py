@@ -41,11 +41,13 @@ def by_winograd(work: Workload, micro: MicroKernel, threads: int) -> Counted | N
 
 def share_of_direct(work: Workload, micro: MicroKernel | None) -> float:
     """Cycles by this algorithm over those of the direct form, estimated, for one core; 1 where that is what runs."""
+    from hwopt.backends.tvm.kernels import suited
     from hwopt.backends.tvm.kernels.winograd_schedule import cycles, default_schedule, direct_cycles
 
     spec = _spec_of(work, micro)
     if spec is None or micro is None:
         return 1.0
+    micro = suited(spec, micro)
     return cycles(spec, default_schedule(spec, micro), micro) / direct_cycles(spec, micro)
 
 
@@ -64,12 +66,13 @@ def _spec_of(work: Workload, micro: MicroKernel | None) -> WinogradSpec | None:
     """The kernel's request; None for one that runs otherwise."""
     if micro is None or work.kind != "conv" or work.taps != 9:
         return None
+    from hwopt.backends.tvm.kernels import suited
     from hwopt.backends.tvm.kernels.spec import ConvSpec
     from hwopt.backends.tvm.kernels.winograd_schedule import pays, winograd_spec
     from hwopt.backends.tvm.learn.specs import spec_of
 
     spec = spec_of(work, micro)
-    if not isinstance(spec, ConvSpec) or not pays(spec, micro):
+    if not isinstance(spec, ConvSpec) or not pays(spec, suited(spec, micro)):
         return None
     return winograd_spec(spec)
 

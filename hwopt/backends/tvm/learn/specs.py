@@ -16,12 +16,15 @@ def spec_of(work: Workload, micro: MicroKernel) -> ConvSpec | MatmulSpec:
 
     wide = work.kind == "depthwise" and micro.dtype == "float32"
     data, weights, out = ("float32",) * 3 if wide else (micro.activation or "float32", micro.dtype, micro.accumulator)
+    narrow = work.narrow and micro.narrow
     if not work.window:
         batch = work.groups if work.kind == "matmul" else 1
         m, n, k = (max(1, one) for one in (work.m, work.n, work.k))
-        return MatmulSpec(batch, m, n, k, constant=batch == 1, data_dtype=data, weight_dtype=weights, out_dtype=out)
+        return MatmulSpec(
+            batch, m, n, k, constant=batch == 1, data_dtype=data, weight_dtype=weights, out_dtype=out, narrow=narrow
+        )
     batch, height, width, down, across, *rest = work.window
     return ConvSpec(
         batch, height, width, work.k // work.taps * work.groups, work.n * work.groups, (down, across), (rest[0], rest[1]),
-        (rest[2], rest[3]), (rest[4], rest[5], rest[6], rest[7]), work.groups, data, weights, out,
+        (rest[2], rest[3]), (rest[4], rest[5], rest[6], rest[7]), work.groups, data, weights, out, narrow=narrow,
     )  # fmt: skip
