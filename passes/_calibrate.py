@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
+from typing import TypeVar
 
 import numpy as np
 
 from hwopt.analysis.constant import constant
-from hwopt.analysis.ranges import CALIBRATORS, Grid, Histogram, Observations, Range, grid_of
+from hwopt.analysis.ranges import CALIBRATORS, RANGE, Extremes, Grid, Histogram, Observations, Probe, Range, grid_of, min_max
 from hwopt.backends.ort import Session, observing
 from hwopt.ir import Graph, Node
 from hwopt.samples import Samples, batch_of
 from passes._quantize_layers import OPS
 from passes._quantize_places import LEFT, RIGHT, Key, Places
 
+Seen = TypeVar("Seen", Histogram, Extremes)
+MINMAX = "minmax"
 AUTO = "auto"  # of the calibrators the best one for each value
 SAMPLES = 16  # that its choice looks at
 Edge = tuple[Node, int]
@@ -29,16 +32,29 @@ def grids_of(
     `activation` is the dtype that the target's kernels take as data; `auto` takes of all calibrators' grids the one whose
     rounding disturbs the outputs of the layers that read the values least.
     """
-    merged: dict[Key, Histogram] = {}
-    for key in places.points:
-        group, histogram = places.group(key), seen.histogram(key[0])
-        merged[group] = merged[group].merge(histogram) if group in merged else histogram
+    if calibrator == MINMAX:
+        extremes = _by_group(places, seen.extremes)
+        return {group: _grid(min_max(one), group, activation) for group, one in extremes.items()}
     names = tuple(CALIBRATORS) if calibrator == AUTO else (calibrator,)
     found: dict[Key, list[Grid]] = {}
-    for group, histogram in merged.items():
+    for group, histogram in _by_group(places, seen.histogram).items():
         ranges = [_range(name, histogram, percent) for name in names]
         found[group] = list(dict.fromkeys(_grid(one, group, activation) for one in ranges))
     return _least_disturbing(places, samples, found)
+
+
+def probe_of(value: str, calibrator: str) -> Probe:
+    """What a calibrator looks at."""
+    return value, RANGE if calibrator == MINMAX else None
+
+
+def _by_group(places: Places, of: Callable[[str], Seen]) -> dict[Key, Seen]:
+    """What was seen of all values of each group together."""
+    merged: dict[Key, Seen] = {}
+    for key in places.points:
+        group, one = places.group(key), of(key[0])
+        merged[group] = merged[group].merge(one) if group in merged else one
+    return merged
 
 
 def _range(calibrator: str, histogram: Histogram, percent: float) -> Range:

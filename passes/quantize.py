@@ -15,7 +15,7 @@ from hwopt.samples import Samples
 from hwopt.target import Target
 from passes._adaround import adapted
 from passes._bfloat16 import Rounding, layer_problem
-from passes._calibrate import AUTO, grids_of
+from passes._calibrate import AUTO, grids_of, probe_of
 from passes._dynamic import dynamic, undynamic
 from passes._quantize_layers import OPS, QUANTIZED, Layer, layer_of
 from passes._quantize_places import places_of
@@ -101,10 +101,10 @@ class Quantize(Pass):
         if ctx.calibration is None:
             raise PassError("static quantization needs calibration data", place=str(self), hint="give some with --calibrate")
         places = places_of(graph, {name: layer.weight is None for name, layer in layers.items()})
-        probes: list[Probe] = [(value, None) for value, _ in places.points]
+        probes: list[Probe] = [probe_of(value, self.calibrator) for value, _ in places.points]
         if self.correct_bias:
             probes += [mean_probe(layer) for layer in layers.values() if layer.weight is not None]
-        seen = observed(graph, ctx.calibration, probes, everywhere(graph, self.correct_bias))
+        seen = observed(graph, ctx.calibration, probes, everywhere(graph, self.correct_bias, self.calibrator))
         means = {name: seen.mean(*mean_probe(layer)) for name, layer in layers.items() if mean_probe(layer) in seen.found}
         activation = ctx.target.activation if ctx.target else "uint8"
         grids = grids_of(places, seen, ctx.calibration, activation, self.calibrator, self.percent)
@@ -238,10 +238,10 @@ def mean_probe(layer: Layer) -> tuple[str, int]:
     return layer.node.inputs[0], 1 if layer.node.op in ("Conv", "ConvTranspose") else -1
 
 
-def everywhere(graph: Graph, means: bool) -> list[Probe]:
+def everywhere(graph: Graph, means: bool, calibrator: str) -> list[Probe]:
     """What quantizing every layer would observe: observed together when planners ask for layer after layer."""
     found = (layer_of(graph, node) for node in of_op(graph, *OPS))
     layers = [layer for layer in found if isinstance(layer, Layer)]
     places = places_of(graph, {layer.node.name: layer.weight is None for layer in layers})
-    probes: list[Probe] = [(value, None) for value, _ in places.points]
+    probes: list[Probe] = [probe_of(value, calibrator) for value, _ in places.points]
     return probes + [mean_probe(layer) for layer in layers if means and layer.weight is not None]

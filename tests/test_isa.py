@@ -45,13 +45,14 @@ class Level:
 def x86(level: str, integer: str, instruction: str, cpu: str = "") -> dict[str, Level]:
     """The float and the integer micro-kernel of a level, here or under emulation."""
     tvm, found = _isa_x86.llvm(FLAGS[level]), _isa_x86.microkernels(FLAGS[level])
+    integers = found["int8"]
     floats = "vfmadd" if "fma" in found["float32"].features else "mulps"
     name = f"{level} on {cpu}" if cpu else level
     machine = Machine("x86_64", cpu)
     return {
         f"{name} float": Level(found["float32"], floats, tvm, machine),
-        f"{name} {integer}": Level((found["int8"], *found["int8"].others)[-1], instruction, tvm, machine),
-        **({f"{name} pairs": Level(found["int8"], instruction.replace("wd", "ubsw"), tvm, machine)} if found["int8"].narrow else {}),
+        f"{name} {integer}": Level((integers, *integers.others)[-1], instruction, tvm, machine),
+        **({f"{name} pairs": Level(integers, instruction.replace("wd", "ubsw"), tvm, machine)} if integers.narrow else {}),
     }
 
 

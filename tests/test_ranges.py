@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 from hwopt.analysis.ranges import (
     BINS,
     CALIBRATORS,
+    RANGE,
     ChannelMean,
     Grid,
     Histogram,
@@ -210,3 +211,12 @@ def test_watching_a_value_runs_only_what_leads_to_it() -> None:
     watched = observing(read(model), ["b", "x"])
     assert [node.op for node in watched.nodes] == ["Relu", "Neg"] and watched.outputs == ("b",)
     assert Session(watched).run({"x": np.array([[1, -1]], np.float32)})["b"].tolist() == [[-1, 0]]
+
+
+def test_the_extremes_alone_are_those_of_the_histogram() -> None:
+    random = np.random.default_rng(5)
+    batches = [{"x": random.standard_normal((2, 3)).astype(np.float32)} for _ in range(4)]
+    found = observe(batches, [("x", None), ("x", RANGE)])
+    assert (found.extremes("x").low, found.extremes("x").high) == (found.histogram("x").low, found.histogram("x").high)
+    with pytest.raises(DataError, match="NaN"):
+        observe([{"x": np.array([np.nan], np.float32)}], [("x", RANGE)])

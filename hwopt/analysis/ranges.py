@@ -9,7 +9,7 @@ may trade them (after a Relu they are half of all values).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +24,30 @@ BINS = 4096
 _FINEST = -165  # 2^-149 is the smallest float32; 4096 bins below it
 
 Range = tuple[float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Extremes:
+    """The least and the largest value, and zero between them."""
+
+    low: float = 0.0
+    high: float = 0.0
+
+    def add(self, array: np.ndarray, name: str = "") -> Extremes:
+        """With these values seen too. Raises DataError, naming the value, for NaN and infinity."""
+        values = np.asarray(array)
+        return self.merge(Extremes(*_finite_range(values, name))) if values.size else self
+
+    def merge(self, other: Extremes) -> Extremes:
+        """Of both sets of values."""
+        return Extremes(min(self.low, other.low), max(self.high, other.high))
+
+
+def _finite_range(values: np.ndarray, name: str) -> Range:
+    low, high = float(values.min()), float(values.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise DataError("holds NaN or infinity during calibration", place=f"value {name}" if name else "calibration")
+    return low, high
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +75,7 @@ class Histogram:
         values = np.asarray(array).ravel()
         if not values.size:
             return self
-        low, high = float(values.min()), float(values.max())
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise DataError("holds NaN or infinity during calibration", place=f"value {name}" if name else "calibration")
-        grown = self._spanning(low, high)
+        grown = self._spanning(*_finite_range(values, name))
         counts = grown.counts + np.bincount(_bins(values, grown.exponent) - grown.start, minlength=BINS)
         zeros = values.size - int(np.count_nonzero(values))
         counts[-grown.start] -= zeros
@@ -120,14 +141,21 @@ class ChannelMean:
 
 # --- watching a model run ---
 
-Probe = tuple[str, int | None]  # a value, and the axis of the channels whose means are wanted, or None for its histogram
+RANGE = "range"
+# a value, and what is wanted of it: the means of the channels along an axis, its histogram (None), or RANGE, its extremes alone
+Probe = tuple[str, int | str | None]
+Found = Histogram | ChannelMean | Extremes
 
 
 @dataclass(frozen=True, eq=False)
 class Observations:
     """What probes saw."""
 
-    found: Mapping[Probe, Histogram | ChannelMean]
+    found: Mapping[Probe, Found]
+
+    def extremes(self, value: str) -> Extremes:
+        found = self.found[value, RANGE]
+        return found if isinstance(found, Extremes) else Extremes()
 
     def histogram(self, value: str) -> Histogram:
         found = self.found[value, None]
@@ -140,12 +168,17 @@ class Observations:
 
 def observe(batches: Iterable[Mapping[str, np.ndarray]], probes: Iterable[Probe]) -> Observations:
     """Run the probes over all batches (arrays by value name), in constant memory."""
-    found: dict[Probe, Histogram | ChannelMean]
-    found = {(value, axis): Histogram() if axis is None else ChannelMean(axis) for value, axis in probes}
+    found: dict[Probe, Found] = {probe: _nothing(probe) for probe in probes}
     for batch in batches:
-        for value, axis in found:
-            found[value, axis] = found[value, axis].add(batch[value], value)
+        found = {probe: one.add(batch[probe[0]], probe[0]) for probe, one in found.items()}
     return Observations(found)
+
+
+def _nothing(probe: Probe) -> Found:
+    _, wanted = probe
+    if isinstance(wanted, int):
+        return ChannelMean(wanted)
+    return Histogram() if wanted is None else Extremes()
 
 
 def observed(graph: Graph, samples: Samples, probes: Iterable[Probe], others: Iterable[Probe] = ()) -> Observations:
@@ -167,7 +200,7 @@ def observed(graph: Graph, samples: Samples, probes: Iterable[Probe], others: It
 
 
 @remembered
-def _known(_graph: Graph, _samples: Samples) -> MutableMapping[Probe, Histogram | ChannelMean]:
+def _known(_graph: Graph, _samples: Samples) -> MutableMapping[Probe, Found]:
     return {}
 
 
@@ -181,7 +214,7 @@ def _batches(graph: Graph, samples: Samples, probes: Iterable[Probe]) -> Iterato
 # --- calibrators: histogram -> range ---
 
 
-def min_max(histogram: Histogram) -> Range:
+def min_max(histogram: Histogram | Extremes) -> Range:
     """Everything that was seen."""
     return histogram.low, histogram.high
 
@@ -294,7 +327,9 @@ def _xlogx(values: np.ndarray) -> np.ndarray:
     return np.where(values > 0, values * np.log(np.maximum(values, 1e-300)), 0.0)
 
 
-CALIBRATORS = {"minmax": min_max, "percentile": percentile, "mse": mean_square, "entropy": entropy}
+CALIBRATORS: Mapping[str, Callable[..., Range]] = {
+    "minmax": min_max, "percentile": percentile, "mse": mean_square, "entropy": entropy,
+}  # fmt: skip
 
 
 # --- the grid of a range ---
