@@ -257,7 +257,8 @@ def test_the_planner_sees_three_precisions() -> None:
     target = find_target("host")
     able = dataclasses.replace(target, microkernels={**target.microkernels, "bfloat16": _isa_x86.AVX512_BF16})
     roofline = getattr(able.cost, "analytical", able.cost)  # behind a learned table, where this processor has one
-    cost = dataclasses.replace(roofline, peak={**roofline.peak, "bfloat16": 2 * roofline.peak["float32"]})
+    peak = roofline.peak["float32"]
+    cost = dataclasses.replace(roofline, peak={"float32": peak, "bfloat16": 2 * peak, "int8": 4 * peak})
     context = Context(able, random_samples(graph))
     found = {"float32": graph} | {
         one.dtype: run_pass(one, graph, context)

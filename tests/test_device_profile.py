@@ -10,6 +10,7 @@ import pytest
 
 from hwopt.artifact import write_artifact
 from hwopt.backends.tvm.learn import trees
+from hwopt.backends.tvm.learn.measure import NOISE
 from hwopt.backends.tvm.learn.records import read
 from hwopt.backends.tvm.learn.table import load_table
 from hwopt.build import build
@@ -57,8 +58,8 @@ def test_a_device_gets_a_target_file_that_prices_by_what_was_measured(
     assert all(rate > 1e8 for rate in target.peak.values())
     assert known == read(out.with_suffix(".jsonl"))
     assert table_of(target.cost) == out.with_suffix(".json")
-    one = next(one for one in known if one.believed)
-    assert target.cost.estimate(one.work, 1).source == "measured"
+    steady = [one for one in known if one.believed and one.noise <= NOISE]  # none where the machine is busy
+    assert all(target.cost.estimate(one.work, 1).source == "measured" for one in steady)
     assert load_table(out.with_suffix(".json")).cpu == device["name"]
 
 

@@ -168,7 +168,7 @@ def layer(taps: int) -> ModelProto:
 def test_what_no_kernel_decodes_counts_as_the_library_holds_it(taps: int, tmp_path: Path) -> None:
     graph = convolution(taps)
     built = build(graph, find_target("host"), 1, tmp_path, compact=True)
-    assert held_bytes(graph) == pytest.approx(built.library.weight_bytes, rel=0.15)
+    assert held_bytes(graph) == pytest.approx(built.library.weight_bytes, rel=0.2)
     assert (held_bytes(graph) > 1.5 * weight_bytes(graph)) == (taps == 3)
 
 

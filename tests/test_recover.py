@@ -181,7 +181,7 @@ def test_pruned_and_palette_graphs_learn_the_parameters_that_they_have() -> None
         better = recover(student, teacher, data, SHORT)
         fresh = samples(teacher, 48, seed=9)
         assert student is not teacher and shape_of(better) == shape_of(student)
-        assert divergence(better, teacher, fresh) < 0.9 * divergence(student, teacher, fresh)
+        assert divergence(better, teacher, fresh) < 0.95 * divergence(student, teacher, fresh)
 
 
 def test_zeros_stay_zero_where_that_is_asked_for() -> None:

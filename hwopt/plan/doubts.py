@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # TVM is imported when something is measured
     from hwopt.backends.tvm.learn.measure import Profile
 
 SECONDS = 20.0  # that one plan may spend on it
-STRANGE = 60.0  # the same on a processor that no table knows
+STRANGE = 30.0  # the same on a processor that no table knows
 RUN = 0.3  # how long each graph is run
 KERNEL = 0.2  # seconds that a new kernel takes to compile, about: nothing is begun that would not end in time
 MATTERS = 0.002  # of the whole model's time: smaller doubts are left
