@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from hwopt.analysis.ranges import CALIBRATORS, Probe, observed
+from hwopt.analysis.regions import kind_of
 from hwopt.errors import PassError, ToolchainError
 from hwopt.ir import Graph, descends, of_op
 from hwopt.pipeline import Context, Pass, Phase, Refusal, at_site
@@ -125,9 +126,8 @@ class Quantize(Pass):
         """Whether its weights take 7 bits. Depthwise kernels add every product by itself."""
         if self.reduce_range is not None:
             return self.reduce_range
-        kernel, node = ctx.target.microkernels.get("int8") if ctx.target else None, layer.node
-        apart = node.op == "Conv" and node.attr("group", 1) > 1 and (graph.tensor(node.inputs[1]).shape or (0, 0))[1] == 1
-        return kernel is not None and kernel.narrow and not apart
+        kernel = ctx.target.microkernels.get("int8") if ctx.target else None
+        return kernel is not None and kernel.narrow and kind_of(graph, layer.node) != "depthwise"
 
     def _dynamically(self, graph: Graph, layers: dict[str, Layer], ctx: Context) -> Graph:
         """Data of products in 8 bits by rows, at run time."""

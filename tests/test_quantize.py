@@ -454,6 +454,20 @@ def test_reduced_range_leaves_room_for_pairs_of_products() -> None:
     assert max(int(np.abs(weight.astype(int)).max()) for weight in weights) == 64
 
 
+@pytest.mark.parametrize(("depth", "limit"), [(4, 64), (2, 127)])
+def test_weights_take_7_bits_where_the_targets_kernels_add_pairs_in_16_bits(depth: int, limit: int) -> None:
+    known = find_target("x86-64-v2")
+    pairs = known.microkernels["int8"]
+    chosen = next(one for one in (pairs, *pairs.others) if one.depth == depth)
+    target = dataclasses.replace(known, microkernels={**known.microkernels, "int8": chosen})
+    graph = residual()
+    after = quantized(graph, Context(target, random_samples(graph)))
+    weights = [array for array in after.params.values() if array.dtype == np.int8 and array.ndim > 1]
+    assert max(int(np.abs(weight.astype(int)).max()) for weight in weights) == limit
+    kept = quantized(graph, Context(target, random_samples(graph)), reduce_range=False)
+    assert max(int(np.abs(array.astype(int)).max()) for array in kept.params.values() if array.dtype == np.int8) == 127
+
+
 def test_candidates_are_the_layers_that_the_target_can_compute() -> None:
     graph, target = residual(), find_target("cortex-a72")
     layers = [node.name for node in of_op(graph, *LAYERS)]

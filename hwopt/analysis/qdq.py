@@ -91,7 +91,12 @@ def narrow_weights(graph: Graph, value: str) -> bool:
     array = _decoded(graph, node.inputs[0]) if node is not None and node.op == "DequantizeLinear" else None
     if array is None or array.dtype == ml_dtypes.int4:
         return array is not None
-    return array.dtype == np.int8 and bool(array.size and array.min() >= -NARROW and array.max() <= NARROW)
+    return array.dtype == np.int8 and within_narrow(array)
+
+
+def within_narrow(weights: np.ndarray) -> bool:
+    """True for integers that all lie within NARROW."""
+    return bool(weights.size and weights.min() >= -NARROW and weights.max() <= NARROW)
 
 
 _DECODING = ("Gather", "GatherElements", "Reshape", "Transpose", "Cast", "Slice", "BitShift", "BitwiseAnd", "BitwiseOr")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from hwopt.analysis.qdq import within_narrow
 from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.coded import CodedKernel
 from hwopt.backends.tvm.kernels import packed
@@ -18,7 +19,7 @@ from hwopt.backends.tvm.layout import OPAQUE, Expr, constant
 from hwopt.backends.tvm.narrow import broadened
 from hwopt.backends.tvm.transformed import transformed
 from hwopt.backends.tvm.weighted import Kernel, Spec
-from hwopt.target import NARROW, MicroKernel, Target
+from hwopt.target import MicroKernel, Target
 
 Choose = Callable[[Any, MicroKernel, int], kernels.Schedule]  # the schedule of a kernel for a number of threads
 PLAIN = {
@@ -64,8 +65,7 @@ class Templates:
         spec, weights = kernel.spec, kernel.weights
         if not isinstance(spec, ConvSpec | MatmulSpec) or not isinstance(weights, np.ndarray) or spec.weight_dtype != "int8":
             return kernel
-        large = weights.size and np.abs(weights.astype(np.int16)).max() > NARROW
-        if large or not self.target.microkernels.get("int8", PLAIN["int8"]).narrow:
+        if not self.target.microkernels.get("int8", PLAIN["int8"]).narrow or not within_narrow(weights):
             return kernel
         return dataclasses.replace(kernel, spec=dataclasses.replace(spec, narrow=True))
 
