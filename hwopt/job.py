@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from hwopt.sources import is_scoring, samples_from
 from hwopt.target import Cost, Target, total
 
 FORM = Form()
-TRAINING = Training()
 Data = Samples | Mapping[str, np.ndarray] | Path | str | Iterable[Any] | Callable[[], Any] | None  # see samples_from
 
 
@@ -57,7 +56,7 @@ class Job:
     check: str = "doubtful"  # which changes are left out once, to see what they save: none, doubtful, all
     sensitivity: str = "auto"  # how the errors of changes are found: auto, fisher (gradients), measured
     pairwise: bool = False  # neighbours' errors together, too
-    training: Training = TRAINING  # after the changes
+    training: Training = field(default_factory=Training)  # after the changes
 
     def predicted(self, graph: Graph) -> Cost:
         """One run of a graph on this target, by its cost model."""

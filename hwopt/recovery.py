@@ -215,6 +215,7 @@ def case_of(job: Job, graph: Graph, plan: Plan) -> Case:
     return Case(
         graph, job.graph, data_of(job), loss=training.loss, progress=job.progress, checkpoints=training.checkpoints, ctx=job.ctx,
         passes=plan.passes(find_passes()), watch=lambda check: training.watch(check, depth),
+        answers=training.answers,
     )  # fmt: skip
 
 

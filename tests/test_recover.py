@@ -65,6 +65,17 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others() -> None:
     assert once.digest == again.digest != other.digest
 
 
+def test_the_teacher_answers_once_for_all_trainings_of_a_job() -> None:
+    teacher = net()
+    case, other = (Case(quantized(teacher, weights=(kind,)), teacher, samples(teacher)) for kind in ("int4", "int8"))
+    alone = recovered(other, SHORT)
+    recovered(case, SHORT)
+    (answers,) = case.answers.values()
+    again = recovered(dataclasses.replace(other, answers=case.answers), SHORT)
+    assert again.graph.digest == alone.graph.digest
+    assert next(iter(case.answers.values())) is answers
+
+
 def test_the_recipe_of_an_outcome_makes_the_same_graph_without_looking_for_the_best_state() -> None:
     teacher = net()
     case = Case(quantized(teacher, weights=("int4",)), teacher, samples(teacher))

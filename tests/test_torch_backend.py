@@ -233,6 +233,26 @@ def test_learned_scales_have_the_gradient_of_lsq() -> None:
     assert list(backend.Module(graph).parameters()) == []
 
 
+@pytest.mark.parametrize("channels", [False, True])
+def test_a_quantizer_with_its_dequantizer_in_one_step_has_the_gradients_of_both(channels: bool) -> None:
+    b, random = Builder(np.random.default_rng(0)), np.random.default_rng(1)
+    scale, zero = (
+        (np.array([0.4, 0.1, 0.2], np.float32), np.array([3, 0, 9], np.uint8)) if channels else (np.float32(0.3), np.uint8(5))
+    )
+    operands = [b.input((2, 3, 4)), b.param(np.asarray(scale)), b.param(np.asarray(zero))]
+    steps = b.op("QuantizeLinear", operands, (2, 3, 4), dtype="uint8", axis=1)
+    b.outputs.append(b.op("DequantizeLinear", [steps, *operands[1:]], (2, 3, 4), axis=1))
+    graph, found = b.graph(), []
+    x, weights = (torch.from_numpy((20 * random.standard_normal((2, 3, 4))).astype(np.float32)) for _ in range(2))
+    for observed in ([], [steps]):  # whoever is asked for the integers computes them in a step of their own
+        module, fed = backend.Module(graph, scales=True), x.clone().requires_grad_()
+        result = module({graph.inputs[0]: fed}, observe=observed)[graph.outputs[0]]
+        (result * weights).sum().backward()
+        found.append((result.detach(), fed.grad, *(one.grad for one in module.parameters())))
+    assert len(found[0]) == 3
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_rounding_through_bfloat16_is_exact_forward_and_straight_backward() -> None:
     b = Builder()
     x = b.input((3,))

@@ -15,6 +15,8 @@ import torch
 from hwopt.backends._torch_call import RANGES, Call, Rule, Tensor, rounded
 from hwopt.backends._torch_products import CONV, Window
 
+ROUND_TRIP = "QuantizeLinear-DequantizeLinear"  # one step that does what both do
+
 
 def _spread(call: Call, vector: Tensor | None, x: Tensor) -> Tensor | float:
     """A scale or zero point in a shape that multiplies x: for the whole tensor, along an axis, or in blocks along it."""
@@ -51,6 +53,52 @@ class Steps(torch.autograd.Function):
             return slope, None, None, None, None
         change = (slope * x).sum_to_size(scale.shape) / -scale
         return slope, change, None, None, None
+
+
+class Rounded(torch.autograd.Function):
+    """s * clip(round(x / s)), what QuantizeLinear and its DequantizeLinear are together, with the gradients of both, in half of
+    their time: for every value that a layer reads, that is most of what training adds to it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+        steps = (x / scale).round_()
+        result = torch.clamp(steps, low, high)  # type: ignore[arg-type]
+        ctx.save_for_backward(x, scale, steps, result)
+        ctx.range = (low, high)
+        return result * scale
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, steps, result = ctx.saved_tensors
+        slope = _within(gradients[0], steps, result, *ctx.range)
+        if not ctx.needs_input_grad[1]:
+            return slope, None, None, None
+        change = _shared(gradients[0], result, scale) - _shared(slope, x, scale) / scale
+        return slope, change, None, None
+
+
+def _within(gradient: Tensor, steps: Tensor, result: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """The gradient where nothing was clipped; steps are whole, so that half a step keeps the borders inside."""
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        return gradient * (steps == result)
+    return torch.ops.aten.hardtanh_backward(gradient, steps, low - 0.5, high + 0.5)
+
+
+def _shared(one: Tensor, other: Tensor, scale: Tensor) -> Tensor:
+    """The products of two tensors, summed over what has the same scale."""
+    if scale.numel() == 1:
+        return torch.dot(one.reshape(-1), other.reshape(-1)).reshape(scale.shape)
+    return (one * other).sum_to_size(scale.shape)
+
+
+def round_trip(call: Call, x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    """The rule of a ROUND_TRIP; its attribute `grid` is the type of the integers."""
+    low, high = RANGES[call.attr("grid")]
+    step, offset = _spread(call, _wide(scale), x), _spread(call, zero_point, x)
+    if isinstance(offset, Tensor):
+        offset = offset.to(step.dtype) if offset.ndim else float(offset)  # type: ignore[union-attr]
+    return Rounded.apply(_wide(x), step, low - offset, high - offset).to(call.result)
 
 
 def _quantize(call: Call, x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:

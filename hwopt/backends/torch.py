@@ -10,7 +10,8 @@ Values are equal to ONNX Runtime's within float rounding. A family of operators 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ from hwopt.backends._torch_call import (
     landed,
     rounded,
 )  # fmt: skip
+from hwopt.backends._torch_quant import ROUND_TRIP, round_trip
 from hwopt.errors import DataError, PassError, UnsupportedError, did_you_mean
 from hwopt.ir import Graph, Node, TensorType
 from hwopt.samples import batch_of
@@ -88,7 +90,9 @@ class Module(torch.nn.Module):
             else:
                 self._buffers[name] = tensor
         self.rounding = rounding
-        self._steps = tuple(_steps(graph, precise, rounding))
+        merged = tuple(_merged(graph)) if rounding is rounded else graph.nodes
+        self._whole, self._steps = (tuple(_steps(graph, nodes, precise, rounding)) for nodes in (graph.nodes, merged))
+        self._within = graph.producer.keys() - {name for node in merged for name in node.outputs}
 
     def forward(self, feeds: Mapping[str, Any], *, observe: Iterable[str] = (), gates: Gates | None = None) -> dict[str, Tensor]:
         """Outputs, and the values to observe, by name. `feeds` are arrays or tensors.
@@ -102,7 +106,7 @@ class Module(torch.nn.Module):
             if name not in self.graph.producer and name not in values:
                 raise PassError(f"no value {name!r} in {self.graph.name}", hint=did_you_mean(name, self.graph.producer))
         keep = set(wanted)
-        for step in self._steps:
+        for step in self._whole if gates or self._within & keep else self._steps:
             inputs = [self._read(values, step, index) for index in range(len(step.call.node.inputs))]
             inputs = _gated(step.call.node, inputs, gates) if gates else inputs
             results = step.rule(step.call, *inputs)
@@ -202,17 +206,42 @@ def _gated(node: Node, inputs: list[Tensor | None], gates: Gates) -> list[Tensor
     return [one if gate is None or one is None else one * gate for one, gate in zip(inputs, found, strict=True)]
 
 
-def _steps(graph: Graph, precise: bool, rounding: Round) -> Iterable[_Step]:
-    last = {name: index for index, node in enumerate(graph.nodes) for name in node.reads}
+def _merged(graph: Graph) -> Iterator[Node]:
+    """The nodes, with one step for each QuantizeLinear that only its own DequantizeLinear reads."""
+    pairs = {
+        node.output: users[0] for node in graph.nodes if len(users := _readers(graph, node)) == 1 and _undoes(users[0], node)
+    }
+    undoing = {node.name for node in pairs.values()}
+    for node in graph.nodes:
+        if node.output in pairs:
+            grid = {"grid": graph.tensor(node.output).dtype}
+            yield dataclasses.replace(node, op=ROUND_TRIP, outputs=pairs[node.output].outputs, attrs={**node.attrs, **grid})
+        elif node.name not in undoing:
+            yield node
+
+
+def _readers(graph: Graph, node: Node) -> tuple[Node, ...]:
+    return () if node.op != "QuantizeLinear" or node.output in graph.outputs else tuple(graph.users[node.output])
+
+
+def _undoes(node: Node, quantizer: Node) -> bool:
+    settings = [[one.attrs.get(key) for key in ("axis", "block_size")] for one in (node, quantizer)]
+    return node.op == "DequantizeLinear" and node.inputs[1:] == quantizer.inputs[1:] and settings[0] == settings[1]
+
+
+def _steps(graph: Graph, nodes: Iterable[Node], precise: bool, rounding: Round) -> Iterable[_Step]:
+    last = {name: index for index, node in enumerate(nodes) for name in node.reads}
     ends: dict[int, list[str]] = {}
     for name, index in last.items():
         ends.setdefault(index, []).append(name)
-    for index, node in enumerate(graph.nodes):
+    for index, node in enumerate(nodes):
         reads = tuple(graph.tensor(name).dtype if name else "" for name in node.inputs)
         writes = tuple(graph.tensor(name).dtype if name else "" for name in node.outputs)
         unread = [name for name in node.outputs if name and name not in last]
         call = Call(node, reads, writes, precise, rounding, _leading(graph, node))
-        yield _Step(RULES[node.op], call, node.op in CARRIES, (*ends.get(index, ()), *unread))
+        yield _Step(
+            round_trip if node.op == ROUND_TRIP else RULES[node.op], call, node.op in CARRIES, (*ends.get(index, ()), *unread)
+        )
 
 
 def _leading(graph: Graph, node: Node) -> int:

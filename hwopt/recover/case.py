@@ -55,7 +55,8 @@ class Case:
     run({input: array})) instead of the loss. `loss` is the user's: loss(outputs, teacher's outputs, labels) -> torch number.
     `checkpoints` is a folder where unfinished training is kept and found again; its file is removed when all is done. `ctx` is
     what passes need that a schedule runs, `passes` are those that made the graph of the teacher, for schedules that do them step
-    by step. `watch` sees every check of the held-out samples; what it raises ends the training.
+    by step. `watch` sees every check of the held-out samples; what it raises ends the training. `answers` are the teacher's, kept
+    for the next training.
     """
 
     graph: Graph
@@ -69,6 +70,7 @@ class Case:
     ctx: Context = dataclasses.field(default_factory=Context)
     passes: tuple[Pass, ...] = ()
     watch: Callable[[Check], None] = unwatched
+    answers: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def on(self, graph: Graph) -> Case:
         """The same for another graph."""
@@ -79,7 +81,8 @@ class Case:
 class Training:
     """What a job knows of recovery: the recipe (None: a plan's own, if it has one), the data (None: those of calibration).
 
-    `watch` sees every check, and how deep the plan is that is trained: 0 the deepest.
+    `watch` sees every check, and how deep the plan is that is trained: 0 the deepest. `answers` are the float model's, which
+    all trainings of the job ask for.
     """
 
     recipe: Recipe | None = None
@@ -87,6 +90,7 @@ class Training:
     loss: Callable[..., Any] | None = None
     checkpoints: Checkpoints | None = None
     watch: Callable[[Check, int], None] = unwatched
+    answers: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)

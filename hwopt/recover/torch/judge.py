@@ -14,7 +14,7 @@ from hwopt.recover.case import Check, Run
 from hwopt.recover.data import Batch, pieces
 from hwopt.recover.torch.losses import Distance, Loss, Tensors
 from hwopt.recover.torch.student import Student
-from hwopt.recover.torch.teacher import Teacher
+from hwopt.recover.torch.teacher import MEMORY, Teacher
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,6 +27,7 @@ class Judge:
     batches: Sequence[Batch]
     size: int  # samples at once; 0: any number
     score: Callable[[Run], float | np.ndarray] | None = None
+    known: dict[int, Tensors] = dataclasses.field(default_factory=dict)  # what the teacher said, by the batch's place
 
     @property
     def samples(self) -> int:
@@ -40,16 +41,28 @@ class Judge:
             return Check(step, -score if math.isfinite(score) else math.inf, score)
         if not self.batches:
             return Check(step, -float(step), math.nan)
-        found = [self._piece(piece) for batch in self.batches for piece in pieces(batch, self.size)]
+        every = (piece for batch in self.batches for piece in pieces(batch, self.size))
+        found = [self._piece(piece, self._wanted(place, piece)) for place, piece in enumerate(every)]
         counts = [count for count, _, _ in found]
         value = float(np.average([value for _, value, _ in found], weights=counts))
         score = float(np.average([score for _, _, score in found], weights=counts))
         return Check(step, value if math.isfinite(value) else math.inf, score)
 
-    def _piece(self, batch: Batch) -> tuple[int, float, float]:
-        features = self.loss.features if isinstance(self.loss, Distance) else ()
-        wanted = self.teacher(dataclasses.replace(batch, rows=None), features)
-        found = self.student(batch.feeds, observe=features)
+    @property
+    def _features(self) -> tuple[str, ...]:
+        return self.loss.features if isinstance(self.loss, Distance) else ()
+
+    def _wanted(self, place: int, batch: Batch) -> Tensors:
+        """What the teacher says: it is asked once, while that takes little memory."""
+        if place in self.known:
+            return self.known[place]
+        wanted = self.teacher(dataclasses.replace(batch, rows=None), self._features)
+        if sum(one.nbytes for known in (wanted, *self.known.values()) for one in known.values()) <= MEMORY:
+            self.known[place] = wanted
+        return wanted
+
+    def _piece(self, batch: Batch, wanted: Tensors) -> tuple[int, float, float]:
+        found = self.student(batch.feeds, observe=self._features)
         labels = None if batch.labels is None else torch.from_numpy(np.array(batch.labels))
         value = float(self.loss(found, wanted, labels))
         return len(batch), value, self._score(found, wanted, labels, value)

@@ -16,9 +16,11 @@ Learn = Callable[[Batch], None]
 
 
 def affordable(
-    seconds: float, wanted: int, source: Source, batch: int, student: Student, teacher: Teacher, learn: Learn, looked_at: int
-) -> int:
-    """Steps of `wanted` that can be done in so many seconds, at least one; `looked_at` samples are judged besides.
+    seconds: float, wanted: int, source: Source, batch: int, student: Student, teacher: Teacher, learn: Learn,
+    looked_at: tuple[int, int],
+) -> int:  # fmt: skip
+    """Steps of `wanted` that can be done in so many seconds, at least one; `looked_at` are the samples that are judged
+    besides, and how often.
 
     A few steps are done and undone again.
     """
@@ -36,7 +38,8 @@ def affordable(
             parameter.copy_(kept[name])
             parameter.grad = None
     ask, step = min(teaching), min(learning)
-    left = seconds - looked_at / batch * (ask + step / 3)
+    judged, looks = looked_at
+    left = seconds - judged / batch * (ask + looks * step / 3)  # the teacher is asked once
     if not teacher.remembers(source):
         return max(min(wanted, int(left / step)), 1)  # a step asks the teacher itself
     per_epoch = source.steps(batch)

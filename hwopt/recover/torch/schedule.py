@@ -56,4 +56,4 @@ def make_optimizer(student: Student, recipe: Recipe) -> torch.optim.Optimizer:
         groups.append({"params": [parameter], "lr": recipe.lr * size, "usual": recipe.lr * size})
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9, nesterov=True)
-    return torch.optim.Adam(groups, lr=recipe.lr)
+    return torch.optim.Adam(groups, lr=recipe.lr, fused=True)  # parameters are many and small

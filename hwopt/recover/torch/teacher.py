@@ -18,12 +18,16 @@ BLOCK = 256  # samples that are computed at once to be remembered: always the sa
 
 
 class Teacher:
-    """A model that is only asked. `size` is how many samples it takes at once (0: any number)."""
+    """A model that is only asked. `size` is how many samples it takes at once (0: any number).
 
-    def __init__(self, graph: Graph) -> None:
+    `answers` is what it said about all samples of a source, for the trainings of a job that follow: the newest source's alone.
+    """
+
+    def __init__(self, graph: Graph, answers: dict[str, Mapping[str, Tensor]] | None = None) -> None:
         self.module = Module(graph).requires_grad_(False)
         self.size = 0
-        self._known: dict[str, Tensor] = {}
+        self._answers = {} if answers is None else answers
+        self._known: Mapping[str, Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, batch: Batch, features: tuple[str, ...] = ()) -> Mapping[str, Tensor]:
@@ -43,9 +47,13 @@ class Teacher:
         whole = sum(one.element_size() * one.numel() for one in outputs.values()) // count * len(source.samples)
         return whole <= MEMORY and all(one.ndim > 0 and len(one) == count for one in outputs.values())
 
+    def recall(self, source: Source) -> None:
+        """Take up what an earlier training asked about this source."""
+        self._known = self._answers.get(self._name(source), {})
+
     def remember(self, source: Source, rows: np.ndarray, progress: Progress) -> None:
         """Compute what samples at these places will be compared with."""
-        if not isinstance(source, Arrays) or not len(rows) or not self.remembers(source):
+        if self._known or not isinstance(source, Arrays) or not len(rows) or not self.remembers(source):
             return
         known: dict[str, np.ndarray] = {}
         starts = range(0, len(rows), BLOCK // max(self.size, 1) * max(self.size, 1))
@@ -57,3 +65,10 @@ class Teacher:
                 whole = known.setdefault(name, np.zeros((len(source.samples), *one.shape[1:]), to_array(one).dtype))
                 whole[chosen] = to_array(one)
         self._known = {name: torch.from_numpy(array) for name, array in known.items()}
+        if len(rows) == len(source.samples):
+            self._answers.clear()
+            self._answers[self._name(source)] = self._known
+
+    def _name(self, source: Source) -> str:
+        """Whoever answers other samples, or in other pieces, may say other bits."""
+        return f"{self.module.graph.digest} {source.digest} {self.size}"

@@ -53,8 +53,9 @@ class _Training:
         given = None if case.held_out is None else source_of(case.graph, case.held_out)
         own, whole = batch_of(case.graph), source_of(case.graph, case.data)
         self.source, held_out = divided(whole, given, recipe.holdout, max(recipe.batch // own, 1) * own, own, recipe.seed)
-        self.student, self.teacher = self._student(), Teacher(case.teacher)
+        self.student, self.teacher = self._student(), Teacher(case.teacher, case.answers)
         self.size = self.teacher.size = self._size(own)
+        self.teacher.recall(self.source)
         self.batch = self._batch()
         self.loss = self._loss()
         self.judge = Judge(self.student, self.teacher, self.loss, held_out, self.size, case.score)
@@ -125,7 +126,7 @@ class _Training:
             return wanted
         optimizer = make_optimizer(self.student, self.recipe)
         left = 60 * self.recipe.minutes - (time.perf_counter() - self.started)
-        looked_at = self.judge.samples * (self.recipe.checks + 1)
+        looked_at = self.judge.samples, self.recipe.checks + 1
         learn = lambda batch: self._learn(batch, optimizer)  # noqa: E731
         return affordable(left, wanted, self.source, self.batch, self.student, self.teacher, learn, looked_at)
 
