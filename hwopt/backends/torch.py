@@ -10,38 +10,30 @@ Values are equal to ONNX Runtime's within float rounding. A family of operators 
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import torch
 
-from hwopt.backends import _torch_elementwise, _torch_moves, _torch_products, _torch_quant, _torch_reduce, _torch_resize
 from hwopt.backends._torch_call import (
     FLOATS,
     INTEGERS,
     RANGES,
     WIDENED,
-    Call,
     Round,
-    Rule,
     Tensor,
     held,
     is_carried,
     landed,
     rounded,
 )  # fmt: skip
-from hwopt.backends._torch_quant import ROUND_TRIP, round_trip
+from hwopt.backends._torch_steps import CARRIES, RULES, Step, merged, steps
 from hwopt.errors import DataError, PassError, UnsupportedError, did_you_mean
 from hwopt.ir import Graph, Node, TensorType
 from hwopt.samples import batch_of
 
-_FAMILIES = (_torch_elementwise, _torch_reduce, _torch_products, _torch_moves, _torch_quant, _torch_resize)
-RULES: Mapping[str, Rule] = {op: rule for family in _FAMILIES for op, rule in family.RULES.items()}
-CARRIES = frozenset(op for family in _FAMILIES for op in family.CARRIES)
 HOLDS = frozenset(CARRIES | {"QuantizeLinear", "DequantizeLinear"})  # what takes types that torch only holds in a wider one
 # Operands that say how, not what: nothing to train.
 SETTINGS: Mapping[str, tuple[int, ...]] = {
@@ -50,14 +42,6 @@ SETTINGS: Mapping[str, tuple[int, ...]] = {
 }  # fmt: skip
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "PRelu")
 Gates = Mapping[tuple[str, int], Tensor]
-
-
-@dataclass(frozen=True)
-class _Step:
-    rule: Rule
-    call: Call
-    carries: bool
-    last: tuple[str, ...]  # values that nobody reads afterwards
 
 
 class Module(torch.nn.Module):
@@ -90,9 +74,9 @@ class Module(torch.nn.Module):
             else:
                 self._buffers[name] = tensor
         self.rounding = rounding
-        merged = tuple(_merged(graph)) if rounding is rounded else graph.nodes
-        self._whole, self._steps = (tuple(_steps(graph, nodes, precise, rounding)) for nodes in (graph.nodes, merged))
-        self._within = graph.producer.keys() - {name for node in merged for name in node.outputs}
+        fewer = tuple(merged(graph)) if rounding is rounded else graph.nodes
+        self._whole, self._steps = (tuple(steps(graph, nodes, precise, rounding)) for nodes in (graph.nodes, fewer))
+        self._within = graph.producer.keys() - {name for node in fewer for name in node.outputs}
 
     def forward(self, feeds: Mapping[str, Any], *, observe: Iterable[str] = (), gates: Gates | None = None) -> dict[str, Tensor]:
         """Outputs, and the values to observe, by name. `feeds` are arrays or tensors.
@@ -164,7 +148,7 @@ class Module(torch.nn.Module):
         low, high = RANGES[self.graph.tensor(name).dtype]
         return torch.clamp(self.rounding(latent), low, high)
 
-    def _read(self, values: Mapping[str, Tensor], step: _Step, index: int) -> Tensor | None:
+    def _read(self, values: Mapping[str, Tensor], step: Step, index: int) -> Tensor | None:
         name = step.call.node.inputs[index]
         if not name:
             return None
@@ -204,49 +188,6 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 def _gated(node: Node, inputs: list[Tensor | None], gates: Gates) -> list[Tensor | None]:
     found = [gates.get((node.name, index)) for index in range(len(inputs))]
     return [one if gate is None or one is None else one * gate for one, gate in zip(inputs, found, strict=True)]
-
-
-def _merged(graph: Graph) -> Iterator[Node]:
-    """The nodes, with one step for each QuantizeLinear that only its own DequantizeLinear reads."""
-    pairs = {
-        node.output: users[0] for node in graph.nodes if len(users := _readers(graph, node)) == 1 and _undoes(users[0], node)
-    }
-    undoing = {node.name for node in pairs.values()}
-    for node in graph.nodes:
-        if node.output in pairs:
-            grid = {"grid": graph.tensor(node.output).dtype}
-            yield dataclasses.replace(node, op=ROUND_TRIP, outputs=pairs[node.output].outputs, attrs={**node.attrs, **grid})
-        elif node.name not in undoing:
-            yield node
-
-
-def _readers(graph: Graph, node: Node) -> tuple[Node, ...]:
-    return () if node.op != "QuantizeLinear" or node.output in graph.outputs else tuple(graph.users[node.output])
-
-
-def _undoes(node: Node, quantizer: Node) -> bool:
-    settings = [[one.attrs.get(key) for key in ("axis", "block_size")] for one in (node, quantizer)]
-    return node.op == "DequantizeLinear" and node.inputs[1:] == quantizer.inputs[1:] and settings[0] == settings[1]
-
-
-def _steps(graph: Graph, nodes: Iterable[Node], precise: bool, rounding: Round) -> Iterable[_Step]:
-    last = {name: index for index, node in enumerate(nodes) for name in node.reads}
-    ends: dict[int, list[str]] = {}
-    for name, index in last.items():
-        ends.setdefault(index, []).append(name)
-    for index, node in enumerate(nodes):
-        reads = tuple(graph.tensor(name).dtype if name else "" for name in node.inputs)
-        writes = tuple(graph.tensor(name).dtype if name else "" for name in node.outputs)
-        unread = [name for name in node.outputs if name and name not in last]
-        call = Call(node, reads, writes, precise, rounding, _leading(graph, node))
-        yield _Step(
-            round_trip if node.op == ROUND_TRIP else RULES[node.op], call, node.op in CARRIES, (*ends.get(index, ()), *unread)
-        )
-
-
-def _leading(graph: Graph, node: Node) -> int:
-    shape = graph.tensor(node.inputs[0]).shape if node.inputs and node.inputs[0] else None
-    return shape[0] if shape and isinstance(shape[0], int) else 0
 
 
 def unsupported(graph: Graph) -> list[tuple[Node, str]]:
