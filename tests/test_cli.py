@@ -13,6 +13,7 @@ import pytest
 from hwopt import errors
 from hwopt.cli import main
 from hwopt.demo import MODEL
+from tests.test_toml_target import CPU
 
 
 def hwopt(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -44,6 +45,18 @@ def test_a_target_shows_its_figures_and_a_kind_of_file_its_keys(capsys: pytest.C
     assert keys["arch"]["value"].startswith("'sm_75' or")
     code, _, err = hwopt(capsys, "targets", "cortex-a73")
     assert code == 2 and "did you mean cortex-a7" in err
+
+
+def test_a_file_of_a_target_is_shown_as_it_was_understood_or_refused_by_its_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    good, bad = tmp_path / "mine.toml", tmp_path / "other.toml"
+    good.write_text(CPU)
+    bad.write_text('name = "mine"\nkind = "asic"\n')
+    code, out, _ = hwopt(capsys, "targets", good)
+    assert code == 0 and "my-board: a board with two caches" in out and "memory dram" in out
+    code, _, err = hwopt(capsys, "targets", bad)
+    assert code == 2 and "other.toml:2: kind" in err and "systolic" in err
 
 
 def test_passes_and_targets_are_listed_as_data(capsys: pytest.CaptureFixture[str]) -> None:

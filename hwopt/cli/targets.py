@@ -22,30 +22,26 @@ from hwopt.target import Memory, Target, origin
 def targets(name: str, as_json: bool) -> None:
     """List the targets: name, kind, what they are. `--target mine.toml` takes hardware of your own, by its figures.
 
-    With a NAME, what that target states; with a kind of file (systolic, npu, gpu, cpu), the keys that such a file may have.
+    With a NAME or a file, what that target states; with a kind of file (systolic, npu, gpu, cpu), the keys that it may have.
     """
-    from hwopt.plugins import find_target_files, find_targets
+    from hwopt.plugins import find_target, find_target_files, find_targets
 
     known, kinds = find_targets(), find_target_files()
     if name in kinds:
         _show(f'{name}: {inspect.getdoc(kinds[name])}\nname = "...", kind = "{name}" and:', keys_of(kinds[name]), as_json)
-    elif name in known:
-        _show(f"{name}: {known[name].summary}", facts_of(known[name]), as_json)
+    elif name in known or name.endswith(".toml"):
+        target = find_target(name)
+        _show(f"{target.name}: {target.summary}", facts_of(target), as_json)
     elif name:
         raise UsageError(f"unknown target {name!r}", hint=did_you_mean(name, [*known, *kinds]))
     else:
-        rows = [
-            {
-                "name": t.name,
-                "kind": t.kind,
-                "cores": t.cores,
-                "runs here": t.runs_here,
-                "prices": origin(t.cost),
-                "summary": t.summary,
-            }
-            for t in known.values()
-        ]
-        print_table(rows, as_json)
+        print_table([row_of(target) for target in known.values()], as_json)
+
+
+def row_of(target: Target) -> dict[str, Any]:
+    """A target in the list of all."""
+    facts = {"name": target.name, "kind": target.kind, "cores": target.cores, "runs here": target.runs_here}
+    return facts | {"prices": origin(target.cost), "summary": target.summary}
 
 
 def _show(title: str, rows: list[dict[str, Any]], as_json: bool) -> None:
