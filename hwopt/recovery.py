@@ -25,16 +25,16 @@ from hwopt.recover import Case, Check, Outcome, Recipe, parse_recipe, recovered
 from hwopt.recover.data import source_of
 from hwopt.recover.knobs import turned
 
-DEPTHS = (12.0, 4.0)  # drops before training, in drops that are allowed after it: the deepest plan first
+DEPTHS = (12.0, 4.0, 1.5)  # drops before training, in drops that are allowed after it: the deepest plan first
 SHARE = 2 / 3  # of the time that is left for a plan with others behind it
-LEAST, MOST = 0.02, 0.5  # the least of the smallest of them, the most of any
+LEAST, MOST = 0.005, 0.5  # the least drop that they are multiples of, the most of any
 Option = tuple[Found, "Built | None"]  # a plan with its library, where one is built
 Searched = Callable[[Search], Option]
 
 
 def relaxed(budget: Budget) -> tuple[Budget, ...]:
     """The budget with larger drops: what plans may lose before they are trained."""
-    drops = (min(depth * max(budget.max_drop, LEAST / DEPTHS[-1]), MOST) for depth in DEPTHS)
+    drops = (min(depth * max(budget.max_drop, LEAST), MOST) for depth in DEPTHS)
     return tuple(dataclasses.replace(budget, max_drop=drop) for drop in dict.fromkeys(drops) if drop > budget.max_drop)
 
 
