@@ -278,13 +278,14 @@ def test_a_tracker_that_is_not_there_or_says_nothing_is_an_error_at_once(monkeyp
 
 
 @pytest.mark.slow
-def test_a_model_is_tuned_on_a_device_and_timed_there(daemon: Daemon, tmp_path: Path) -> None:
+def test_a_model_is_tuned_on_a_device_and_timed_there(daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hwopt.device.runner.settle", lambda *_: "")  # this machine's other work is not what is tested here
     save(small_net(), tmp_path / "small.onnx")
     path = tmp_path / "t.jsonl"
     found = tune_model(tmp_path / "small.onnx", Effort(trials=2), threads=1, tuning_db=path, device=daemon.address)
     assert found.before.median > 0 and found.after.median > 0
     names = {json.loads(line)["cpu"] for line in path.read_text().splitlines()}
-    assert names <= {link.facts(daemon.address)["name"]}
+    assert names == {link.facts(daemon.address)["name"]}
 
 
 def test_a_device_that_is_not_the_target_is_refused(daemon: Daemon, tmp_path: Path) -> None:
