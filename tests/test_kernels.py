@@ -182,6 +182,40 @@ def test_integer_accumulators_are_exact_with_the_zero_point_in_the_padding(shape
     assert (run(spec, data, weights, cores=cores) == accumulators(spec, data, weights).reshape(-1)).all()
 
 
+ATROUS = [  # taps lie further apart than a block's rows, or than the image is wide
+    {"height": 9, "width": 12, "channels": 1600, "out": 8, "kernel": (3, 3), "pads": (6, 5, 6, 5), "dilations": (6, 5)},
+    {
+        "height": 17,
+        "width": 9,
+        "channels": 700,
+        "out": 9,
+        "kernel": (3, 3),
+        "pads": (5, 8, 6, 9),
+        "dilations": (5, 8),
+        "strides": (2, 1),
+    },
+    {
+        "height": 5,
+        "width": 30,
+        "channels": 12,
+        "out": 18,
+        "kernel": (3, 1),
+        "pads": (4, 0, 5, 3),
+        "dilations": (4, 1),
+        "groups": 3,
+    },
+]
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+@pytest.mark.parametrize("zero_point", [None, 0, 7])
+@pytest.mark.parametrize("shape", ATROUS, ids=str)
+def test_taps_that_see_only_padding_are_left_out_where_it_is_zeros(shape, zero_point, cores):
+    spec = conv(**shape, integer=True, pad_value=zero_point) if zero_point is not None else conv(**shape)
+    data, weights = random(spec)
+    close(run(spec, data, weights, cores=cores), accumulators(spec, data, weights))
+
+
 LINES = [  # results in one row, of whatever data
     {"height": 3, "width": 90, "channels": 16, "out": 24, "kernel": (3, 3)},
     {"height": 1, "width": 400, "channels": 400, "out": 16, "kernel": (1, 4), "strides": (1, 3), "dilations": (1, 2)},

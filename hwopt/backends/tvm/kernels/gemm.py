@@ -13,6 +13,7 @@ Edges are variants of the same code with fewer positions, fewer vectors or a par
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -118,7 +119,8 @@ class Gemm:
     def source(self, code: Code, image: Value, row: Value, column: Value) -> Source:
         """The data of the block that starts at (row, column): where they are, or copied with what surrounds them, or widened."""
         if copies_rows(self.shape, self.micro):
-            return self.padded(code, image, row)
+            zeros = self.shape.pad_value == 0 and max(self.shape.dilations) > 1
+            return dataclasses.replace(self.padded(code, image, row), skips=zeros)
         return self.widened(code, image, column) if widens(self.shape, self.micro) else self.direct(image)
 
     def widened(self, code: Code, image: Value, first: Value) -> Source:
@@ -166,7 +168,11 @@ class Gemm:
                 lambda some: self._fill(some, space, index * stride, shape.padded_width * shape.channels),
             )
 
-        code.loop("row", rows, copy)
+        reach = (height - 1) * shape.strides[0] + 1  # rows that one tap reads; between those of two taps others may lie
+        taps, many = (shape.taps[0], reach) if reach < shape.dilations[0] else (1, rows)
+        code.loop(
+            "tap", taps, lambda some, tap: some.loop("row", many, lambda each, row: copy(each, tap * shape.dilations[0] + row))
+        )
         return Source(
             space,
             stride,

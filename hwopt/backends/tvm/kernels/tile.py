@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ class Source:
     buffer: Value
     row_stride: int  # elements between input rows
     at: Callable[[Value, Value], Value]
+    skips: bool = False  # padding is zeros: a tile leaves out the taps at which it would read nothing else
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Tile:
         origin = code.bind("origin", work.source.at(row, column) + of_group)
         weights = code.bind("panel", work.offset + self.vector * gemm.panel)
         totals = self._start(code)
-        self._products(code, totals, origin, weights)
+        self._products(code, totals, origin, weights, (row, column))
         self._finish(code, totals, row, column)
 
     @property
@@ -147,8 +149,8 @@ class Tile:
                 code.store(total, 0, start[index % rows], lanes)
         return totals
 
-    def _products(self, code: Code, totals: list[list[Value]], origin: Value, weights: Value) -> None:
-        """The loops over taps and along the run."""
+    def _products(self, code: Code, totals: list[list[Value]], origin: Value, weights: Value, place: tuple[Value, Value]) -> None:
+        """The loops over taps and along the run, for the tile that starts at (row, column)."""
         gemm, shape = self.work.gemm, self.work.gemm.shape
         # padded integers may be read beyond the run, where weights are zero; zero times what is no number would be none
         beyond = (shape.padded or self._kept == "int16") and shape.accumulator == "int32"
@@ -158,11 +160,23 @@ class Tile:
             def across(inner: Code, x: Value) -> None:
                 data = origin + y * (shape.dilations[0] * self.work.source.row_stride) + x * (shape.dilations[1] * shape.channels)
                 base = weights + (y * shape.taps[1] + x) * (gemm.words * gemm.step)
-                self._run(inner, totals, data, base, exact)
+                inner.when(self._sees(place, (y, x)), lambda some: self._run(some, totals, data, base, exact))
 
             outer.loop("across", shape.taps[1], across)
 
         code.loop("down", shape.taps[0], down)
+
+    def _sees(self, place: tuple[Value, Value], tap: tuple[Value, Value]) -> Value:
+        """Whether any position of the tile reads data, not only padding, at a tap."""
+        shape, found = self.work.gemm.shape, []
+        for axis, (size, count) in enumerate(((shape.height, self.height), (shape.width, self.width))):
+            if self.work.source.skips and shape.dilations[axis] > 1 and shape.taps[axis] > 1:
+                first = place[axis] * shape.strides[axis] + tap[axis] * shape.dilations[axis] - shape.pads[axis]
+                found += [first + (count - 1) * shape.strides[axis] >= 0, first < size]
+        open_ones = [one for one in found if not isinstance(one, bool)]
+        if not all(one for one in found if isinstance(one, bool)):
+            return False
+        return functools.reduce(tirx.And, open_ones) if open_ones else True
 
     def _run(self, code: Code, totals: list[list[Value]], data: Value, weights: Value, exact: int) -> None:
         """One tap: `exact` whole words, then the rest of the run as a word with fewer elements."""
