@@ -1,6 +1,7 @@
 """Suite `fidelity-host`: learned prices against the clock, on the zoo's kernels inside of their compiled models.
 
-Training never saw them. Everything is compiled before anything is timed, and kept (in the cache of the zoo) until code changes: a
+Training never saw them. A processor that nobody profiled is profiled first, as `hwopt profile --target host --time 10m` does it.
+Everything is compiled before anything is timed, and kept (in the cache of the zoo) until code changes: a
 second call only times. Models are visited in turns, so that a machine that slows down for a while does so to none alone.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +25,13 @@ from hwopt.backends.tvm.learn.stock import Network, keep, kept
 from hwopt.backends.tvm.learn.table import load_table
 from hwopt.backends.tvm.tune.runner import Runner
 from hwopt.job import prepare, quiet
-from hwopt.plugins import find_target
-from hwopt.target import Target, Workload, origin, table_of, total
+from hwopt.plugins import find_target, find_targets
+from hwopt.profiling import profile_target, progress_line
+from hwopt.target import HOST, Target, Workload, origin, table_of, total
+from targets.host import TARGET as host_target
 
 HANG = 60.0
+PROFILING = 600.0  # seconds
 TURNS, SECONDS = 3, 0.5  # visits to each model, and how long it is run each time
 FORMS = {"f32": "float32", "int8": "int8", "bf16": "bfloat16"}
 WITHIN = 0.1
@@ -67,13 +72,25 @@ def run(models: str | None = None, threads: int | None = None, dtypes: str | Non
     return result("fidelity-host", rows, summary, notes)
 
 
+def learn_prices(threads: int) -> None:
+    """Measure a table for this processor if there is none."""
+    if getattr(find_target(HOST).cost, "own", False):
+        return
+    print(f"no table of kernels for this processor: {PROFILING:.0f} s of hwopt profile first", file=sys.stderr, flush=True)
+    _, state = profile_target(HOST, PROFILING, threads=threads)
+    print(progress_line(state), file=sys.stderr, flush=True)
+    host_target.cache_clear()
+    find_targets.cache_clear()
+
+
 def names_of(models: str | None) -> tuple[str, ...]:
     return tuple(models.split(",")) if models else tuple(ZOO)
 
 
 def part(models: Sequence[str] = tuple(ZOO), threads: int = 1, forms: Sequence[str] = tuple(FORMS)) -> tuple[list, dict, list]:
     """Rows by model, the shares within 10 %, and notes: accuracy by family."""
-    found = list(compared("host", threads, models, forms))
+    learn_prices(threads)
+    found = list(compared(HOST, threads, models, forms))
     kernels = [one for model in found for one in model.kernels if one.source != "measured"]
     rows = [
         Row(one.name, "predicted", "ms", one.predicted * 1e3, {"measured": one.measured * 1e3}, one.predicted / one.measured)
@@ -89,7 +106,7 @@ def part(models: Sequence[str] = tuple(ZOO), threads: int = 1, forms: Sequence[s
     for one in kernels:
         by_family.setdefault(one.family, []).append(one.near)
     families = ", ".join(f"{name} {statistics.fmean(near):.0%} of {len(near)}" for name, near in sorted(by_family.items()))
-    cost = find_target("host").cost
+    cost = find_target(HOST).cost
     table = table_of(cost) if getattr(cost, "own", False) else None
     facts = load_table(table).facts if table else {}
     held = {"kernels": "held_out_within_10", "networks": "held_out_networks_within_10"}  # of the random networks behind the table
