@@ -12,7 +12,7 @@ from hwopt.pipeline import Context, Pass, Phase
 
 @dataclass(frozen=True)
 class DropDeadTaps(Pass):
-    """The outer rows and columns of a kernel go where they lie in the padding for every output.
+    """Conv(x, W) -> Conv(x, W without its outer rows and columns), where those lie in the padding for every output.
 
     So do those of atrous convolutions whose dilation exceeds the image: at 256 x 256 pixels two of the three of a DeepLab's
     pyramid (16 x 16 positions, dilations 24 and 36) are 1 x 1 in truth. Needs constant weights and known sizes.
