@@ -1,4 +1,4 @@
-"""`python -m benchmarks.host_tables`: measure this machine's tables of kernels for targets/data, AVX-512 and AVX2.
+"""`python -m benchmarks.host_tables`: measure this machine's tables of kernels for targets/data: all its instructions, and AVX2.
 
 Networks are compiled first, with all processors; then they are timed, which wants a machine where nothing else runs. The two may
 be two calls: `--prepare 14m --time 0s` before, `--prepare 0s --time 8m` in the quiet hour. Measurements stay in the cache
@@ -7,6 +7,7 @@ be two calls: `--prepare 14m --time 0s` before, `--prepare 0s --time 8m` in the 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +29,16 @@ class Share:
     part: float
 
 
-SHARES = (Share("host", 1, 0.45), Share("host", 2, 0.15), Share("x86-64-v3", 1, 0.4))
 SHIPPED = Path(str(targets.__file__)).with_name("data")
+SHARES = (Share("host", 1, 0.45), Share("host", 2, 0.15), Share("x86-64-v3", 1, 0.4))
+
+
+def shares() -> list[Share]:
+    """Those of this machine: with AVX2 alone both targets have one table."""
+    own = path_for(find_target("host"))
+    found = [one for one in SHARES if one.target == "host" or path_for(find_target(one.target)) != own]
+    whole = sum(one.part for one in found)
+    return [dataclasses.replace(one, part=one.part / whole) for one in found]
 
 
 @click.command()
@@ -40,18 +49,18 @@ SHIPPED = Path(str(targets.__file__)).with_name("data")
 @click.option("--logs", type=click.Path(path_type=Path), default=None, help="Where measurements are kept.")
 def main(prepare: str, duration: str, out: Path, code: str, logs: Path | None) -> None:
     """Compile all, then time all."""
-    folder = logs or cache().parent / "tables"
+    chosen, folder = shares(), logs or cache().parent / "tables"
     ahead, seconds = (seconds_of(text, least=0.0) for text in (prepare, duration))
-    for one in SHARES if ahead else ():
+    for one in chosen if ahead else ():
         _, state = profile_target(
             one.target, 0.0, prepare=one.part * ahead, threads=one.threads, out=_log(one, folder), code=code
         )
         _say(one, state)
-    for one in SHARES if seconds else ():
+    for one in chosen if seconds else ():
         log, part = _log(one, folder), one.part * seconds
         _, state = profile_target(one.target, part, threads=one.threads, out=log, more=False, table=False, code=code)
         _say(one, state)
-    for one in SHARES if seconds else ():  # all are timed: now the machine may be busy
+    for one in chosen if seconds else ():  # all are timed: now the machine may be busy
         if one.threads == 1:
             path, state = profile_target(one.target, 1e-9, out=_log(one, folder), more=False, code=code)
             _say(one, state)
