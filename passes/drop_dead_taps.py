@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,7 +32,7 @@ class DropDeadTaps(Pass):
             weight = graph.constant(node.inputs[1])
             if weight is None or not self.covers(node):
                 continue
-            cuts = dead_taps(graph, node)
+            cuts = dead_taps(graph, node, weight.shape[2:])
             if not any(before or after for before, after in cuts):
                 continue
             kept = [slice(before, size - after) for (before, after), size in zip(cuts, weight.shape[2:], strict=True)]
@@ -41,15 +41,16 @@ class DropDeadTaps(Pass):
         return edit.finish(str(self))
 
 
-def dead_taps(graph: Graph, node: Node) -> list[tuple[int, int]]:
-    """How many (first, last) taps of each axis of the image lie outside of it for every output; one tap always stays."""
-    data, out, weight = (graph.tensor(value).shape for value in (node.inputs[0], node.output, node.inputs[1]))
-    if data is None or out is None or weight is None:
-        return []
+def dead_taps(graph: Graph, node: Node, sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """How many (first, last) of the taps along each axis lie outside of the image for every output; one always stays."""
+    data, out = (graph.tensor(value).shape for value in (node.inputs[0], node.output))
     found = []
-    for axis, (size, results, taps) in enumerate(zip(data[2:], out[2:], weight[2:], strict=True)):
-        known = isinstance(size, int) and isinstance(results, int)
-        found.append(_dead(node, axis, size, results, taps) if known else (0, 0))
+    for axis, taps in enumerate(sizes):
+        size, results = (shape[axis + 2] if shape else None for shape in (data, out))
+        if isinstance(size, int) and isinstance(results, int):
+            found.append(_dead(node, axis, size, results, taps))
+        else:
+            found.append((0, 0))
     return found
 
 
