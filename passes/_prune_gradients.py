@@ -38,9 +38,8 @@ def fisher(graph: Graph, groups: Sequence[Group], ctx: Context) -> list[Scores]:
 
 
 def obd(graph: Graph, groups: Sequence[Group], ctx: Context) -> list[Scores]:
-    """1/2 sum of w^2 h over the unit's weights, h being the mean square of dL/dw (LeCun et al., "Optimal Brain Damage").
-
-    Where a batch holds several samples, h is that of their summed gradients.
+    """1/2 sum of w^2 h over the unit's weights, h being the mean over samples of (dL/dw)^2 (LeCun et al., "Optimal Brain
+    Damage").
     """
     samples = _samples(graph, ctx, "obd")
     squares = weight_gradients(graph, samples, ctx.seed)
@@ -132,7 +131,7 @@ def weight_gradients(graph: Graph, samples: Samples, seed: int) -> Mapping[str, 
     samples = samples.head(max(SAMPLES, batch_of(graph)))
     sums: dict[str, np.ndarray] = {}
     held: dict[str, np.ndarray] = {}
-    for sweep in sweeps(graph, samples, values, draws=DRAWS, expected=True, seed=seed):
+    for sweep in sweeps(graph, samples, values, draws=DRAWS, expected=True, seed=seed, apart=True):
         for name, gradient in sweep.gradients.items():
             square = sweep.weight * gradient.astype(np.float64) ** 2
             sums[name] = sums[name] + square if name in sums else square

@@ -51,10 +51,10 @@ def _by_input(node: Node, channels: np.ndarray, weight: np.ndarray) -> np.ndarra
 
 
 def gradient_squares(graph: Graph, samples: Samples, values: tuple[str, ...], seed: int) -> dict[str, np.ndarray]:
-    """Mean over samples of the square of dL/dw, elementwise: sample by sample where the graph's batch is one."""
+    """Mean over samples of the square of dL/dw, elementwise, sample by sample."""
     samples = samples.head(max(SAMPLES, batch_of(graph)))
     sums = {name: np.zeros(graph.params[name].shape) for name in values}
-    for sweep in sweeps(graph, samples, values, draws=DRAWS, expected=True, seed=seed):
+    for sweep in sweeps(graph, samples, values, draws=DRAWS, expected=True, seed=seed, apart=True):
         for name in values:
             sums[name] += sweep.weight * sweep.gradients[name].astype(np.float64) ** 2
     count = len(samples) // batch_of(graph) * batch_of(graph)

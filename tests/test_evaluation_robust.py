@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hwopt.backends.ort import Session
-from hwopt.errors import DataError, UsageError
+from hwopt.errors import DataError, ToolchainError, UsageError
 from hwopt.evaluation.attacks import Attacker, Box, box_of
 from hwopt.evaluation.corruptions import corrupted, parse_corruptions, parse_severities
 from hwopt.evaluation.letters import misspelled
@@ -24,6 +24,13 @@ from hwopt.samples import Samples, checked, samples_of
 from tests.test_compiler import pictures, small_net
 
 UNIT = np.random.default_rng(3).random((3, 12, 10, 3), np.float32)
+
+
+def test_attacks_without_torch_are_refused_before_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ToolchainError, match="needs torch"):
+        check_trials(Trials(attacks=("fgsm",)), Samples({"x": UNIT}))
+    check_trials(Trials(), Samples({"x": UNIT}))
 
 
 @pytest.mark.parametrize("name", parse_corruptions("images"))

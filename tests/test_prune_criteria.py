@@ -101,7 +101,7 @@ def test_without_labels_fisher_is_the_expectation_over_the_models_own_classes() 
 def test_batches_keep_their_samples_apart() -> None:
     one, two = net(), net(batch=2)
     data = samples(one)
-    for criterion in ("fisher", "taylor"):
+    for criterion in ("fisher", "taylor", "obd"):
         alone, together = (CRITERIA[criterion](graph, free(graph), Context(calibration=data)) for graph in (one, two))
         for first, second in zip(alone, together, strict=True):
             assert np.allclose(first, second, rtol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def test_a_recipe_that_means_nothing_is_refused(text: str) -> None:
 def test_distillation_brings_a_quantized_graph_nearer_to_its_teacher_without_changing_its_form() -> None:
     teacher = net()
     student = quantized(teacher, weights=("int4",))
-    better = recover(student, teacher, samples(teacher, 160), SHORT)
+    better = recover(student, teacher, samples(teacher, 480), SHORT)
     fresh = samples(teacher, 64, seed=9)
     assert divergence(better, teacher, fresh) < 0.8 * divergence(student, teacher, fresh)
     assert shape_of(better) == shape_of(student)
@@ -180,7 +181,8 @@ def test_nothing_is_shipped_that_training_made_worse() -> None:
     teacher = net()
     student = quantized(teacher)
     found = recovered(Case(student, teacher, samples(teacher)), "distill{epochs=2,batch=16,lr=3,warmup=0,patience=0,threads=1}")
-    assert found.graph is student and found.after == found.before and found.recipe.until == 0
+    assert found.graph is student and found.after == found.before and found.recipe.until == -1
+    assert recovered(Case(student, teacher, samples(teacher)), str(found.recipe)).graph is student
 
 
 def test_pruned_and_palette_graphs_learn_the_parameters_that_they_have() -> None:
@@ -237,10 +239,13 @@ def test_the_users_own_loader_and_loss_train() -> None:
 
     tensors = torch.from_numpy(np.array(data.arrays[name]))
     pairs = torch.utils.data.TensorDataset(tensors, torch.arange(128))
+    mixed = torch.Generator().manual_seed(1)
     loaders = (
         torch.utils.data.DataLoader(pairs, batch_size=16, shuffle=True),
+        torch.utils.data.DataLoader(pairs, batch_size=16, shuffle=True, generator=mixed),
         [({name: data.arrays[name][i : i + 16]}, np.arange(i, i + 16)) for i in range(0, 128, 16)],
         lambda epoch: [{name: data.arrays[name][i : i + 16]} for i in range(0, 128, 16)],
+        functools.partial(lambda step, epoch: [{name: data.arrays[name][i : i + step]} for i in range(0, 128, step)], 16),
     )
     for loader in loaders:
         asked.clear()
@@ -259,14 +264,35 @@ def test_what_chooses_of_a_loader_is_never_trained_on(shuffle: bool) -> None:
     teacher = net()
     images = torch.from_numpy(np.array(samples(teacher, 60).arrays[teacher.inputs[0]]))
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, torch.arange(60)), batch_size=6, shuffle=shuffle)
-    rest, judged = divided(source_of(teacher, loader), None, 0.2, 6, 1, 0)
+    rest, judged = divided(source_of(teacher, loader), None, 0.2, 6, 1)
     held = {name for batch in judged for name in names_of(batch)}
     assert len(held) == 12 and rest.steps(6) == 8
-    seen = [batch for epoch in range(3) for batch in rest.epoch(epoch, 6, 0)]
-    assert len(seen) == 24 and all(len(batch) == 6 for batch in seen)
+    seen = [batch for seed in (0, 1000) for epoch in range(3) for batch in rest.epoch(epoch, 6, seed)]  # as schedules train
+    assert len(seen) == 48 and all(len(batch) == 6 for batch in seen)
     assert not held & {name for batch in seen for name in names_of(batch)}
     for batch in seen:  # labels stay with their samples
         assert batch.labels is not None and np.array_equal(batch.feeds[teacher.inputs[0]], images.numpy()[batch.labels])
+
+
+def test_labels_of_a_loader_may_have_an_axis_of_their_own() -> None:
+    teacher, data = net(), samples(net(), 64, labels=True)
+    student, name = quantized(teacher, weights=("int4",)), teacher.inputs[0]
+    flat = [({name: data.arrays[name][i : i + 16]}, data.labels[i : i + 16]) for i in range(0, 64, 16)]
+    deep = [(feeds, labels[:, None]) for feeds, labels in flat]
+    flat_checks, deep_checks = (recovered(Case(student, teacher, one), SHORT).checks for one in (flat, deep))
+    assert flat_checks == deep_checks
+
+
+def test_the_teacher_says_the_same_bits_whichever_samples_it_is_asked_about() -> None:
+    from hwopt.recover.torch.teacher import Teacher
+
+    graph, found = net(), []
+    source = source_of(graph, samples(graph, 700))
+    for rows in (np.arange(700), np.arange(0, 700, 9)):
+        teacher = Teacher(graph)
+        teacher.remember(source, rows, lambda *_: None)
+        found.append(teacher(source.at(np.arange(0, 700, 9)))[graph.outputs[0]])
+    assert torch.equal(*found)
 
 
 def test_a_loader_that_repeats_one_batch_leaves_nothing_to_train_on() -> None:
@@ -274,7 +300,7 @@ def test_a_loader_that_repeats_one_batch_leaves_nothing_to_train_on() -> None:
     batch = {name: array[:8] for name, array in samples(teacher).arrays.items()}
     with pytest.raises(DataError, match="among those that are held out"):
         recover(quantized(teacher), teacher, [batch] * 4)
-    rest, judged = divided(source_of(teacher, [batch]), None, 0.2, 8, 1, 0)
+    rest, judged = divided(source_of(teacher, [batch]), None, 0.2, 8, 1)
     assert rest.steps(8) == 1 and not judged
 
 
@@ -288,6 +314,12 @@ def test_data_that_cannot_be_trained_on_are_refused() -> None:
         recover(student, teacher, [{"other": one}])
     with pytest.raises(DataError, match="shape"):
         recover(student, teacher, [{name: one[:, :2]}])
+    with pytest.raises(DataError, match="no classes"):
+        recover(student, teacher, [({name: one + i}, np.full(4, 0.5)) for i in range(4)], "qat{epochs=1}")
+    with pytest.raises(DataError, match=r"labels \[4, 4\]"):
+        recover(student, teacher, [({name: one + i}, np.eye(4, dtype=np.int64)) for i in range(4)])
+    with pytest.raises(DataError, match="labels are <U1"):
+        recover(student, teacher, [({name: one + i}, np.array(list("abcd"))) for i in range(4)])
     with pytest.raises(DataError, match="no torch number"):
         recover(student, teacher, [{name: one}, {name: one + 1}], loss=lambda found, wanted, labels: 1.0)
 

@@ -156,6 +156,12 @@ def test_statistics_are_estimated_on_the_changed_graph_where_that_is_asked_for()
     assert again.graph.digest == found.graph.digest
 
 
+def test_estimated_statistics_count_as_a_change_of_the_graph_that_was_given() -> None:
+    teacher = normalized()
+    found = recovered(Case(teacher, teacher, samples(teacher)), RECIPE.replace("lr", "statistics=estimated,lr"))
+    assert found.graph is teacher and found.before == found.after and found.before.value == 0
+
+
 def test_another_loss_and_other_batches_of_a_loader_begin_anew(tmp_path: Path) -> None:
     def loss(found: Any, wanted: Any, _: Any) -> Any:
         return sum((found[name] - wanted[name]).abs().mean() for name in wanted)

@@ -131,6 +131,23 @@ def test_an_interrupted_schedule_still_reaches_the_widths_it_was_for(case: Case)
     assert recovered(case, str(found.recipe)).graph.digest == found.graph.digest
 
 
+@pytest.mark.parametrize("name", ["gradual", "netadapt"])
+def test_an_interrupt_between_trainings_keeps_what_was_trained(case: Case, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hwopt.recover.torch import train
+
+    usual, looks = train.look, []
+
+    def look(*arguments: Any) -> Any:
+        looks.append(1)
+        if len(looks) == 2:
+            raise KeyboardInterrupt
+        return usual(*arguments)
+
+    monkeypatch.setattr(train, "look", look)
+    found = recovered(case, RECIPES[name])
+    assert found.interrupted and len(looks) >= 2
+
+
 def test_stages_reach_the_widths_of_the_passes_along_a_cubic_and_do_the_rest_at_the_end(case: Case) -> None:
     passes = (Quantize(), PruneChannels(ratio=0.5))
     stages, graph, seen = stages_of(case.graph, passes, case.ctx), case.graph, []

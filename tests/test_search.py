@@ -382,6 +382,10 @@ def test_trials_turn_the_knobs_of_the_families(network: Path, tmp_path: Path) ->
     found = plan_trials(job, "grid", 4, tmp_path)
     turned = [one["knobs"]["quantize.calibrator"] for one in json.loads((tmp_path / "trials.json").read_text())["trials"]]
     assert len(set(turned)) == 4
+    plan_trials(job, "grid", 2, tmp_path / "again")
+    plan_trials(job, "grid", 4, tmp_path / "again")  # goes on with the values that are left
+    again = json.loads((tmp_path / "again" / "trials.json").read_text())["trials"]
+    assert [one["knobs"]["quantize.calibrator"] for one in again] == turned
     best = found.plan.knobs["quantize.calibrator"]
     assert all(f"calibrator={best}" in text or best == "minmax" for decision in found.plan.decisions for text in decision.by)
 

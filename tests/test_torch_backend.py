@@ -226,10 +226,11 @@ def test_learned_scales_have_the_gradient_of_lsq() -> None:
     graph = fake_quantized()
     module = backend.Module(graph, scales=True)
     (scale,) = module.parameters()
-    x = torch.tensor([0.6, -1.4, 100.0])
+    x = torch.tensor([0.6, -1.4, 100.0, 63.7], requires_grad=True)  # the last one is rounded to the border, and is beyond it
     (y,) = module({graph.inputs[0]: x}).values()
     y.sum().backward()
-    assert scale.grad.item() == pytest.approx((1 - 1.2) + (-3 + 2.8) + 127, abs=1e-4)
+    assert scale.grad.item() == pytest.approx((1 - 1.2) + (-3 + 2.8) + 127 + 127, abs=1e-4)
+    assert x.grad.tolist() == [1, 1, 0, 0]
     assert list(backend.Module(graph).parameters()) == []
 
 

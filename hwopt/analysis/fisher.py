@@ -102,12 +102,14 @@ def sweeps(
     expected: bool = False,
     seed: int = 0,
     gates: Mapping[tuple[str, int], tuple[int, ...]] | None = None,
+    apart: bool = False,
 ) -> Iterator[Sweep]:
     """Every batch, of `values` (parameters too) with `draws` directions each: one with labels, and with `expected` one for each
     class where there are few.
 
     `gates` are shapes of ones that multiply what a node reads at an input; they come among the values (see gate_name). Each
-    sample's gradient is in its row of the leading axis, as long as samples do not look at each other.
+    sample's gradient is in its row of the leading axis, as long as samples do not look at each other. `apart`: one direction for
+    each sample of a batch, so that the gradients of parameters are its alone.
     """
     import torch
 
@@ -123,7 +125,7 @@ def sweeps(
         outputs, sought = _forward(module, feeds, wanted, ones)
         labels = None if samples.labels is None else samples.labels[start : start + rows]
         directions = list(_directions(outputs, currency, labels, draws, expected, random))
-        yield from _backward(outputs, sought, directions, rows)
+        yield from _backward(outputs, sought, list(_each(directions, rows)) if apart else directions, rows)
 
 
 def _forward(module: Any, feeds: Arrays, wanted: list[str], ones: Mapping[tuple[str, int], Any]) -> tuple[Tensors, Tensors]:
@@ -195,6 +197,19 @@ def _directions(
             },
             1.0 / draws,
         )
+
+
+def _each(directions: Iterable[tuple[Tensors, float]], rows: int) -> Iterator[tuple[Tensors, float]]:
+    """Every direction in parts: those of each row of the outputs; whole where outputs have no such rows."""
+    import torch
+
+    for direction, weight in directions:
+        if rows == 1 or any(not one.ndim or len(one) != rows for one in direction.values()):
+            yield direction, weight
+            continue
+        for row in range(rows):
+            mask = torch.arange(rows) == row
+            yield {name: one * mask.reshape(-1, *(1,) * (one.ndim - 1)) for name, one in direction.items()}, weight
 
 
 def _root(output: Any, currency: Currency, name: str, signs: np.ndarray) -> Any:

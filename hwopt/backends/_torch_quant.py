@@ -1,7 +1,8 @@
 """Rules of the torch backend for quantization. Integers are carried as floats, so that gradients reach data, scales, codebooks.
 
-With rounding straight through and the clip's own gradient, what autograd finds for the scale of a QuantizeLinear followed by
-its DequantizeLinear is that of learned step sizes: q - x / s inside of the range, the border outside (LSQ, arXiv:1902.08153).
+With rounding straight through behind the clip, what autograd finds for the scale of a QuantizeLinear followed by its
+DequantizeLinear is that of learned step sizes: q - x / s where x / s is in the range, the border outside (LSQ,
+arXiv:1902.08153, equation 3). The borders themselves count as inside: the largest weight of a channel lies on one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from hwopt.backends._torch_call import RANGES, Call, Rule, Tensor, rounded
 from hwopt.backends._torch_products import CONV, Window
 
+HAIR = 1e-3  # steps by which a value on the border may miss it in float32
 ROUND_TRIP = "QuantizeLinear-DequantizeLinear"  # one step that does what both do
 
 
@@ -40,10 +42,10 @@ class Steps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | float, low: int, high: int) -> Tensor:
-        steps = (x / scale).round_().add_(offset)
-        result = steps.clamp(low, high)
-        ctx.save_for_backward(x, scale, steps == result)
-        return result
+        steps = x / scale
+        inside = ((steps + offset) - (low + high) / 2).abs_() <= (high - low) / 2 + HAIR
+        ctx.save_for_backward(x, scale, inside)
+        return steps.round_().add_(offset).clamp_(low, high)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -62,8 +64,8 @@ class Rounded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
-        steps = (x / scale).round_()
-        result = torch.clamp(steps, low, high)  # type: ignore[arg-type]
+        steps = x / scale
+        result = torch.clamp_(steps.round(), low, high)  # type: ignore[arg-type]
         ctx.save_for_backward(x, scale, steps, result)
         ctx.range = (low, high)
         return result * scale
@@ -71,18 +73,18 @@ class Rounded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, steps, result = ctx.saved_tensors
-        slope = _within(gradients[0], steps, result, *ctx.range)
+        slope = _within(gradients[0], steps, *ctx.range)
         if not ctx.needs_input_grad[1]:
             return slope, None, None, None
         change = _shared(gradients[0], result, scale) - _shared(slope, x, scale) / scale
         return slope, change, None, None
 
 
-def _within(gradient: Tensor, steps: Tensor, result: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
-    """The gradient where nothing was clipped; steps are whole, so that half a step keeps the borders inside."""
+def _within(gradient: Tensor, steps: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """The gradient where nothing was clipped."""
     if isinstance(low, Tensor) or isinstance(high, Tensor):
-        return gradient * (steps == result)
-    return torch.ops.aten.hardtanh_backward(gradient, steps, low - 0.5, high + 0.5)
+        return gradient * ((steps >= low - HAIR) & (steps <= high + HAIR))
+    return torch.ops.aten.hardtanh_backward(gradient, steps, low - HAIR, high + HAIR)
 
 
 def _shared(one: Tensor, other: Tensor, scale: Tensor) -> Tensor:

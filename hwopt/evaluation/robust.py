@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from hwopt.errors import HwoptError, UsageError
+from hwopt.errors import HwoptError, ToolchainError, UsageError
 from hwopt.evaluation.attacks import Attacker, attack_order, box_of
 from hwopt.evaluation.corruptions import CHARACTERS, corrupted
 from hwopt.evaluation.letters import misspelled
@@ -36,11 +37,13 @@ class Trials:
 
 
 def check_trials(trials: Trials, samples: Samples) -> None:
-    """Before long work: raise UsageError for what the data cannot be used for."""
+    """Before long work: raise UsageError for what the data cannot be used for, ToolchainError for attacks without torch."""
     if CHARACTERS in trials.corruptions and (samples.texts is None or samples.encode is None):
         reason = "noise on characters needs the texts and what makes token numbers of them"
         hint = "give a dataset with a column of texts, or an .npz with `texts`, and ,tokenizer=module:function"
         raise UsageError(reason, place=f"--robustness {CHARACTERS}", hint=hint)
+    if trials.attacks and importlib.util.find_spec("torch") is None:
+        raise ToolchainError("needs torch, which is not installed", place="--attack", hint="pip install 'hwopt[torch]'")
     if trials.epsilon <= 0 or trials.steps < 1:
         raise UsageError("epsilon and steps must be above zero", place="--epsilon, --steps")
 

@@ -86,11 +86,11 @@ def _study(method: str, space: Mapping[str, tuple], folder: Path, key: str, seed
     storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
     study = optuna.create_study(storage=storage, study_name=key, direction="minimize", load_if_exists=True)
     study.pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=1)
-    seed += len(study.trials)  # a search that goes on must not draw the same again
+    later = seed + len(study.trials)  # a search that goes on must not draw the same again; a grid's order hangs on its seed
     names = {name: list(range(len(values))) for name, values in space.items()}
     study.sampler = {
-        "bayesian": lambda: optuna.samplers.TPESampler(seed=seed, n_startup_trials=5),
-        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
+        "bayesian": lambda: optuna.samplers.TPESampler(seed=later, n_startup_trials=5),
+        "random": lambda: optuna.samplers.RandomSampler(seed=later),
         "grid": lambda: optuna.samplers.GridSampler(names, seed=seed),
     }[method]()
     if not study.trials and method != "grid":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -71,8 +70,8 @@ class Arrays:
 class Loader:
     """The user's own loader: any iterable of {input: array}, of (that, labels), or for one input of arrays themselves.
 
-    A function is called with the epoch and returns one. A torch DataLoader draws its order from torch's generator, which is
-    seeded for each epoch; other loaders must be repeatable themselves. Batches have the loader's size.
+    A function is called with the epoch and returns one. A torch DataLoader draws its order from torch's generator, or from one
+    of its own: both are seeded for each epoch; other loaders must be repeatable themselves. Batches have the loader's size.
     """
 
     graph: Graph
@@ -92,8 +91,13 @@ class Loader:
     def _items(self, number: int, seed: int) -> Iterable[Any]:
         import torch
 
-        torch.manual_seed(seed * 1_000_003 + number)
-        return self.loader(number) if inspect.isroutine(self.loader) else self.loader
+        whole = seed * 1_000_003 + number
+        torch.manual_seed(whole)
+        for holder in (self.loader, *(getattr(self.loader, name, None) for name in ("sampler", "batch_sampler"))):
+            own = getattr(holder, "generator", None)
+            if isinstance(own, torch.Generator):
+                own.manual_seed(whole)
+        return self.loader if isinstance(self.loader, Iterable) else self.loader(number)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +192,15 @@ def as_batch(graph: Graph, item: Any) -> Batch:
         raise DataError(f"a batch lacks input {missing[0]!r}" if missing else "a batch has too many parts", hint=hint)
     arrays = {name: _array(feeds[name], graph, name) for name in graph.inputs}
     labels = rest[0] if rest else labels
-    return Batch(arrays, None if labels is None else np.asarray(labels))
+    return Batch(arrays, None if labels is None else _numbers(np.asarray(labels), len(next(iter(arrays.values())))))
+
+
+def _numbers(labels: np.ndarray, count: int) -> np.ndarray:
+    """Labels as they are, since a loss of the user's may take any; [samples, 1] classes are [samples]."""
+    if labels.dtype.kind not in "biuf" or not labels.ndim or len(labels) != count:
+        reason = f"labels are {labels.dtype} {list(labels.shape)} for a batch of {count}"
+        raise DataError(reason, place="training data", hint="give numbers, one or several for each sample")
+    return labels[:, 0] if labels.shape[1:] == (1,) and labels.dtype.kind != "f" else labels
 
 
 def _array(value: Any, graph: Graph, name: str) -> np.ndarray:
@@ -226,26 +238,27 @@ def in_order(source: Source, batch: int) -> list[Batch]:
     return [source.at(np.arange(start, min(start + batch, count))) for start in range(0, count, batch)]
 
 
-def divided(source: Source, held_out: Source | None, share: float, batch: int, own: int, seed: int) -> tuple[Source, list[Batch]]:
+def divided(source: Source, held_out: Source | None, share: float, batch: int, own: int) -> tuple[Source, list[Batch]]:
     """What is trained on, and the batches that are only looked at: held-out ones that are given, else a share of the data.
 
     Of arrays evenly spread samples are held out, of a loader its first batches, at least one if there are two: the last ones
-    would take a pass over everything. `own` is the graph's batch.
+    would take a pass over everything. They are the same ones whatever the training's seed: a schedule trains with several, and
+    what one of them held out no other may see. `own` is the graph's batch.
     """
     if held_out is not None:
         return source, in_order(held_out, batch)
     if isinstance(source, Loader):
-        return _beginning(source, share, batch, seed)
+        return _beginning(source, share, batch)
     if not isinstance(source, Arrays):
         return source, []
     learned, judged = split(source.samples, share, own)
     return Arrays(learned), in_order(Arrays(judged), batch) if judged is not None else []
 
 
-def _beginning(loader: Loader, share: float, batch: int, seed: int) -> tuple[Source, list[Batch]]:
+def _beginning(loader: Loader, share: float, batch: int) -> tuple[Source, list[Batch]]:
     steps = loader.steps(batch) if share else 0
     judged: list[Batch] = []
-    for one in first(loader.epoch(0, batch, seed), min(math.ceil(steps * share), steps - 1)):
+    for one in first(loader.epoch(0, batch, 0), min(math.ceil(steps * share), steps - 1)):
         if sum(map(len, judged)) >= CHECKED:
             break
         judged.append(one)

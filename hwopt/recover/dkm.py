@@ -19,7 +19,7 @@ class Dkm(Recipe):
     The weights behind each palette, at first those of the teacher where it has them, are trained through their soft
     assignment; the graph gets the nearest codes, as integers,
     and the entries. Checks look at that graph, never at the soft one. Distill trains the entries alone; without
-    palettes both are the same.
+    palettes both are the same, and for codebooks of vectors (dim > 1), which keep their codes.
     """
 
     name: ClassVar[str] = "dkm"
@@ -31,7 +31,10 @@ class Dkm(Recipe):
     def student(self, case: Case) -> Student:
         from hwopt.recover.torch.palettes import PaletteStudent
 
-        return PaletteStudent(case.graph, case.teacher, self)
+        student = PaletteStudent(case.graph, case.teacher, self)
+        if not student.palettes:
+            case.progress("dkm: no palette whose codes can be trained (codebooks of vectors keep theirs); entries alone", 0, 1)
+        return student
 
     def conditions(self) -> tuple[tuple[str, bool], ...]:
         return (("softness", self.softness > 0), ("rounds", self.rounds >= 1))

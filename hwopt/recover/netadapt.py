@@ -16,7 +16,7 @@ from hwopt.pipeline import Pass, Phase, parse, run_pass
 from hwopt.plugins import find_passes
 from hwopt.recover.case import Case, Check, Outcome
 from hwopt.recover.recipe import Recipe
-from hwopt.recover.schedules import NOTHING, Run, Schedule
+from hwopt.recover.schedules import NOTHING, Run, Schedule, stop_of
 from hwopt.target import Target, total
 
 MOST = 64  # rounds
@@ -105,7 +105,11 @@ class _Rounds:
             if last.seconds <= self.recipe.latency * first or self.run.interrupted or late:
                 return
             allowed = max(last.seconds - saved, self.recipe.latency * first)
-            found = self._best(list(self._proposals(last, allowed)))
+            try:
+                found = self._best(list(self._proposals(last, allowed)))
+            except KeyboardInterrupt:  # between two trainings: the rounds so far count
+                self.run.interrupted = True
+                return
             if found is None:
                 return
             self.states.append(found)
@@ -138,8 +142,7 @@ class _Rounds:
             recipe = self.recipe.at(number, 1.0, epochs=self.recipe.short, steps=0, minutes=0.0)
             outcome = self.run.note(self._train(graph, recipe))
             value = outcome.after.value if outcome.after else math.inf
-            stop = f"{outcome.recipe.until}/{outcome.recipe.steps}"
-            state = _State(outcome.graph, seconds, (*last.cuts, str(by)), (*last.stops, stop))
+            state = _State(outcome.graph, seconds, (*last.cuts, str(by)), (*last.stops, stop_of(outcome)))
             if found is None or value < found[0]:
                 found = value, state
             if self.run.interrupted:

@@ -33,7 +33,7 @@ class Recipe:
     epochs: float = 3.0
     minutes: float = 0.0  # at most so long; 0: no limit. Fewer steps are planned where the time does not suffice
     steps: int = 0  # of the schedule, instead of epochs
-    until: int = 0  # stop after so many of them: where the best state was found
+    until: int = 0  # stop after so many of them: where the best state was found; -1: before the first
     batch: int = 64  # samples per step, where the graph takes more than its own batch and there are so many
     lr: float = 0.001
     optimizer: str = "adam"  # or sgd, with momentum 0.9
@@ -43,7 +43,7 @@ class Recipe:
     holdout: float = 0.1  # share of the training data that chooses the state and is not trained on
     scales: bool = True  # learn the step sizes of quantizers (LSQ)
     keep_zeros: bool = False  # weights that are zero stay zero: sparse ones
-    statistics: str = "frozen"  # of a BatchNormalization that is still there; or estimated, on the changed graph
+    statistics: str = "frozen"  # of a BatchNormalization that is still there; or estimated on the changed graph, before step 1
     logits: float = 1.0  # weight of the teacher's outputs in the loss
     temperature: float = 2.0
     features: float = 0.0  # weight of intermediate values of the same name and shape
@@ -116,7 +116,8 @@ def checked_recipe(recipe: Recipe) -> Recipe:
         ("epochs", recipe.epochs > 0), ("batch", recipe.batch >= 1), ("lr", recipe.lr > 0), ("checks", recipe.checks >= 1),
         ("temperature", recipe.temperature > 0), ("holdout", 0 <= recipe.holdout <= 0.5), ("warmup", 0 <= recipe.warmup < 1),
         ("optimizer", recipe.optimizer in OPTIMIZERS), ("statistics", recipe.statistics in STATISTICS),
-        *((name, getattr(recipe, name) >= 0) for name in ("minutes", "steps", "until", "patience", "threads", "seed")),
+        *((name, getattr(recipe, name) >= 0) for name in ("minutes", "steps", "patience", "threads", "seed")),
+        ("until", recipe.until >= -1),
         *((name, getattr(recipe, name) >= 0) for name in ("logits", "features", "hard")),
         ("logits", bool(recipe.logits + recipe.features + recipe.hard or recipe.loss)), *recipe.conditions(),
     ]  # fmt: skip

@@ -6,10 +6,11 @@ What a schedule did is in its `stops`: with them it does the same again, bit for
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from hwopt.recover.rewind import earlier_weights, follow, rewound
 from hwopt.recover.stages import Remaining, Stages, cubic, geometric, stages_of
 
 SEEDS = 1000  # between the seeds of trainings that follow each other
+Result = TypeVar("Result")
 NOTHING = "untrained"  # the only stop of a schedule that made nothing better
 
 
@@ -88,8 +90,13 @@ class Run:
         if self.interrupted:
             self.stops.append("0/0")
             return graph
-        outcome = self.note(_train(self.case.on(graph), recipe))
-        self.stops.append(f"{outcome.recipe.until}/{outcome.recipe.steps}")
+        try:
+            outcome = self.note(_train(self.case.on(graph), recipe))
+        except KeyboardInterrupt:  # before its first step
+            self.interrupted = True
+            self.stops.append("0/0")
+            return graph
+        self.stops.append(stop_of(outcome))
         return outcome.graph
 
     def note(self, outcome: Outcome) -> Outcome:
@@ -103,7 +110,15 @@ class Run:
         """A graph on the held-out samples, by the loss that all trainings have in common."""
         from hwopt.recover.torch.train import look
 
-        return look(self.case.on(graph), self.recipe.single())
+        return self.finished(lambda: look(self.case.on(graph), self.recipe.single()))
+
+    def finished(self, work: Callable[[], Result]) -> Result:
+        """Short work between trainings, which Ctrl-C does not stop: what was trained would be lost."""
+        try:
+            return work()
+        except KeyboardInterrupt:
+            self.interrupted = True
+            return work()
 
     def better(self, given: Graph, found: Graph) -> Outcome:
         """What was found if it is better than what it was made from, by the loss on the held-out samples."""
@@ -143,13 +158,19 @@ class Stepwise(Schedule):
         earlier = self.earlier(case, graph)
         stages = stages.unfitted if earlier else stages  # what goes back is found by its numbers
         for stage in range(1, self.stages + 1):
-            before, last = graph, stage == self.stages
-            graph = stages.at(graph, stage / self.stages, type(self).left)
-            earlier = follow(before, graph, earlier)
-            graph = rewound(graph, earlier, str(self.usual())) if earlier else graph
-            graph = stages.finish(graph) if last else graph
+            last = stage == self.stages
+            graph, earlier = run.finished(functools.partial(self._pruned, stages, graph, earlier, stage))
             graph = run.train(graph, 1 / self.stages, keep_zeros=self.keep_zeros or (bool(stages.sparse) and not last))
         return run.better(given, graph)
+
+    def _pruned(
+        self, stages: Stages, before: Graph, earlier: Mapping[str, np.ndarray], stage: int
+    ) -> tuple[Graph, Mapping[str, np.ndarray]]:
+        """A stage's graph before its training, and the weights that later ones go back to."""
+        graph = stages.at(before, stage / self.stages, type(self).left)
+        earlier = follow(before, graph, earlier)
+        graph = rewound(graph, earlier, str(self.usual())) if earlier else graph
+        return (stages.finish(graph) if stage == self.stages else graph), earlier
 
     def earlier(self, _: Case, __: Graph) -> Mapping[str, np.ndarray]:
         """Weights to go back to after each step; none here."""
@@ -198,6 +219,11 @@ class Lottery(Stepwise):
 
     def earlier(self, case: Case, start: Graph) -> Mapping[str, np.ndarray]:
         return earlier_weights(start, case.teacher, self.checkpoint, case.ctx)
+
+
+def stop_of(outcome: Outcome) -> str:
+    """Where a training stopped, of how many steps."""
+    return f"{max(outcome.recipe.until, 0)}/{outcome.recipe.steps}"
 
 
 def _train(case: Case, recipe: Recipe) -> Outcome:

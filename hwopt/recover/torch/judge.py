@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from hwopt.backends.torch import to_array
+from hwopt.errors import DataError
 from hwopt.recover.case import Check, Run
 from hwopt.recover.data import Batch, pieces
-from hwopt.recover.torch.losses import Distance, Loss, Tensors
+from hwopt.recover.torch.losses import OWN_LOSS, Distance, Loss, Tensors, check_classes
 from hwopt.recover.torch.student import Student
 from hwopt.recover.torch.teacher import MEMORY, Teacher
 
@@ -72,8 +73,14 @@ class Judge:
         if not isinstance(self.loss, Distance) or next(iter(self.loss.kinds.values())) == "values":
             return -value
         name = next(iter(self.loss.kinds))
+        answers = found[name].argmax(1)
+        if labels is not None and labels.shape != answers.shape:
+            reason = f"labels {list(labels.shape)} for answers {list(answers.shape)}"
+            raise DataError(reason, place="training data", hint=f"give a class for each; {OWN_LOSS}")
+        if labels is not None:
+            check_classes(labels)
         target = wanted[name].argmax(1) if labels is None else labels
-        return float((found[name].argmax(1) == target).double().mean())
+        return float((answers == target).double().mean())
 
     def _run(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         return {name: to_array(one) for name, one in self.student(feeds).items()}

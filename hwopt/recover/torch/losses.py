@@ -20,6 +20,7 @@ Tensors = Mapping[str, Tensor]
 Loss = Callable[[Tensors, Tensors, "Tensor | None"], Tensor]
 WEIGHTED = ("Conv", "Gemm", "MatMul", "ConvTranspose")
 MOST_FEATURES = 4
+OWN_LOSS = "leave labels out, or give a loss of your own, which takes any"
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,9 +67,16 @@ def _cross_entropy(output: Tensor, labels: Tensor, kind: str) -> Tensor:
     if axis is None or (output.ndim == 2 and kind == "values"):
         hint = "give class indices for all of the output's places, [samples] or [samples, ...], or a loss of your own"
         raise DataError(f"no cross entropy of a {list(output.shape)} output with labels {list(labels.shape)}", hint=hint)
+    check_classes(labels)
     if int(labels.max()) >= output.shape[axis]:
         raise DataError(f"label {int(labels.max())} for a model with {output.shape[axis]} classes", place="training data")
     return functional.cross_entropy(_logits(output, kind).movedim(axis, 1), labels.long())  # labels of -100 do not count
+
+
+def check_classes(labels: Tensor) -> None:
+    """Raise DataError for numbers that name no classes."""
+    if labels.is_floating_point() and bool((labels != labels.round()).any()):
+        raise DataError(f"labels such as {float(labels.reshape(-1)[0]):g} are no classes", place="training data", hint=OWN_LOSS)
 
 
 def _class_axis(output: Tensor, labels: Tensor) -> int | None:

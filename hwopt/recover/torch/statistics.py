@@ -10,15 +10,19 @@ import torch
 from hwopt.ir import of_op
 from hwopt.recover.torch.student import Student
 
-ENOUGH = 32  # runs
+ENOUGH = 256  # samples: every normalization takes a run over all of them
 
 
 @torch.no_grad()
 def estimate(student: Student, feeds: Iterable[Mapping[str, np.ndarray]]) -> None:
-    """Mean and variance of what each BatchNormalization reads, over all samples and places, first layers first: what a layer
-    reads depends on the statistics of those before it.
+    """Mean and variance of what each BatchNormalization reads, over ENOUGH samples and all places, first layers first: what a
+    layer reads depends on the statistics of those before it.
     """
-    batches = [one for one, _ in zip(feeds, range(ENOUGH), strict=False)]
+    batches: list[Mapping[str, np.ndarray]] = []
+    for one in feeds:
+        batches.append(one)
+        if sum(len(next(iter(batch.values()))) for batch in batches) >= ENOUGH:
+            break
     for node in of_op(student.graph, "BatchNormalization"):
         if node.attr("training_mode", 0) or any(name not in student.graph.params for name in node.inputs[3:5]):
             continue

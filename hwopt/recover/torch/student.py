@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from hwopt.backends._torch_call import Tensor
+from hwopt.backends._torch_quant import HAIR
 from hwopt.backends.torch import Module, to_array
 from hwopt.errors import PassError
 from hwopt.ir import Graph
@@ -24,9 +25,9 @@ SMALLEST = 2.0**-10  # of its first value that a step size may become
 
 
 class Student(Module):
-    """A Module whose integer weights w = s * clip(round(v / s)) are trained as v, with s where `scales` says so.
+    """A Module whose integer weights w = s * round(clip(v / s)) are trained as v, with s where `scales` says so.
 
-    Step sizes get the gradient of LSQ: with rounding straight through, autograd finds exactly it; here it is scaled by
+    Step sizes get the gradient of LSQ: with rounding straight through behind the clip, autograd finds it; here it is scaled by
     g = 1 / sqrt(N * Qp). Statistics of a BatchNormalization are buffers: they stay, and it computes as in inference, so that
     what is trained is what ships. `keep_zeros` leaves weights at zero that are zero.
     """
@@ -97,8 +98,10 @@ class Student(Module):
 
     def _grid(self, name: str, latent: Tensor) -> Tensor:
         master = self.quantizers.masters[name]
-        steps = self.rounding(latent / self._step(master, latent)) + self._offset(master, latent)
-        return torch.clamp(steps, master.low, master.high)
+        offset = self._offset(master, latent)
+        low, high = master.low - offset - HAIR, master.high - offset + HAIR  # rounded, they are the borders
+        steps = torch.clamp(latent / self._step(master, latent), low, high)
+        return self.rounding(steps) + offset
 
     def _step(self, master: Master, like: Tensor) -> Tensor:
         """The step size in a shape that divides the parameter."""

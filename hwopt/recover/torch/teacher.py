@@ -14,7 +14,8 @@ from hwopt.recover.data import Arrays, Batch, Source, pieces
 
 Tensor = torch.Tensor
 MEMORY = 2**28  # bytes of outputs that are remembered at most
-BLOCK = 256  # samples that are computed at once to be remembered: always the same ones, so that a resumed run sees the same bits
+BLOCK = 256  # samples that are computed at once to be remembered: always the same ones, whichever of them are wanted, so that
+# runs that are resumed, replayed or shorter see the same bits
 
 
 class Teacher:
@@ -52,20 +53,21 @@ class Teacher:
         self._known = self._answers.get(self._name(source), {})
 
     def remember(self, source: Source, rows: np.ndarray, progress: Progress) -> None:
-        """Compute what samples at these places will be compared with."""
+        """Compute what samples at these places will be compared with, and the others of their blocks."""
         if self._known or not isinstance(source, Arrays) or not len(rows) or not self.remembers(source):
             return
         known: dict[str, np.ndarray] = {}
-        starts = range(0, len(rows), BLOCK // max(self.size, 1) * max(self.size, 1))
-        for start in starts:
-            progress("asking the float model", start, len(rows))
-            chosen = rows[start : start + starts.step]
+        block, every = max(BLOCK // max(self.size, 1), 1) * max(self.size, 1), np.arange(len(source.samples))
+        wanted = np.unique(rows // block)
+        for place, number in enumerate(wanted):
+            progress("asking the float model", place, len(wanted))
+            chosen = every[number * block : (number + 1) * block]
             chosen = np.resize(chosen, -(-len(chosen) // max(self.size, 1)) * max(self.size, 1))  # whole batches
             for name, one in self(source.at(chosen)).items():
                 whole = known.setdefault(name, np.zeros((len(source.samples), *one.shape[1:]), to_array(one).dtype))
                 whole[chosen] = to_array(one)
         self._known = {name: torch.from_numpy(array) for name, array in known.items()}
-        if len(rows) == len(source.samples):
+        if len(wanted) * block >= len(source.samples):
             self._answers.clear()
             self._answers[self._name(source)] = self._known
 

@@ -22,7 +22,7 @@ from hwopt.recover.torch.losses import Distance, Loss, checked_number, kinds_of,
 from hwopt.recover.torch.pace import affordable
 from hwopt.recover.torch.schedule import check_steps, make_optimizer, rate, settled
 from hwopt.recover.torch.statistics import estimate
-from hwopt.recover.torch.student import Student, written
+from hwopt.recover.torch.student import written
 from hwopt.recover.torch.teacher import Teacher
 from hwopt.samples import batch_of
 
@@ -40,6 +40,7 @@ def train(case: Case, recipe: Recipe) -> Outcome:
 
 def look(case: Case, recipe: Recipe) -> Check:
     """The graph as it is on the samples that a training with this recipe would not see."""
+    recipe = dataclasses.replace(recipe, statistics=Recipe.statistics)
     with settled(recipe) as threads:
         return _Training(dataclasses.replace(case, checkpoints=None), recipe, threads).judge.look(0)
 
@@ -52,13 +53,14 @@ class _Training:
         self.started, self.earlier = time.perf_counter(), 0.0
         given = None if case.held_out is None else source_of(case.graph, case.held_out)
         own, whole = batch_of(case.graph), source_of(case.graph, case.data)
-        self.source, held_out = divided(whole, given, recipe.holdout, max(recipe.batch // own, 1) * own, own, recipe.seed)
-        self.student, self.teacher = self._student(), Teacher(case.teacher, case.answers)
+        self.source, held_out = divided(whole, given, recipe.holdout, max(recipe.batch // own, 1) * own, own)
+        self.student, self.teacher = recipe.student(case), Teacher(case.teacher, case.answers)
         self.size = self.teacher.size = self._size(own)
         self.teacher.recall(self.source)
         self.batch = self._batch()
         self.loss = self._loss()
         self.judge = Judge(self.student, self.teacher, self.loss, held_out, self.size, case.score)
+        self.given = self._estimated()
         self.optimizer = make_optimizer(self.student, recipe)
         self.step, self.total, self.finished = 0, 0, False
         self.checks: list[Check] = []
@@ -78,12 +80,14 @@ class _Training:
 
     # --- before the first step ---
 
-    def _student(self) -> Student:
-        student = self.recipe.student(self.case)
-        if self.recipe.statistics == "estimated":
-            batches = self.source.epoch(0, batch_of(self.case.graph), self.recipe.seed)
-            estimate(student, (batch.feeds for batch in batches))
-        return student
+    def _estimated(self) -> Check | None:
+        """Estimate statistics where the recipe says so: the first change of the graph, which is looked at before."""
+        if self.recipe.statistics != "estimated":
+            return None
+        given = None if self.recipe.until else self.judge.look(0)
+        batches = self.source.epoch(0, self.batch, self.recipe.seed)
+        estimate(self.student, (piece.feeds for batch in batches for piece in pieces(batch, self.size)))
+        return given
 
     def _size(self, own: int) -> int:
         """Samples in one run; 0 where both graphs take any number."""
@@ -135,7 +139,7 @@ class _Training:
     def _steps(self) -> None:
         last, looks = self.recipe.until or self.total, check_steps(self.recipe, self.total)
         looks = frozenset() if self.recipe.until else looks
-        if self.finished:
+        if self.finished or self.recipe.until < 0:
             return
         if not self.recipe.until and not self.checks:
             self._check()
@@ -185,7 +189,7 @@ class _Training:
 
     def _check(self) -> None:
         """Look at the held-out samples; keep the state if it is the best one."""
-        check = self.judge.look(self.step)
+        check = self.given if self.given and not self.step else self.judge.look(self.step)
         if not self.checks or check.value < min(one.value for one in self.checks):
             self.best = {name: one.detach().clone() for name, one in self.student.named_parameters()}
         self.checks.append(check)
@@ -209,12 +213,12 @@ class _Training:
             holdout = recipe.holdout if self.case.held_out is None else 0.0  # given samples hold nothing out of the others
             usual = type(recipe)()
             recipe = dataclasses.replace(
-                recipe, epochs=usual.epochs, minutes=usual.minutes, steps=self.total, until=chosen.step, holdout=holdout
+                recipe, epochs=usual.epochs, minutes=usual.minutes, steps=self.total, until=chosen.step or -1, holdout=holdout
             )
         if self.case.loss is not None and not recipe.loss:
             recipe = dataclasses.replace(recipe, loss=loss_name(self.case.loss))
         recipe = dataclasses.replace(recipe, threads=self.threads)
-        untrained = chosen.step == 0 if chosen else self.step < recipe.until
+        untrained = chosen.step == 0 if chosen else self.step < max(recipe.until, 1)
         arrays = {} if untrained else self.student.arrays() | self._statistics()
         graph = written(self.case.graph, arrays, str(recipe))
         before = self.checks[0] if self.checks else None
