@@ -120,10 +120,11 @@ def joint(bench: Bench, minutes: float) -> None:
 
 
 def table(bench: Bench) -> None:
-    """Every artifact against the float build: times faster, times smaller, drop on the test images."""
+    """Every artifact against the float build: times faster (on one thread, too), times smaller, drop on the test images."""
     test = bench.images.part("t10k", slice(QUICK_TESTED if bench.setting.quick else None))
     feeds, findings = {"image": test["image"][:1]}, bench.findings
     times = interleaved({name: one.runner(feeds) for name, one in bench.artifacts.items()})
+    alone = interleaved({name: one.runner(feeds, threads=1) for name, one in bench.artifacts.items()})
     right = {name: answers(one, test) for name, one in bench.artifacts.items()}
     bytes_of = {name: sizes(one) for name, one in bench.artifacts.items()}
     for name in bench.artifacts:
@@ -135,6 +136,7 @@ def table(bench: Bench) -> None:
             findings.add(lower_is_better(case, what, "B", count, {FLOAT: bytes_of[FLOAT][what]}))
         findings.add(higher_is_better(case, pair.metric, "1", pair.score, {FLOAT: pair.baseline}))
         found = {"speedup": times[FLOAT].median / times[name].median, "compile_seconds": bench.seconds[name], **figures(pair)}
+        found["speedup_on_one_thread"] = alone[FLOAT].median / alone[name].median
         found |= {f"{slug(what)}_times_smaller": bytes_of[FLOAT][what] / count for what, count in bytes_of[name].items()}
         findings.summary |= {f"demo_{slug(name)}_{key}": value for key, value in found.items()}
     if JOINT in bench.artifacts:

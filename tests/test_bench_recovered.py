@@ -25,7 +25,7 @@ class Fake:
         path.mkdir()
         (path / "libnet.so").write_bytes(bytes(1100 + weights if weights == 100 else 3000))
 
-    def runner(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], None]:
+    def runner(self, feeds: Mapping[str, np.ndarray], threads: int | None = None) -> Callable[[], None]:
         return lambda: None
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

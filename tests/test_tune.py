@@ -267,7 +267,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 def measured(objects: dict[str, bytes], *names: str) -> dict[str, Any]:
-    with Runner(hang=1.0) as runner:
+    with Runner(hang=3.0) as runner:
         return runner.measure(Kernels({name: objects[name] for name in names}, SIGNATURE), rounds=9, turn=1e-4)
 
 
