@@ -11,7 +11,16 @@ from hwopt.analysis.workload import workloads
 from hwopt.backends.tvm.build import compile_program
 from hwopt.backends.tvm.kernels.spec import Activation, Add, Bias, Mean, Quantize, Scale
 from hwopt.backends.tvm.kernels.winograd_forms import exact
-from hwopt.backends.tvm.kernels.winograd_schedule import WinogradSpec, able, default_schedule, pays, tiles, winograd_spec
+from hwopt.backends.tvm.kernels.winograd_schedule import (
+    WinogradSpec,
+    able,
+    default_schedule,
+    multiplier,
+    pays,
+    tiles,
+    winograd_spec,
+    words_at_once,
+)
 from hwopt.backends.tvm.learn.counted_winograd import share_of_direct
 from hwopt.backends.tvm.transformed import transformed
 from hwopt.backends.tvm.tune.task import tasks_of
@@ -75,6 +84,14 @@ def test_what_is_not_finite_stays_in_its_windows():
 def test_images_of_a_batch_share_the_transformed_weights():
     spec = by_winograd((7, 6, 64, 64), batch=6)
     assert default_schedule(spec, VNNI).block_rows > tiles(spec)[0]
+    data, weights = random(spec)
+    assert (run(spec, data, weights) == accumulators(spec, data, weights).reshape(-1)).all()
+
+
+def test_where_channels_are_many_and_tiles_few_their_parts_are_summed_up():
+    spec = by_winograd((7, 7, 416, 40), narrow=True)
+    wide = multiplier(spec, VNNI)
+    assert words_at_once(spec, default_schedule(spec, VNNI), wide) == 26 < 416 // wide.depth
     data, weights = random(spec)
     assert (run(spec, data, weights) == accumulators(spec, data, weights).reshape(-1)).all()
 

@@ -4,8 +4,9 @@ A task takes blocks of rows of tiles and of channel tiles of one image, or whole
 
     copy its input rows, padding included, into workspace           (only where something lies beyond the image)
     transform the data of all tiles                                 [tiles, points, channels]
-    for each tile of channels: transform its weights                [points, vectors, words]
-        for each point: a matmul of data and weights                [tiles, points, channels of the tile]
+    for each tile of channels:
+        for each part of the words: transform the weights           [points, vectors, words]
+            for each point: a matmul of data and weights            [tiles, points, channels of the tile]
         transform the sums back; epilogue, store
 
 Weights are transformed when they are used: as the products take them, they would be four or eight times as large in memory.
@@ -25,11 +26,12 @@ from hwopt.backends.tvm.kernels.code import Code, Value, cast, function, load, p
 from hwopt.backends.tvm.kernels.epilogue import Epilogue, Place
 from hwopt.backends.tvm.kernels.geometry import geometry
 from hwopt.backends.tvm.kernels.micro import fused_multiply_add
+from hwopt.backends.tvm.kernels.onto import Onto
 from hwopt.backends.tvm.kernels.schedule import Schedule, split
 from hwopt.backends.tvm.kernels.spec import ConvSpec
 from hwopt.backends.tvm.kernels.tile import Source, Work
 from hwopt.backends.tvm.kernels.winograd_forms import form_of
-from hwopt.backends.tvm.kernels.winograd_schedule import images_and_rows, multiplier, products, tiles
+from hwopt.backends.tvm.kernels.winograd_schedule import images_and_rows, multiplier, products, tiles, words_at_once
 from hwopt.target import MicroKernel
 
 Place4 = tuple[Value, Value, Value, Value]  # image, row, column, channel
@@ -63,8 +65,9 @@ class Winograd:
         self.count = self.images * self.rows * self.across  # tiles of a task
         self.vectors = -(-spec.out_channels // micro.lanes)
         self.words, self.step = -(-spec.in_channels // micro.depth), micro.lanes * micro.depth
+        self.part = words_at_once(spec, schedule, micro)
         # one step more, so that the points do not lie in one set of the cache
-        self.point = (schedule.vectors * self.words + 1) * self.step
+        self.point = (schedule.vectors * self.part + 1) * self.step
         size = spec.batch * spec.out_height * spec.out_width * spec.out_channels
         self.data = tirx.decl_buffer((spec.batch * spec.height * spec.width * spec.in_channels,), spec.data_dtype, "data")
         self.out = tirx.decl_buffer((size,), spec.out_dtype, "out")
@@ -106,8 +109,12 @@ class Winograd:
         sums = code.alloc("sums", self.count * self.points * width * self.micro.lanes, self.spec.accumulator)
 
         def of_tile(inner: Code, first: Value, vectors: int, last_lanes: int) -> None:
-            self._turned(inner, weights, turned, first, vectors)
-            self._multiply(inner, patches, turned, sums, vectors)
+            def part(some: Code, number: Value, onto: bool) -> None:
+                self._turned(some, weights, turned, first, number, vectors)
+                self._multiply(some, (patches, turned, sums), number, vectors, onto)
+
+            part(inner, 0, False)
+            inner.loop("part", self.words // self.part - 1, lambda some, number: part(some, number + 1, True))
             self._results(inner, sums, (image, row, first), vectors, last_lanes)
 
         self._channel_tiles(code, tile, of_tile)
@@ -173,29 +180,41 @@ class Winograd:
         """Bytes as 16-bit numbers."""
         return cast(value, "int16", lanes) if self.spec.accumulator == "int32" else value
 
-    def _turned(self, code: Code, weights: Value, turned: Value, first: Value, vectors: int) -> None:
-        """G w G^T of one tile of channels: [points, vectors, words, lanes x depth]."""
+    def _turned(self, code: Code, weights: Value, turned: Value, first: Value, part: Value, vectors: int) -> None:
+        """G w G^T of a part of the words of one tile of channels: [points, vectors, words, lanes x depth]."""
         step = self.step
 
-        def word(inner: Code, number: Value) -> None:
-            base = (first * self.words + number) * (9 * step)
+        def word(inner: Code, vector: Value, number: Value) -> None:
+            base = ((first + vector) * self.words + part * self.part + number) * (9 * step)
             taps = [inner.bind("w", self._wide(load(weights, base + tap * step, step), step)) for tap in range(9)]
             columns = [self.form.weights(inner, taps[x::3], step) for x in range(3)]
+            target = (vector * self.part + number) * step
             for y in range(self.patch):
                 for x, value in enumerate(self.form.weights(inner, [column[y] for column in columns], step)):
-                    inner.store(turned, (y * self.patch + x) * self.point + number * step, value, step)
+                    inner.store(turned, (y * self.patch + x) * self.point + target, value, step)
 
-        code.loop("word", vectors * self.words, word)
+        def of_vector(inner: Code, vector: Value) -> None:
+            inner.loop("word", self.part, lambda some, number: word(some, vector, number))
 
-    def _multiply(self, code: Code, patches: Value, weights: Value, sums: Value, vectors: int) -> None:
-        """[tile, points, channels of this tile]"""
-        shape = products(self.spec, self.count, self.schedule.vectors * self.micro.lanes)
+        code.loop("vector", vectors, of_vector)
+
+    def _multiply(self, code: Code, buffers: tuple[Value, Value, Value], part: Value, vectors: int, onto: bool) -> None:
+        """Products of a part of the words, or these added to those before: [tile, points, channels of this tile]."""
+        patches, turned, sums = buffers
+        deep = self.part * self.micro.depth
+        shape = products(self.spec, self.count, self.schedule.vectors * self.micro.lanes, deep)
         block = dataclasses.replace(self.schedule, tile_rows=1, block_rows=1, block_columns=self.count)
         kernel = gemm.Gemm(shape, block, self.micro)
         kernel.data, kernel.out = patches, sums
+        if onto:
+            kernel.epilogue = Onto(sums, shape.out_channels, self.count * shape.out_channels, self.micro)
+        direct = kernel.direct(0)
 
         def point(inner: Code, group: Value) -> None:
-            work = Work(kernel, 0, group, 0, 0, kernel.direct(0), weights, group * self.point)
+            # of a point's channels the matmul knows those of the part only
+            start = part * deep + group * (self.spec.in_channels - deep)
+            source = dataclasses.replace(direct, at=lambda row, column: direct.at(row, column) + start)
+            work = Work(kernel, 0, group, 0, 0, source, turned, group * self.point)
             work.positions(inner, 0, vectors, self.micro.lanes)
 
         code.loop("point", self.points, point)

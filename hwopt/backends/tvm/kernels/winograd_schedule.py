@@ -16,7 +16,10 @@ from hwopt.target import MicroKernel
 WORTH = 0.92  # of the implicit GEMM's cycles: below, it pays
 LEAST_CHANNELS = 16  # in and out
 MOST_COLUMNS, MOST_VECTORS = 16, 2  # of a tile of products: the transformed weights of more vectors fill the second cache
-SPACE = 2 << 20  # bytes of workspace of a task, unless one row of tiles takes more
+# Bytes of transformed weights of a tile of channels, by lane (second caches grow with vectors): as many stay there until they
+# are used; of more, so many are made at a time.
+KEPT, PART = 48 << 10, 9 << 10
+SPACE = 128 << 10  # bytes of workspace of a task by lane, of 8 and more, unless one row of tiles takes more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +79,12 @@ def tiles(spec: ConvSpec) -> tuple[int, int]:
     return -(-spec.out_height // tile), -(-spec.out_width // tile)
 
 
-def products(spec: ConvSpec, count: int, channels: int) -> Geometry:
-    """The products of `count` tiles, as groups of one matmul: [count, points x k] -> [count, points x channels]."""
+def products(spec: ConvSpec, count: int, channels: int, run: int) -> Geometry:
+    """`run` products of each of `count` tiles, as groups of one matmul: [count, points x k] -> [count, points x channels]."""
     form = shape_of(spec)
     return Geometry(
         images=1, height=1, width=count, channels=form.points * spec.in_channels, rows=1, columns=count, n=channels,
-        groups=form.points, run=spec.in_channels, data_dtype=form.dtype, weight_dtype=form.dtype, out_dtype=spec.accumulator,
+        groups=form.points, run=run, data_dtype=form.dtype, weight_dtype=form.dtype, out_dtype=spec.accumulator,
         accumulator=spec.accumulator,
     )  # fmt: skip
 
@@ -127,11 +130,22 @@ def schedules(spec: ConvSpec, micro: MicroKernel, cores: int) -> Iterator[Schedu
     several = [down * images for images in range(2, spec.batch + 1) if spec.batch % images == 0]
     for rows in (*some, *several):
         deep, columns = _best_tile(spec, rows * across, multiplier(spec, micro))
-        if rows > 1 and _workspace(spec, rows * across, deep * micro.lanes) > SPACE:
+        if rows > 1 and _workspace(spec, rows * across, deep * micro.lanes) > SPACE * max(8, micro.lanes):
             break
         channel_tiles = -(-vectors // deep)
         for count in range(1, min(cores, channel_tiles) + 1):
             yield Schedule(1, columns, deep, 1, rows, across, -(-channel_tiles // count))
+
+
+def words_at_once(spec: ConvSpec, found: Schedule, wide: MicroKernel) -> int:
+    """Words of a tile of channels that are transformed and multiplied at a time: not all where they are many and tiles few."""
+    words, form, (images, rows) = -(-spec.in_channels // wide.depth), shape_of(spec), images_and_rows(spec, found)
+    word = form.points * form.size * found.vectors * wide.depth  # bytes of each lane
+    sums = 4 * form.points * found.vectors * images * rows * tiles(spec)[1]  # also by lane, read and written with every part
+    if words * word <= KEPT or 8 * sums > PART:
+        return words
+    part = max(count for count in range(1, max(1, PART // word) + 1) if words % count == 0)
+    return part if 2 * part * word > PART else words
 
 
 def images_and_rows(spec: ConvSpec, found: Schedule) -> tuple[int, int]:
@@ -148,7 +162,7 @@ def _workspace(spec: ConvSpec, count: int, channels: int) -> int:
 
 def _best_tile(spec: ConvSpec, count: int, wide: MicroKernel) -> tuple[int, int]:
     """(vectors, columns) of the products of `count` tiles: as many vectors as may be, as each reads the data again."""
-    shape = products(spec, count, spec.out_channels)
+    shape = products(spec, count, spec.out_channels, spec.in_channels)
     deep = min(MOST_VECTORS, shape.vectors(wide.lanes))
     able = {columns for rows, columns, vectors in schedule.tiles_of(shape, wide) if (rows, vectors) == (1, deep)}
     few = [columns for columns in sorted(able) if columns <= MOST_COLUMNS]
@@ -182,7 +196,7 @@ class Parts:
         form = shape_of(spec)
         images, rows = images_and_rows(spec, found)
         count, vectors = images * rows * across, min(every, block)
-        shape = products(spec, count, vectors * micro.lanes)
+        shape = products(spec, count, vectors * micro.lanes, spec.in_channels)
         multiplied = form.points * schedule.cycles(shape, wide, 1, found.tile_columns, found.vectors)
         tasks = spec.batch // images * -(-down // rows) * -(-every // block)
         patches = count * -(-spec.in_channels // form.lanes(micro))
