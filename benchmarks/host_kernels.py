@@ -32,7 +32,7 @@ from targets.host import TARGET as host_target
 
 HANG = 60.0
 PROFILING = 600.0  # seconds
-TURNS, SECONDS = 3, 0.5  # visits to each model, and how long it is run each time
+TURNS, SECONDS = 6, 0.5  # visits to each model, and how long it is run each time
 FORMS = {"f32": "float32", "int8": "int8", "bf16": "bfloat16"}
 WITHIN = 0.1
 

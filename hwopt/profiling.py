@@ -35,7 +35,8 @@ FORMS = {"float32": "", "int8": "int8", "bfloat16": "bf16"}  # dtype -> quantize
 START = 48  # networks of every family and dtype before the predictor chooses
 POOL = 6  # networks of which the one is compiled that the predictor doubts most
 GROWTH = 1.25  # records by which a predictor is trained anew
-TURNS, SECONDS = 2, 0.25  # visits to each network, and how long one takes
+TURNS, SECONDS = 2, 0.25  # undisturbed visits to each network, and how long one takes
+MOST_TURNS = 6  # visits, where others use the same core
 GROUP = 6  # networks between two visits to the same one: what disturbs the machine for a while shows
 ALONE = 0.45  # share of the networks around which nothing else passes through the caches
 HANG = 60.0
@@ -149,26 +150,36 @@ def _measuring(bench: Bench, more: bool) -> Iterator[None]:
 
 
 def _time_group(bench: Bench, runner: Runner, group: Sequence[tuple[Path, Network]]) -> None:
-    """Visits in turns; what was timed waits no longer."""
-    from hwopt.backends.tvm.learn.measure import timed
-    from hwopt.backends.tvm.learn.records import append, records_of, together
+    """Visits in turns, more to networks that others disturbed; what was timed waits no longer."""
+    from hwopt.backends.tvm.learn.records import append, calm, together
 
-    visits: dict[int, list[list[Record]]] = {place: [] for place in range(len(group))}
-    for _ in range(TURNS):
-        for place, (_, one) in enumerate(group):
-            evict = evicted(one.seed)
+    visits: list[list[list[Record]]] = [[] for _ in group]
+    failed: set[int] = set()
+    best = min((one.units for one in bench.state.records if one.units), default=math.inf)
+    for _ in range(MOST_TURNS):
+        wanted = [place for place, found in enumerate(visits) if place not in failed and len(calm(found, best)) < TURNS]
+        for place in wanted:
             try:
-                found = timed(one.program, runner, SECONDS, evict)
+                visits[place].append(_visit(bench, runner, group[place][1]))
             except HwoptError as error:
-                bench.state.failures.append(f"network {one.seed} {one.form}: {error}")
-                continue
-            visits[place].append(records_of(found, bench.threads, one.seed, one.form, evict, bench.code))
+                failed.add(place)
+                bench.state.failures.append(f"network {group[place][1].seed} {group[place][1].form}: {error}")
+        best = min([best, *(turn[0].units for found in visits for turn in found if turn)])
     for place, (folder, _) in enumerate(group):
-        if len(visits[place]) == TURNS:
+        if place not in failed and any(visits[place]):
             records = together(visits[place])
             append(bench.log, records)
             bench.state.records.extend(records)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _visit(bench: Bench, runner: Runner, one: Network) -> list[Record]:
+    from hwopt.backends.tvm.learn.measure import timed
+    from hwopt.backends.tvm.learn.records import records_of
+
+    evict = evicted(one.seed)
+    found = timed(one.program, runner, SECONDS, evict)
+    return records_of(found, bench.threads, one.seed, one.form, evict, bench.code)
 
 
 def evicted(seed: int) -> int:

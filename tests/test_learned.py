@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hwopt import profiling
 from hwopt.analysis.workload import kernels, workloads
 from hwopt.backends.tvm.kernels import default_schedule
 from hwopt.backends.tvm.kernels.geometry import geometry
@@ -381,6 +382,29 @@ def test_noise_and_drift_are_dropped_and_a_slow_clock_taken_out() -> None:
     other = [dataclasses.replace(record, units=1e-5) for record in (one, slow, three)]
     found = clocked([*other, *shared, dataclasses.replace(three, units=1.5e-5)])
     assert [record.seconds for record in found] == pytest.approx([one.seconds, two.seconds, three.seconds])
+
+
+def test_visits_that_others_disturbed_do_not_count() -> None:
+    quiet = [dataclasses.replace(one, units=1e-5) for one in synthetic(2)]
+    slow = [dataclasses.replace(one, seconds=1.6 * one.seconds, units=1.7e-5) for one in quiet]
+    assert together([slow, quiet, slow]) == quiet
+    assert together([slow]) == slow
+
+
+def test_a_network_that_others_disturb_is_visited_again(tmp_path: Path, target, monkeypatch: pytest.MonkeyPatch) -> None:
+    networks = [stock.Network(seed, "float32", 1, "", None) for seed in range(2)]
+    group = [(tmp_path / str(one.seed), one) for one in networks]
+    visits = {0: iter([1e-5, 1e-5]), 1: iter([2e-5, 2e-5, 1e-5, 2e-5, 1.01e-5])}
+    records = dict(enumerate(synthetic(2)))
+
+    def visit(bench, runner, one):
+        return [dataclasses.replace(records[one.seed], seed=one.seed, units=next(visits[one.seed]))]
+
+    monkeypatch.setattr(profiling, "_visit", visit)
+    bench = profiling.Bench(target, 1, tmp_path / "log.jsonl", tmp_path, (), "", profiling.State([], 0.0, 1.0))
+    profiling._time_group(bench, None, group)
+    assert [one.units for one in bench.state.records] == [1e-5, 1e-5] and not any(map(list, visits.values()))
+    assert read(bench.log) == bench.state.records
 
 
 def test_random_networks_are_the_same_for_the_same_seed_and_differ_else() -> None:

@@ -64,10 +64,19 @@ def records_of(found: Profile, threads: int, seed: int, form: str, evict: int = 
     ]
 
 
+def calm(turns: Sequence[Sequence[Record]], best: float) -> list[Sequence[Record]]:
+    """Visits during which nobody else used the same core: the reference took no longer than its `best` seconds allow."""
+    return [turn for turn in turns if turn and turn[0].units <= DRIFT * best]
+
+
 def together(turns: Sequence[Sequence[Record]]) -> list[Record]:
-    """Several visits to one network as one: the fastest, as if the clock had been the same; how they differ is noise, too."""
+    """Several visits to one network as one: the fastest, as if the clock had been the same; how they differ is noise, too.
+
+    Visits that others disturbed are left out, unless all were.
+    """
     found = []
-    for same in zip(*turns, strict=True):
+    best = min(turn[0].units for turn in turns if turn)
+    for same in zip(*calm(turns, best), strict=True):
         times = [one.seconds / one.clock for one in same]
         best = same[times.index(min(times))]
         differ = float(np.median(times)) / min(times) - 1 if min(times) > 0 else 0.0
