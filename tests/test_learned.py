@@ -24,7 +24,7 @@ from hwopt.backends.tvm.learn.features import counted
 from hwopt.backends.tvm.learn.measure import attribute, profile
 from hwopt.backends.tvm.learn.model import Learned
 from hwopt.backends.tvm.learn.networks import FAMILIES, random_network
-from hwopt.backends.tvm.learn.predictor import weighed
+from hwopt.backends.tvm.learn.predictor import SLOWEST_LINE, most_of, weighed
 from hwopt.backends.tvm.learn.records import Record, append, clocked, fastest, judged, quality, read, table_of, together
 from hwopt.backends.tvm.learn.records import learned as learned_from
 from hwopt.backends.tvm.learn.table import Table, find_table, from_json, load_table, path_for, table_name, work_key
@@ -329,7 +329,14 @@ def test_a_function_of_bytes_is_a_table_and_costs_no_function() -> None:
 def test_what_a_clock_cannot_read_moves_no_weight() -> None:
     count = np.array([[1.0]] * 40 + [[200.0]] * 10)
     seconds = np.array([30e-9] * 40 + [1e-6] * 10)  # 5 ns each, and the clock's step
-    assert weighed(count, seconds)[0] == pytest.approx(5e-9, rel=0.2)
+    assert weighed(count, seconds, most_of(["steps"]))[0] == pytest.approx(5e-9, rel=0.2)
+
+
+def test_what_made_one_kernel_slow_is_not_put_down_to_its_few_lines() -> None:
+    count = np.array([[1000.0, 0.0]] * 40 + [[1000.0, 0.4]] * 3)  # steps, lines from memory
+    seconds = np.array([1e-6] * 40 + [300e-6] * 3)
+    found = weighed(count, seconds, most_of(["steps", "weights_memory"]))
+    assert found[0] == pytest.approx(1e-9, rel=0.05) and found[1] == SLOWEST_LINE < weighed(count, seconds, most_of("ab"))[1]
 
 
 def test_networks_are_kept_out_as_a_whole_too(target) -> None:

@@ -6,7 +6,7 @@ One predictor for each family of kernels and number of threads: what makes a sof
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,8 @@ from hwopt.errors import UsageError
 TURNS = 8  # of robust regression
 SMALL = 0.03  # relative error that counts as none in it
 RESOLUTION = 20e-9  # seconds that a clock is read to, about
+SLOWEST_LINE = 20e-9  # seconds of a cache line of data, of which many lie in a row
+LINES = {f"{name}{level}" for name in ("read", "write", "weights", "through") for level in ("", "_second", "_third", "_memory")}
 LEAST = 12  # kernels from which a family is learned
 PLAIN = ("moves", "transposed", "turned")  # each does something else: trees that saw a few dozen mislead, the counts do not
 
@@ -120,7 +122,7 @@ def fitted(
 
 def _family(found: Sequence[Counted], seconds: np.ndarray, noise: np.ndarray, members: int, seed: int) -> Family:
     times, shape = values_of(found)
-    weights = weighed(times, seconds)
+    weights = weighed(times, seconds, most_of(found[0].times))
     rows = features(times, shape, weights.tolist())
     wanted = np.log(seconds / np.maximum(times @ weights, 1e-9))
     if found[0].family in PLAIN:
@@ -130,14 +132,32 @@ def _family(found: Sequence[Counted], seconds: np.ndarray, noise: np.ndarray, me
     return Family(tuple(found[0].times), tuple(found[0].shape), tuple(float(f"{one:.6g}") for one in weights), ensemble)
 
 
-def weighed(times: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Weights >= 0 with the least relative error, outliers counting less (iteratively reweighted, Lawson and Hanson's NNLS)."""
-    from scipy.optimize import nnls
+def most_of(names: Iterable[str]) -> np.ndarray:
+    """What each count can cost at all: few kernels may read from memory, and what made one of them slow must not be the lines."""
+    return np.array([SLOWEST_LINE if name in LINES else np.inf for name in names])
 
+
+def weighed(times: np.ndarray, seconds: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """Weights from 0 to `most` with the least relative error, outliers counting less (iteratively reweighted)."""
     rows, wanted = times / seconds[:, None], np.ones(len(seconds))
     sure = SMALL / (SMALL + RESOLUTION / seconds)
     emphasis, found = sure, np.zeros(times.shape[1])
     for _ in range(TURNS):
-        found, _ = nnls(rows * emphasis[:, None], wanted * emphasis)
+        found = _bounded(rows * emphasis[:, None], wanted * emphasis, most)
         emphasis = sure / np.sqrt(np.maximum(np.abs(rows @ found - 1), SMALL))
-    return np.asarray(found)
+    return found
+
+
+def _bounded(rows: np.ndarray, wanted: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """Least squares (Lawson and Hanson's NNLS); what comes out above its bound is set to it, and the rest solved again."""
+    from scipy.optimize import nnls
+
+    found, bound = np.zeros(len(most)), np.zeros(len(most), bool)
+    while not bound.all():
+        found[~bound], _ = nnls(rows[:, ~bound], wanted - rows[:, bound] @ most[bound])
+        above = found > most
+        if not above.any():
+            break
+        bound |= above
+        found[bound] = most[bound]
+    return found
