@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from hwopt.plugins import find_passes
 from hwopt.recover import Case, Check, Outcome, Recipe, parse_recipe, recovered
 from hwopt.recover.data import source_of
 from hwopt.recover.knobs import turned
+from hwopt.samples import Samples
 
 DEPTHS = (12.0, 4.0, 1.5)  # drops before training, in drops that are allowed after it: the deepest plan first
 SHARE = 2 / 3  # of the time that is left for a plan with others behind it
@@ -69,10 +70,9 @@ def _searched(searched: Searched, task: Search, trainer: Trainer) -> Option:
     try:
         return searched(task)
     except BudgetError as error:
-        drops = [one.comparison.drop for one in trainer.done.values() if one is not None and one.comparison]
-        if not drops:
+        if not trainer.drops:
             raise
-        trained = f"no trained plan keeps it either ({len(drops)} tried, the least drop {min(drops):+.2%})"
+        trained = f"no trained plan keeps it either ({len(trainer.drops)} tried, the least drop {min(trainer.drops):+.2%})"
         raise BudgetError(f"{error.message}; {trained}", place=error.place, hint=error.hint) from error
 
 
@@ -83,12 +83,10 @@ def deepened_unbuilt(job: Job, task: Search, priced: Priced) -> Found:
 
 
 def _noted(usual: Option, trainer: Trainer) -> Option:
-    """The plan that was not trained, which says so if somebody stopped the training."""
+    """The plan that was not trained, which says what trainings came to, or that somebody stopped them."""
     found, library = usual
-    if not trainer.interrupted:
-        return usual
-    text = "training was interrupted before a trained plan was better within the budget"
-    plan = dataclasses.replace(found.plan, note="; ".join(filter(None, (found.plan.note, text))))
+    text = trainer.account()
+    plan = dataclasses.replace(found.plan, note="; ".join(filter(None, (found.plan.note, text)))) if text else found.plan
     return dataclasses.replace(found, plan=plan), library
 
 
@@ -114,6 +112,18 @@ class Trainer:
     spent: float = 0.0
     interrupted: bool = False
     done: dict[str, Found | None] = field(default_factory=dict)  # by the graph that was trained: none is trained twice
+    drops: list[float] = field(default_factory=list)  # of all that were trained and scored
+    vain: int = 0  # trainings without a state that was better than the first one on the data held out
+
+    def account(self) -> str:
+        """Why a plan without training is taken after all; empty where nothing was trained or scored."""
+        if self.interrupted:
+            return "training was interrupted before a trained plan was better within the budget"
+        told = [f"{self.vain} trainings found no better state"] if self.vain else []
+        if self.drops:
+            least, allowed = f"{min(self.drops):+.2%}", f"{self.job.budget.max_drop:.2%}"
+            told.append(f"of {len(self.drops)} trained plans the least drop was {least}, {allowed} is allowed")
+        return "; ".join(told)
 
     @property
     def over(self) -> bool:
@@ -138,7 +148,10 @@ class Trainer:
         self.interrupted = outcome.interrupted
         if outcome.interrupted and self.job.training.checkpoints:
             self.job.training.checkpoints.used.clear()  # what is found there goes on
-        return None if outcome.graph is found.graph else self._recorded(found, outcome, seconds)
+        if outcome.graph is found.graph:
+            self.vain += 1
+            return None
+        return self._recorded(found, outcome, seconds)
 
     def _recorded(self, found: Found, outcome: Outcome, seconds: float) -> Found | None:
         metric, before, after, comparison = "score on held-out training data", 0.0, 0.0, found.comparison
@@ -148,16 +161,24 @@ class Trainer:
             scores = [self.scorer(Session(graph).run) for graph in (found.graph, outcome.graph)]
             compared = [compare(self.scorer.metric, self.baseline, one) for one in scores]
             metric, before, after, comparison = compared[0].metric, compared[0].score, compared[1].score, compared[1]
+            self.drops.append(comparison.drop)
             if after < before and not (self._faster(found, outcome) < 1 and _kept(self.job, comparison)):
                 return None
         digest = source_of(self.job.graph, data_of(self.job)).digest
-        notes = (found.plan.note, "training was interrupted: its best state so far" if outcome.interrupted else "")
         plan = dataclasses.replace(
-            found.plan, budget=self.job.budget, note="; ".join(filter(None, notes)),
+            found.plan, budget=self.job.budget, note="; ".join(filter(None, (found.plan.note, *self._said(outcome)))),
             seconds_after=found.plan.seconds_after * self._faster(found, outcome),
             recovery=Recovery(str(outcome.recipe), metric, before, after, digest),
         )  # fmt: skip
         return Found(plan, outcome.graph, comparison, uniform=found.uniform, training_seconds=seconds)
+
+    def _said(self, outcome: Outcome) -> Iterator[str]:
+        """What a reader must know of a training that is taken."""
+        if outcome.interrupted:
+            yield "training was interrupted: its best state so far"
+        data = data_of(self.job)
+        if outcome.recipe.hard and isinstance(data, Samples) and data.labels is None:
+            yield f"the training data have no labels: {outcome.recipe.name} learned the float model's answers"
 
     def _faster(self, found: Found, outcome: Outcome) -> float:
         """Predicted seconds of what came out over those of what went in: a schedule may cut further."""
@@ -169,7 +190,8 @@ def trained_as_stated(job: Job, found: Found, scorer: Scorer | None, baseline: n
     """A plan that was not searched for, trained if the job has a recipe, the plan has none, and it helps."""
     if job.training.recipe is None or found.plan.recovery or found.graph is job.graph:
         return found
-    return Trainer(job, scorer, baseline).train(found, 0) or found
+    trainer = Trainer(job, scorer, baseline)
+    return trainer.train(found, 0) or _noted((found, None), trainer)[0]
 
 
 def trial(job: Job, task: Search, knobs: Mapping[str, Any], watch: Callable[[Check, int], None]) -> Found:

@@ -126,7 +126,9 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     except AttributeError as error:  # a bare .npy array has no names
         raise DataError("holds one array without a name", place=str(path), hint="write it with numpy.savez") from error
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"not a readable .npz ({error})", place=str(path), hint="write it with numpy.savez") from error
+        other = isinstance(error, ValueError) and not zipfile.is_zipfile(path)  # of these numpy speaks as of pickles
+        reason = "" if other else f" ({error})"
+        raise DataError(f"not a readable .npz{reason}", place=str(path), hint="write it with numpy.savez") from error
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

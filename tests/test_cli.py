@@ -226,6 +226,9 @@ def test_damaged_data_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     file.write_bytes(file.read_bytes()[:200])
     code, _, err = hwopt(capsys, "compile", MODEL, "-o", tmp_path / "x", *IMAGE, "--calibrate", file)
     assert code == 5 and "not a readable .npz" in err
+    file.write_text("a page of text")
+    *_, err = hwopt(capsys, "compile", MODEL, "-o", tmp_path / "x", *IMAGE, "--calibrate", file)
+    assert "not a readable .npz" in err and "pickle" not in err
 
 
 def test_scoring_function_is_found_where_the_user_stands(tmp_path: Path) -> None:

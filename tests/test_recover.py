@@ -214,7 +214,7 @@ def test_labels_alone_train_with_qat_and_the_accuracy_is_what_progress_shows() -
     case = Case(student, teacher, data, progress=lambda stage, done, total: shown.append(stage))
     found = recovered(case, "qat{epochs=6,batch=16,lr=0.003,threads=1}")
     assert isinstance(found.recipe, Qat) and found.after and found.before and found.after.value < found.before.value
-    assert f"recovering: score {found.after.score:.4f}, loss {found.after.value:.4g}" in shown
+    assert f"recovering: held-out score {found.after.score:.4f}, loss {found.after.value:.4g}" in shown
 
 
 def test_features_of_the_teacher_alone_can_teach() -> None:

@@ -246,6 +246,21 @@ def test_a_training_that_was_for_nothing_is_in_the_report(model: Path, tmp_path:
     given = {**OPTIONS, "passes": "quantize{weights=int4}", "recover": "distill{epochs=1,lr=5,warmup=0,batch=32,threads=1}"}
     notes = hwopt.compile(model, out=tmp_path / "out", measure=False, **given).report["notes"]
     assert "no training is in it: distill made nothing better that keeps the limits" in notes
+    assert any("1 trainings found no better state" in note for note in notes)
+
+
+def test_a_report_says_what_refused_trainings_came_to(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hwopt.recovery._kept", lambda *_: False)
+    found = plan_model(model, budget=Budget(0.02), recover=RECIPE, **OPTIONS).plan
+    assert found.recovery is None and "trained plans the least drop was" in found.note
+
+
+def test_a_plan_says_that_a_training_on_labels_had_none(model: Path) -> None:
+    for labels in (False, True):
+        found = plan_model(
+            model, budget=Budget(0.02), train=data(320, 1, labels), recover=RECIPE.replace("distill", "qat"), **OPTIONS
+        ).plan
+        assert found.recovery and ("have no labels: qat learned the float model's answers" in found.note) != labels
 
 
 def test_an_interrupted_training_is_in_the_plan(model: Path) -> None:

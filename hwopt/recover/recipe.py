@@ -124,6 +124,6 @@ def checked_recipe(recipe: Recipe) -> Recipe:
     for name, fine in wrong:
         if not fine:
             kinds = {"optimizer": OPTIMIZERS, "statistics": STATISTICS}.get(name)
-            hint = f"one of {', '.join(kinds)}" if kinds else "see hwopt.recover.Recipe"
+            hint = f"one of {', '.join(kinds)}" if kinds else f"usual: {name}={getattr(type(recipe)(), name)}"
             raise UsageError(f"{name} cannot be {getattr(recipe, name)}", place=str(recipe), hint=hint)
     return recipe

@@ -193,7 +193,7 @@ class _Training:
         if not self.checks or check.value < min(one.value for one in self.checks):
             self.best = {name: one.detach().clone() for name, one in self.student.named_parameters()}
         self.checks.append(check)
-        self.case.progress(f"recovering: score {check.score:.4f}, loss {check.value:.4g}", self.step, self.total)
+        self.case.progress(f"recovering: held-out score {check.score:.4f}, loss {check.value:.4g}", self.step, self.total)
         values = [one.value for one in self.checks]
         waited = len(values) - 1 - values.index(min(values))
         seconds = self.earlier + time.perf_counter() - self.started
