@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from hwopt.errors import BudgetError, HwoptError, UsageError, did_you_mean
 from hwopt.files import write_whole
 from hwopt.plan.attempt import Found, Search, price
-from hwopt.plan.plan import Plan, plan_from_json
+from hwopt.plan.plan import Plan, interrupted, plan_from_json
 from hwopt.plan.search import search
 from hwopt.plan.store import PLAN, identity, keep_plan, open_folder
 
@@ -113,7 +113,7 @@ def _result(
     except HwoptError as error:  # the budget cannot be met, or a value needs what is not installed
         trial.set_user_attr("reason", error.message)
         raise optuna.TrialPruned from error
-    if found.plan.note:  # interrupted in the middle: this trial will be made again
+    if interrupted(found.plan.note):  # in the middle: this trial will be made again
         raise KeyboardInterrupt
     value = worth(found) if trained is None else trained_worth(found)
     trial.set_user_attr("drop", found.comparison.drop if found.comparison else 0.0)
