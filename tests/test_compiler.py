@@ -240,8 +240,10 @@ def test_interrupted_search_keeps_the_best_plan(model: Path) -> None:
             raise KeyboardInterrupt
 
     found = plan_model(model, calibrate=pictures(16, 1), evaluate=pictures(64, 2), budget=Budget(0.02), progress=impatient)
-    uniform = {"int8", "bfloat16"} & set(find_target("host").microkernels)  # scored before the first round
-    assert 1 <= len(found.plan.rounds) <= len(uniform)
+    uniform = {"int8", "bfloat16"} & set(
+        find_target("host").microkernels
+    )  # scored before the first round, twice if the budget is missed
+    assert 1 <= len(found.plan.rounds) <= 2 * len(uniform)
     assert found.plan.note.startswith("interrupted: the best plan of")
 
 
