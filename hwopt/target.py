@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-NARROW = 64  # 2 x 255 x 64 is less than 2 to the 15th
 HOST = "host"  # the name of the target that is whichever machine this is
 
 
@@ -41,9 +40,7 @@ class MicroKernel:
     rows: int = 1  # output positions that one step multiplies; they share `rows` accumulator registers
     wide: str = ""  # of integers: LLVM's name of the instruction for products of 16-bit numbers, in pairs or one in each lane
     others: tuple[MicroKernel, ...] = ()  # of the same dtype, for work that this one does not take; the first that does is used
-    narrow: bool = (
-        False  # it adds pairs of products in 16 bits, which is exact for weights within NARROW; `wide` adds those pairs
-    )
+    narrow: int = 0  # pairs of products that it adds in 16 bits, which is exact for weights that small; `wide` adds the sums
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ class Workload:
     window: tuple[int, ...] = ()  # of images: batch, then (height, width) of data, kernel, strides, dilations, pads
     dims: tuple[int, ...] = ()  # of the result
     steps: tuple[str, ...] = ()  # operators of the anchor and its epilogue, in order; a Transpose with its permutation
-    narrow: bool = False  # all weights are integers within NARROW
+    narrow: int = 0  # pairs of products of neighbouring weights whose sums fit 16 bits (hwopt.analysis.narrow)
     relaid: bool = False  # reads an image of the model's caller, whose channels lie first
     order: str = ""  # of what only moves data: how its source lies, and further facts (analysis/orders.py)
     footprint: int = field(default=0, compare=False)  # weights of the whole model, about: they pass through the caches in a run

@@ -8,9 +8,11 @@ import ml_dtypes
 import numpy as np
 
 from hwopt.analysis.memo import remembered
+from hwopt.analysis.narrow import NARROW
 from hwopt.analysis.regions import constant_nodes, integer_operands
 from hwopt.errors import ModelError
 from hwopt.ir import Graph, Node
+from passes._pairs import paired
 from passes._rounding import scales_of
 
 OPS = ("Conv", "Gemm", "MatMul", "ConvTranspose")
@@ -162,13 +164,14 @@ def _bias(graph: Graph, node: Node) -> np.ndarray | str | None:
 def integers_of(layer: Layer, data_scale: float, mean: np.ndarray | None, *, reduce_range: bool, bits: int = 8) -> Integers:
     """The layer's numbers for inputs that count in steps of `data_scale`.
 
-    A channel's scale is its largest |weight| / 127 (/ 64 with reduce_range: pairs of products then fit 16 bits), in 4 bits
-    the one with the least squared error (codebooks stay in 8 bits: they are small). It is made larger where the bias would
-    not fit beside the products, and follows the bias where all weights are zero. With the `mean` of the input's channels, the
-    bias makes up for what rounding the weights adds to the mean of the output.
+    A channel's scale is its largest |weight| / 127 (/ 64 with reduce_range: pairs of products then fit 16 bits, and two such
+    pairs where that costs little, see passes/_pairs.py), in 4 bits the one with the least squared error
+    (codebooks stay in 8 bits: they are small). It is made larger where the bias would not fit beside the products, and follows
+    the bias where all weights are zero. With the `mean` of the input's channels, the bias makes up for what rounding the
+    weights adds to the mean of the output.
     """
     coded = bits < 8 and not layer.lookup
-    weight, limit = layer.weight, 2 ** (bits - 1) - 1 if coded else 64 if reduce_range else 127
+    weight, limit = layer.weight, 2 ** (bits - 1) - 1 if coded else NARROW if reduce_range else 127
     if weight is None:
         raise ValueError(f"{layer.node} has no constant weights")
     others = tuple(axis for axis in range(weight.ndim) if axis != layer.axis) if layer.axis is not None else None
@@ -184,6 +187,8 @@ def integers_of(layer: Layer, data_scale: float, mean: np.ndarray | None, *, red
     scale = np.maximum(scale, np.maximum(bias / room, TINY) / data_scale).astype(np.float32)
     shape = [-1 if axis == layer.axis else 1 for axis in range(weight.ndim)] if scale.ndim else ()
     steps = np.clip(np.rint(weight / scale.reshape(shape)), -limit, limit).astype(np.int8)
+    if reduce_range and not coded and not layer.lookup:
+        steps, scale = paired(weight, scale, layer.axis if scale.ndim else None, layer.node)
     bias_scale = (scale * np.float32(data_scale)).astype(np.float32)
     shift = None if mean is None else shift_of(layer, steps * scale.reshape(shape).astype(np.float64) - weight, mean)
     steps = steps.astype(ml_dtypes.int4) if coded else steps

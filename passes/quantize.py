@@ -127,7 +127,7 @@ class Quantize(Pass):
         if self.reduce_range is not None:
             return self.reduce_range
         kernel = ctx.target.microkernels.get("int8") if ctx.target else None
-        return kernel is not None and kernel.narrow and kind_of(graph, layer.node) != "depthwise"
+        return kernel is not None and kernel.narrow > 0 and kind_of(graph, layer.node) != "depthwise"
 
     def _dynamically(self, graph: Graph, layers: dict[str, Layer], ctx: Context) -> Graph:
         """Data of products in 8 bits by rows, at run time."""

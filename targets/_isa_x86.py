@@ -35,16 +35,24 @@ def _widening(lanes: int, registers: int, name: str, features: tuple[str, ...]) 
 def _narrow(name: str, features: tuple[str, ...], otherwise: MicroKernel) -> MicroKernel:
     """vpmaddubsw saturates at 16 bits: small weights only. Two registers hold ones and what it finds."""
     return dataclasses.replace(
-        otherwise, depth=4, registers=otherwise.registers - 2, intrinsic=name, features=features, others=(otherwise,), narrow=True
+        otherwise, depth=4, registers=otherwise.registers - 2, intrinsic=name, features=features, others=(otherwise,), narrow=1
     )
+
+
+def _paired(otherwise: MicroKernel) -> MicroKernel:
+    """Two words of such products added in 16 bits: vpmaddwd, and its pipes, are needed half as often."""
+    return dataclasses.replace(otherwise, depth=8, others=(otherwise, *otherwise.others), narrow=2)
 
 
 AVX512_INT16 = _widening(16, 32, "llvm.x86.avx512.pmaddw.d.512", _V4)
 AVX2_INT16 = _widening(8, 16, "llvm.x86.avx2.pmadd.wd", _V3)
 SSE_INT16 = _widening(4, 16, "llvm.x86.sse2.pmadd.wd", ())
 AVX512_BYTES = _narrow("llvm.x86.avx512.pmaddubs.w.512", _V4, AVX512_INT16)
+AVX512_PAIRS = _paired(AVX512_BYTES)
 AVX2_BYTES = _narrow("llvm.x86.avx2.pmadd.ub.sw", _V3, AVX2_INT16)
+AVX2_PAIRS = _paired(AVX2_BYTES)
 SSE_BYTES = _narrow("llvm.x86.ssse3.pmadd.ub.sw.128", ("ssse3",), SSE_INT16)
+SSE_PAIRS = _paired(SSE_BYTES)
 
 # Intel, "BFLOAT16 - hardware numerics definition" (2018): pairs of products, denormals as zeros. Its conversion (vcvtneps2bf16)
 # serves the float32 kernels as well.
@@ -108,7 +116,7 @@ def _integer(features: Set[str]) -> MicroKernel:
     if features >= _CPUINFO:
         if {"amx_tile", "amx_int8", "avx512_vnni"} <= features:
             return AMX_INT8
-        return AVX512_VNNI if "avx512_vnni" in features else AVX512_BYTES
+        return AVX512_VNNI if "avx512_vnni" in features else AVX512_PAIRS
     if {"avx2", "fma"} <= features:
-        return AVX_VNNI if "avx_vnni" in features else AVX2_BYTES
-    return SSE_BYTES if "ssse3" in features else SSE_INT16
+        return AVX_VNNI if "avx_vnni" in features else AVX2_PAIRS
+    return SSE_PAIRS if "ssse3" in features else SSE_INT16

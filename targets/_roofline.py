@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from hwopt.backends.tvm.learn.counted_winograd import share_of_direct
 from hwopt.target import Coded, Cost, Memory, MicroKernel, Workload
 
-PAIRED = 0.75  # the time of products that are added in pairs of 16 bits: three instructions instead of four
+# The time of products that are added in 16 bits, by instructions: three for a word, five for two, instead of four for each.
+PAIRED = (1.0, 0.75, 0.625)
 INSTRUCTIONS = 8  # vector instructions in the time of one epilogue step: four cycles, two a cycle
 
 
@@ -79,7 +80,7 @@ class Roofline:
             tiles = (m // self.rows) * (n // granule) * workload.groups
             waste = round_up(tiles, self.units) / tiles
         micro = self.micros.get(dtype)
-        paired = PAIRED if workload.narrow and micro is not None and micro.narrow else 1.0
+        paired = PAIRED[min(workload.narrow, micro.narrow)] if micro is not None else 1.0
         return 2.0 * m * n * k * workload.groups * waste * paired * share_of_direct(workload, micro)
 
     def _holding(self, size: int) -> Memory:

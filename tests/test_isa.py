@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hwopt.analysis.narrow import NARROW
 from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.kernels import winograd_schedule
 from hwopt.backends.tvm.kernels.spec import Activation, Bias, ConvSpec, MatmulSpec, PoolSpec, Quantize, Scale
 from hwopt.emit import Buffer, Call, Program
 from hwopt.emit.build import build_library
-from hwopt.target import NARROW, MicroKernel
+from hwopt.target import MicroKernel
 from targets import _isa_arm, _isa_arm32, _isa_riscv, _isa_x86
 from targets._cpu import needed_features
 from tests._machines import Machine, RunError, execute
@@ -52,7 +53,11 @@ def x86(level: str, integer: str, instruction: str, cpu: str = "") -> dict[str, 
     return {
         f"{name} float": Level(found["float32"], floats, tvm, machine),
         f"{name} {integer}": Level((integers, *integers.others)[-1], instruction, tvm, machine),
-        **({f"{name} pairs": Level(integers, instruction.replace("wd", "ubsw"), tvm, machine)} if integers.narrow else {}),
+        **{
+            f"{name} {('', 'pairs', 'two pairs')[one.narrow]}": Level(one, instruction.replace("wd", "ubsw"), tvm, machine)
+            for one in (integers, *integers.others)
+            if one.narrow
+        },
     }
 
 
@@ -134,7 +139,7 @@ def case(kind: str, micro: MicroKernel) -> Case:
     if kind in POOLS:
         return _pool(kind, micro)
     if kind in MATMULS:
-        return _matmul(MatmulSpec(**MATMULS[kind], **types, narrow=micro.narrow and MATMULS[kind].get("constant", True)), micro)
+        return _matmul(MatmulSpec(**MATMULS[kind], **types, narrow=micro.narrow * MATMULS[kind].get("constant", True)), micro)
     types["narrow"] = micro.narrow
     if kind == "requantized conv":
         return _requantized(ConvSpec(batch=1, **CONVS["conv 3x3"], **{**types, "out_dtype": "int8"}), micro)
@@ -169,7 +174,7 @@ def _matmul(spec: MatmulSpec, micro: MicroKernel) -> Case:
         right = generator.standard_normal((spec.batch, spec.k, spec.n), np.float32)
     else:
         data = generator.integers(low, 128 if low else 256, (spec.batch, spec.m, spec.k)).astype(kinds[0])
-        least, most = (-NARROW, NARROW) if spec.narrow else (-128, 127)
+        least, most = (-NARROW // spec.narrow, NARROW // spec.narrow) if spec.narrow else (-128, 127)
         right = generator.integers(least, most + 1, (spec.batch, spec.k, spec.n)).astype(kinds[1])
     wanted = data.astype(float) @ right.astype(float)
     if spec.constant:

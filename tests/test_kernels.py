@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import tvm
 
+from hwopt.analysis.narrow import NARROW, pairs_that_fit
 from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.kernels import schedule as schedules
 from hwopt.backends.tvm.kernels.spec import Activation, Add, Bias, ConvSpec, MatmulSpec, Mean, Multiply, PoolSpec, Quantize, Scale
-from hwopt.target import NARROW
 from targets import _isa_arm, _isa_x86
 
 INT8 = {"data_dtype": "uint8", "weight_dtype": "int8", "out_dtype": "int32"}
@@ -91,7 +91,7 @@ def random(spec, seed=0):
     if spec.weight_dtype == "float32":
         return generator.standard_normal(shape, np.float32), generator.standard_normal(weights, np.float32)
     low, high = (0, 256) if spec.data_dtype == "uint8" else (-128, 128)
-    least, most = (-NARROW, NARROW) if spec.narrow else (-128, 127)
+    least, most = (-NARROW // spec.narrow, NARROW // spec.narrow) if spec.narrow else (-128, 127)
     found = generator.integers(least, most + 1, weights).astype(np.int8)
     return generator.integers(low, high, shape).astype(spec.data_dtype), found
 
@@ -261,14 +261,17 @@ def test_every_x86_level_that_runs_here_computes_the_same(level, integer):
 
 
 @pytest.mark.parametrize("level", ["sse", "avx2", "avx512"])
-@pytest.mark.parametrize("out", [19, 32])
-def test_sums_of_pairs_in_16_bits_are_exact_for_the_largest_numbers_that_are_allowed(level, out):
+@pytest.mark.parametrize("pairs", [1, 2])
+@pytest.mark.parametrize(("depth", "out"), [(10, 19), (16, 32), (3, 32)])
+def test_sums_of_pairs_in_16_bits_are_exact_for_the_largest_numbers_that_are_allowed(level, pairs, depth, out):
     if not FLAGS[level] <= machine_flags():
         pytest.skip(f"this machine lacks {level}")
-    spec = dataclasses.replace(conv(9, 7, 10, out, (3, 3), pads=(1, 0, 2, 1), integer=True), narrow=True)
+    spec = dataclasses.replace(conv(9, 7, depth, out, (3, 3), pads=(1, 0, 2, 1), integer=True), narrow=pairs)
     data, weights = random(spec)
-    data[:, :4], weights[:3], weights[3:6] = 255, -NARROW, NARROW
-    assert _isa_x86.microkernels(FLAGS[level])["int8"].narrow and np.abs(weights.astype(int)).max() == NARROW
+    data[:, :4], weights[:3], weights[3:6] = 255, -NARROW // pairs, NARROW // pairs
+    assert pairs_that_fit(weights) == pairs
+    first = _isa_x86.microkernels(FLAGS[level])["int8"]
+    assert next(one for one in (first, *first.others) if not kernels.supports(spec, one)).narrow == pairs
     assert (run(spec, data, weights, flags=FLAGS[level]) == accumulators(spec, data, weights).reshape(-1)).all()
 
 

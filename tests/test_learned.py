@@ -206,13 +206,13 @@ def test_a_family_that_was_measured_on_one_thread_only_follows_the_analytical_mo
 @pytest.mark.usefixtures("few_trees")
 def test_products_of_small_integers_follow_those_of_all_integers_where_only_they_were_measured(target, tmp_path: Path) -> None:
     plain = dataclasses.replace(MICRO, dtype="int8", depth=2, accumulator="int32", activation="uint8", intrinsic="pmadd")
-    pairs = dataclasses.replace(plain, depth=4, narrow=True, others=(plain,))
+    pairs = dataclasses.replace(plain, depth=4, narrow=1, others=(plain,))
     records = [dataclasses.replace(one, work=dataclasses.replace(one.work, dtype="int8")) for one in synthetic()]
     path = tmp_path / "table.json"
     path.write_text(table_of(records, dataclasses.replace(target, microkernels={"int8": pairs}), None).to_json())
     prior = dataclasses.replace(ANALYTICAL, peak={"int8": 1e10}, granule={"int8": 8}, micros={"int8": pairs})
     model, work = Learned(path, prior, {"int8": pairs}), dataclasses.replace(layer(90, 70, 9), dtype="int8")
-    small = dataclasses.replace(work, narrow=True)
+    small = dataclasses.replace(work, narrow=1)
     full, found = model.estimate(work, 1), model.estimate(small, 1)
     assert (full.source, found.source) == ("learned", "learned")
     gain = prior.estimate(small, 1).seconds / prior.estimate(work, 1).seconds

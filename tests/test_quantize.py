@@ -454,7 +454,7 @@ def test_reduced_range_leaves_room_for_pairs_of_products() -> None:
     assert max(int(np.abs(weight.astype(int)).max()) for weight in weights) == 64
 
 
-@pytest.mark.parametrize(("depth", "limit"), [(4, 64), (2, 127)])
+@pytest.mark.parametrize(("depth", "limit"), [(8, 64), (4, 64), (2, 127)])
 def test_weights_take_7_bits_where_the_targets_kernels_add_pairs_in_16_bits(depth: int, limit: int) -> None:
     known = find_target("x86-64-v2")
     pairs = known.microkernels["int8"]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hwopt.analysis.narrow import pairs_of_layer
 from hwopt.backends.ort import run
 from hwopt.errors import DataError, PassError, ToolchainError, UsageError
 from hwopt.ir import of_op
@@ -125,6 +126,23 @@ def test_an_untrained_student_writes_the_graph_back_as_it_was() -> None:
     teacher = net()
     for graph in (quantized(teacher), quantized(teacher, weights=("int4",), reduce_range=True)):
         assert written(graph, Student(graph).arrays(), "test") is graph
+
+
+def test_training_leaves_no_sums_that_16_bits_could_not_hold_where_there_were_none() -> None:
+    from hwopt.recover.torch.student import Student, written
+
+    graph = quantized(net(), reduce_range=True)
+    student = Student(graph)
+    assert student.paired
+    with torch.no_grad():
+        for name in student.paired:
+            latent = student.value_of(name)
+            latent.view(-1)[:] = torch.sign(latent.view(-1)) * latent.abs().max()  # all that meet are as large as can be
+            latent.view(-1)[16:] = 0
+    after = written(graph, student.arrays(), "test")
+    assert after is not graph
+    for name, layer in student.paired.items():
+        assert pairs_of_layer(after.params[name], layer) == 2
 
 
 def test_integers_of_three_bits_are_trained_though_they_are_stored_as_codes() -> None:

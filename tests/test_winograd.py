@@ -89,7 +89,7 @@ def test_images_of_a_batch_share_the_transformed_weights():
 
 
 def test_where_channels_are_many_and_tiles_few_their_parts_are_summed_up():
-    spec = by_winograd((7, 7, 416, 40), narrow=True)
+    spec = by_winograd((7, 7, 416, 40), narrow=1)
     wide = multiplier(spec, VNNI)
     assert words_at_once(spec, default_schedule(spec, VNNI), wide) == 26 < 416 // wide.depth
     data, weights = random(spec)

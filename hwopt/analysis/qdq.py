@@ -9,8 +9,8 @@ import numpy as np
 
 from hwopt.analysis.constant import constant
 from hwopt.analysis.memo import remembered
+from hwopt.analysis.narrow import pairs_of_layer
 from hwopt.ir import Graph, Node
-from hwopt.target import NARROW
 
 INTEGERS = ("uint8", "int8")
 
@@ -85,18 +85,13 @@ def quantized_weight(graph: Graph, value: str, channel_axis: int) -> tuple[np.nd
     return array, found.scale
 
 
-def narrow_weights(graph: Graph, value: str) -> bool:
-    """True for a dequantized constant whose integers all lie within NARROW."""
-    node = graph.producer.get(value)
+def narrow_weights(graph: Graph, layer: Node) -> int:
+    """How many pairs of products with the layer's dequantized constant weights add up in 16 bits (analysis.narrow)."""
+    node = graph.producer.get(layer.inputs[1])
     array = _decoded(graph, node.inputs[0]) if node is not None and node.op == "DequantizeLinear" else None
-    if array is None or array.dtype == ml_dtypes.int4:
-        return array is not None
-    return array.dtype == np.int8 and within_narrow(array)
-
-
-def within_narrow(weights: np.ndarray) -> bool:
-    """True for integers that all lie within NARROW."""
-    return bool(weights.size and weights.min() >= -NARROW and weights.max() <= NARROW)
+    if array is None or array.dtype not in (np.int8, ml_dtypes.int4):
+        return 0
+    return pairs_of_layer(array, layer)
 
 
 _DECODING = ("Gather", "GatherElements", "Reshape", "Transpose", "Cast", "Slice", "BitShift", "BitwiseAnd", "BitwiseOr")

@@ -44,7 +44,7 @@ def workload(graph: Graph, region: Region) -> Workload:
     written = sum(_bytes(graph.tensor(value)) for value in region.outputs)
     m, n, k, groups, taps = _product(graph, region.anchor)
     kind = region.kind if region.kind != "other" else "reduce"
-    narrow = region.integer and kind in ("conv", "matmul") and narrow_weights(graph, region.anchor.inputs[1])
+    narrow = narrow_weights(graph, region.anchor) if region.integer and kind in ("conv", "matmul") else 0
     return Workload(
         name=region.name, kind=kind, dtype=_dtype(graph, region), m=m, n=n, k=k, groups=groups, taps=taps,
         elements=_extra_elements(graph, region), read_bytes=read, write_bytes=written, weight_bytes=weights,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import networkx
 import numpy as np
 
+from hwopt.analysis.narrow import NARROW, pairs_of_layer
 from hwopt.ir import Graph, Node, of_op, type_of
 from hwopt.samples import batch_of
 
@@ -20,7 +21,6 @@ RANGES = {
     "int2": (-2, 1), "uint2": (0, 3), "int4": (-8, 7), "uint4": (0, 15), "int8": (-128, 127), "uint8": (0, 255),
     "int16": (-(2**15), 2**15 - 1), "uint16": (0, 2**16 - 1), "int32": (-(2**30), 2**30),
 }  # fmt: skip
-REDUCED = 64  # a range that some kernels need: pairs of products fit 16 bits
 QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 MOVES = frozenset({
     "Identity", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Concat", "Pad", "MaxPool", "Gather",
@@ -111,8 +111,20 @@ def _limits(array: np.ndarray) -> tuple[int, int]:
     wide = array.astype(np.int64)
     if low < 0 and wide.min(initial=0) >= -high:
         low = -high
-    reduced = (low, high) == (-127, 127) and np.abs(wide).max(initial=0) <= REDUCED
-    return (-REDUCED, REDUCED) if reduced else (low, high)
+    reduced = (low, high) == (-127, 127) and np.abs(wide).max(initial=0) <= NARROW
+    return (-NARROW, NARROW) if reduced else (low, high)
+
+
+def paired(graph: Graph, masters: Mapping[str, Master]) -> Iterator[tuple[str, Node]]:
+    """Weights whose products add up in 16 bits over two words, as some kernels need them, and their layers."""
+    for name, master in masters.items():
+        users = graph.users[master.reader.output]
+        if (master.low, master.high) != (-NARROW, NARROW) or len(users) != 1 or master.reader.inputs[0] != name:
+            continue
+        layer = users[0]
+        product = layer.op in ("Conv", "MatMul", "Gemm") and layer.inputs[1] == master.reader.output
+        if product and pairs_of_layer(graph.params[name], layer) == 2:
+            yield name, layer
 
 
 def _tied(graph: Graph) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hwopt.analysis.qdq import within_narrow
+from hwopt.analysis.narrow import pairs_that_fit
 from hwopt.backends.tvm import kernels
 from hwopt.backends.tvm.coded import CodedKernel
 from hwopt.backends.tvm.kernels import packed
@@ -65,9 +65,10 @@ class Templates:
         spec, weights = kernel.spec, kernel.weights
         if not isinstance(spec, ConvSpec | MatmulSpec) or not isinstance(weights, np.ndarray) or spec.weight_dtype != "int8":
             return kernel
-        if not self.target.microkernels.get("int8", PLAIN["int8"]).narrow or not within_narrow(weights):
+        if not self.target.microkernels.get("int8", PLAIN["int8"]).narrow:
             return kernel
-        return dataclasses.replace(kernel, spec=dataclasses.replace(spec, narrow=True))
+        layout = (spec.groups, spec.dilations[1]) if isinstance(spec, ConvSpec) else ()
+        return dataclasses.replace(kernel, spec=dataclasses.replace(spec, narrow=pairs_that_fit(weights, *layout)))
 
     def call_coded(self, kernel: CodedKernel, label: str) -> Expr | None:
         """The same for a kernel that decodes its weights (kernels.packed); None where no micro-kernel reads such codes."""

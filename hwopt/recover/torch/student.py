@@ -1,6 +1,7 @@
 """The graph as it is trained: float masters behind integer weights, learned step sizes, biases that follow them.
 
 Forward, the student computes what the graph with its written-back parameters will: weights and biases are rounded each time.
+(But for the few that are made smaller at the end, where sums of products no longer fit 16 bits: see analysis.narrow.)
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from hwopt.analysis.narrow import fitted
 from hwopt.backends._torch_call import Tensor
 from hwopt.backends._torch_quant import HAIR
 from hwopt.backends.torch import Module, to_array
 from hwopt.errors import PassError
 from hwopt.ir import Graph
-from hwopt.recover.steps import Master, steps_of
+from hwopt.recover.steps import Master, paired, steps_of
 
 NARROW = (torch.bfloat16, torch.float16)  # too coarse for small steps: trained as float32
 NOTHING: Mapping[str, tuple[int, int]] = MappingProxyType({})
@@ -38,6 +40,7 @@ class Student(Module):
     ) -> None:  # fmt: skip
         super().__init__(graph, scales=scales, integers=True)
         self.quantizers = steps_of(graph, learn=scales, limits=limits)
+        self.paired = dict(paired(graph, self.quantizers.masters))
         self.zeros: dict[str, Tensor] = {}
         self._narrow: dict[str, torch.dtype] = {}
         self._settle()
@@ -122,11 +125,20 @@ class Student(Module):
         for name, mask in self.zeros.items():
             self.value_of(name).mul_(mask)
 
+    def _integers(self, name: str) -> np.ndarray:
+        """A master on its grid, where sums of products still fit 16 bits if they did before."""
+        latent = self.value_of(name)
+        steps = to_array(self._grid(name, latent))
+        if name not in self.paired:
+            return steps
+        exact = to_array(latent / self._step(self.quantizers.masters[name], latent))
+        return fitted(exact, steps, self.paired[name])
+
     @torch.no_grad()
     def arrays(self) -> dict[str, np.ndarray]:
         """What the graph's parameters are now; integers as floats with integer values."""
         found = {name: to_array(one) for name, one in self.named_parameters()}
-        found |= {name: to_array(self._grid(name, self.value_of(name))) for name in self.quantizers.masters}
+        found |= {name: self._integers(name) for name in self.quantizers.masters}
         return found | {name: to_array(self.scale(name)) for name in (*self.quantizers.tied, *self.quantizers.products)}
 
 

@@ -53,7 +53,7 @@ def supports(spec: Spec, micro: MicroKernel) -> str:
         return f"the micro-kernel takes {micro.activation} data, not {spec.data_dtype}"
     if spec.weight_dtype != micro.dtype:
         return f"the micro-kernel takes {micro.dtype} weights, not {spec.weight_dtype}"
-    if micro.narrow and (not getattr(spec, "narrow", False) or depthwise.is_depthwise(spec)):
+    if micro.narrow and (getattr(spec, "narrow", 0) < micro.narrow or depthwise.is_depthwise(spec)):
         return "the micro-kernel adds pairs of products in 16 bits, which large weights overflow"
     if micro.rows > 1 and (depthwise.is_depthwise(spec) or _single(spec)):
         return f"the micro-kernel multiplies {micro.rows} output positions that share their weights"

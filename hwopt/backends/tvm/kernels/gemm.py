@@ -24,7 +24,7 @@ from hwopt.backends.tvm.kernels.beside import begin, stride
 from hwopt.backends.tvm.kernels.code import Code, Value, cast, function, load, pieces, splat, stored
 from hwopt.backends.tvm.kernels.epilogue import Epilogue
 from hwopt.backends.tvm.kernels.geometry import Geometry
-from hwopt.backends.tvm.kernels.micro import fused_multiply_add
+from hwopt.backends.tvm.kernels.micro import fused_multiply_add, word_of
 from hwopt.backends.tvm.kernels.repack import Repack
 from hwopt.backends.tvm.kernels.schedule import Schedule, copies_rows, widens
 from hwopt.backends.tvm.kernels.spec import MatmulSpec
@@ -33,12 +33,16 @@ from hwopt.target import MicroKernel
 
 
 def pack(shape: Geometry, weights: np.ndarray, micro: MicroKernel) -> np.ndarray:
-    """[groups, n, taps..., run] -> [groups, vectors, taps, words, lanes, depth], channels and runs filled up with zeros."""
+    """[groups, n, taps..., run] -> [groups, vectors, taps, words, lanes, depth], channels and runs filled up with zeros.
+
+    A step of several words (micro.word_of) has them one behind the other: [words, lanes, depth].
+    """
     taps = shape.taps[0] * shape.taps[1]
     vectors, words = shape.vectors(micro.lanes), shape.words(micro.depth)
     full = np.zeros((shape.groups, vectors * micro.lanes, taps, words * micro.depth), weights.dtype)
     full[:, : shape.n, :, : shape.run] = weights.reshape(shape.groups, shape.n, taps, shape.run)
-    split = full.reshape(shape.groups, vectors, micro.lanes, taps, words, micro.depth)
+    one = word_of(micro)
+    split = full.reshape(shape.groups, vectors, micro.lanes, taps, words * micro.depth // one.depth, one.depth)
     return np.ascontiguousarray(split.transpose(0, 1, 3, 4, 2, 5)).reshape(-1)
 
 

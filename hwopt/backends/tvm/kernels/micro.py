@@ -9,7 +9,9 @@ accumulators hold 2 x 2 blocks: of positions p, q and channels 0 to 3 one has p0
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,14 +27,26 @@ def fused_multiply_add(micro: MicroKernel) -> bool:
     return bool({"fma", "neon", "f"} & set(micro.features))  # of x86, Arm, RISC-V
 
 
-def weight_operand(code: Code, micro: MicroKernel, buffer: Value, index: Value) -> Value:
+def word_of(micro: MicroKernel) -> MicroKernel:
+    """The micro-kernel of one word, for one that adds the products of several in 16 bits: its operands are tuples of words."""
+    return dataclasses.replace(micro, depth=micro.depth // micro.narrow, narrow=1) if micro.narrow > 1 else micro
+
+
+def weight_operand(code: Code, micro: MicroKernel, buffer: Value, index: Value) -> Any:
     """[lanes, depth] weights, in the form that `accumulate` takes, loaded once for all pixels of a tile."""
+    if micro.narrow > 1:
+        one = word_of(micro)
+        return tuple(weight_operand(code, one, buffer, index + word * one.lanes * one.depth) for word in range(micro.narrow))
     value = load(buffer, index, micro.lanes * micro.depth)
     return code.bind("weight", widened(micro, value))
 
 
-def data_operand(code: Code, micro: MicroKernel, buffer: Value, index: Value, dtype: str, count: int) -> Value:
+def data_operand(code: Code, micro: MicroKernel, buffer: Value, index: Value, dtype: str, count: int) -> Any:
     """`depth` activations, repeated in every lane; the last `depth - count` of them are zero and are not read."""
+    if micro.narrow > 1:  # words without data are left out
+        one = word_of(micro)
+        starts = range(0, count, one.depth)
+        return tuple(data_operand(code, one, buffer, index + at, dtype, min(one.depth, count - at)) for at in starts)
     lanes, depth = micro.lanes, micro.depth
     if depth == 1:
         if dtype == "bfloat16":
@@ -102,7 +116,9 @@ def accumulate(micro: MicroKernel, total: Value, data: Value, weight: Value) -> 
     if micro.dtype == "int16" and "vpdp" not in name:
         return modular.add(total, intrinsic(wide, name, data, weight), lanes)
     if micro.narrow:
-        pairs = intrinsic(vector("int16", lanes * 2), name, data, weight)
+        words = zip(data, weight, strict=False) if micro.narrow > 1 else [(data, weight)]
+        found = [intrinsic(vector("int16", lanes * 2), name, one, other) for one, other in words]
+        pairs = functools.reduce(operator.add, found)
         return total + intrinsic(wide, micro.wide, pairs, splat(tirx.const(1, "int16"), lanes * 2))
     if "pmadd" in name:  # x86: int16 pairs, exact for 8-bit values
         return total + intrinsic(wide, name, data, weight)

@@ -91,6 +91,8 @@ def supports(spec: PackedSpec, micro: MicroKernel) -> str:
         return "an array is loaded with decoded weights"
     if micro.activation != spec.data_dtype or micro.dtype != spec.weight_dtype:
         return f"the micro-kernel multiplies {micro.activation} by {micro.dtype}"
+    if micro.narrow > 1:
+        return "codes are decoded a word at a time"
     if micro.narrow and spec.coding.books:
         return "a codebook may hold weights that overflow pairs of products in 16 bits"
     reason = Decoder.supports(spec.coding, micro, spec.n)

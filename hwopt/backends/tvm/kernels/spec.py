@@ -117,7 +117,7 @@ class ConvSpec(Product, Windowed):
     `pads` are top, left, bottom, right; padded places hold `pad_value` (the zero point of quantized data).
     `data_dtype` is float32, bfloat16, uint8 or int8; `weight_dtype` float32, bfloat16 or int8; the accumulator is float32 or
     int32. Depthwise kernels multiply bfloat16 data with float32 weights. An `out_dtype` of bfloat16 is rounded to at the end.
-    `narrow` weights are constants within hwopt.target.NARROW, which some micro-kernels need.
+    `narrow` is of constant weights: how many pairs of products add up in 16 bits, which some micro-kernels need.
     """
 
     batch: int
@@ -135,7 +135,7 @@ class ConvSpec(Product, Windowed):
     out_dtype: str = "float32"
     pad_value: int = 0
     epilogue: tuple[Step, ...] = ()
-    narrow: bool = False
+    narrow: int = 0
 
     @property
     def macs(self) -> int:
@@ -198,7 +198,7 @@ class MatmulSpec(Product):
     weight_dtype: str = "float32"
     out_dtype: str = "float32"
     epilogue: tuple[Step, ...] = ()
-    narrow: bool = False
+    narrow: int = 0
 
     @property
     def macs(self) -> int:

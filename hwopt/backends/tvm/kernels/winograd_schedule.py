@@ -69,7 +69,7 @@ def multiplier(spec: ConvSpec, micro: MicroKernel) -> MicroKernel:
     if spec.accumulator == "float32":
         return micro
     depth = 1 if "mull" in micro.wide else 2  # of Arm, of x86
-    plain = dataclasses.replace(micro, others=(), narrow=False)
+    plain = dataclasses.replace(micro, others=(), narrow=0)
     return dataclasses.replace(plain, dtype="int16", activation="int16", depth=depth, intrinsic=micro.wide)
 
 
@@ -108,7 +108,7 @@ def direct_cycles(spec: ConvSpec, micro: MicroKernel) -> float:
     """Estimated cycles of the implicit GEMM on one core."""
     shape = geometry(spec)
     tile = schedule.default_schedule(shape, micro)
-    instructions = 1.5 if micro.narrow else 1.0  # of a step, over those of 16-bit products
+    instructions = (1.0, 1.5, 2.5)[micro.narrow]  # of a step, over those of 16-bit products
     return schedule.cycles(shape, micro, tile.tile_rows, tile.tile_columns, tile.vectors) * shape.images * instructions
 
 

@@ -101,7 +101,7 @@ def product(work: Workload, micro: MicroKernel, threads: int) -> Counted:
     times = {name: value * tiling.several for name, value in loop.items()} | _times(work, tiling)
     times |= code_of(_code(tiling, steps_of(step_names(work)[1:])), work.footprint)
     facts = _schedule(tiling, loop) | _sizes(work, tiling) | memory_shape(work)
-    family = f"product {work.dtype}" + (" narrow" if micro.narrow else "")
+    family = f"product {work.dtype}" + ("", " narrow", " paired")[micro.narrow]
     return Counted(family, spread(times, threads, cycles * tiling.several), floats(facts))
 
 

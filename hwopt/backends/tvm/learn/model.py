@@ -93,23 +93,20 @@ class Learned:
             seconds *= self._moved(work, around, threads)
             return priced_at(prior, seconds, seconds, seconds * (1 + noise), "measured")
         found = self._predicted(work, threads)
-        if found is None and self._counterpart(work, threads):
-            return self._as_counterpart(work, threads, prior)
+        if found is None and (other := self._counterpart(work, threads)):
+            stated = self.analytical.estimate(other, threads)
+            return scaled(self._plain(other, threads, stated), prior, stated)
         if found is None:
             return prior if threads == 1 or 1 not in self.table.threads else self._as_alone(work, prior)
         mean, half = found
         return priced_at(prior, math.exp(mean), math.exp(mean - half), math.exp(mean + half), "learned")
 
-    def _counterpart(self, work: Workload, threads: int) -> bool:
-        """Whether the same product of integers with larger, or smaller, weights was learned."""
-        other = dataclasses.replace(work, narrow=not work.narrow)
-        return work.kind in PRODUCTS and work.dtype == "int8" and self._predicted(other, threads) is not None
-
-    def _as_counterpart(self, work: Workload, threads: int, prior: Cost) -> Cost:
-        """As much more or less than that as the analytical model says."""
-        other = dataclasses.replace(work, narrow=not work.narrow)
-        stated = self.analytical.estimate(other, threads)
-        return scaled(self._plain(other, threads, stated), prior, stated)
+    def _counterpart(self, work: Workload, threads: int) -> Workload | None:
+        """The same product of integers with larger, or smaller, weights that was learned."""
+        if work.kind not in PRODUCTS or work.dtype != "int8":
+            return None
+        others = (dataclasses.replace(work, narrow=level) for level in (1, 0, 2) if level != work.narrow)
+        return next((one for one in others if self._predicted(one, threads) is not None), None)
 
     def _as_alone(self, work: Workload, prior: Cost) -> Cost:
         """Of a family that was measured on one thread only: as much of that as the analytical model says."""

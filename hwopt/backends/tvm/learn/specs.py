@@ -16,7 +16,7 @@ def spec_of(work: Workload, micro: MicroKernel) -> ConvSpec | MatmulSpec:
 
     wide = work.kind == "depthwise" and micro.dtype == "float32"
     data, weights, out = ("float32",) * 3 if wide else (micro.activation or "float32", micro.dtype, micro.accumulator)
-    narrow = work.narrow and micro.narrow
+    narrow = min(work.narrow, micro.narrow)
     if not work.window:
         batch = work.groups if work.kind == "matmul" else 1
         m, n, k = (max(1, one) for one in (work.m, work.n, work.k))

@@ -84,6 +84,8 @@ def work_key(work: Workload, threads: int) -> str:
     """Names a kernel by what the backend emits for it: 16 hexadecimal digits."""
     data = dataclasses.asdict(dataclasses.replace(work, name="", footprint=0))
     data = {name: value for name, value in data.items() if name not in ("order", "narrow") or value}  # most kernels have none
+    if work.narrow == 1:
+        data["narrow"] = True  # as it was when tables knew one form only
     return hashlib.sha256(json.dumps([data, threads], sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -104,7 +106,7 @@ def instructions(llvm: Mapping[str, Any]) -> str:
 
 def instructions_of(micros: Mapping[str, MicroKernel]) -> dict[str, str]:
     """What multiplies each dtype: prices of products hold for other processors that use the same."""
-    full = {dtype: one.others[0] if one.narrow else one for dtype, one in sorted(micros.items())}  # for all weights
+    full = {dtype: one.others[-1] if one.narrow else one for dtype, one in sorted(micros.items())}  # for all weights
     return {dtype: f"{one.intrinsic} {one.lanes} x {one.depth}" for dtype, one in full.items()}
 
 
