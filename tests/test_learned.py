@@ -41,6 +41,7 @@ from targets._roofline import Roofline
 from tests.test_lower import graph_of
 
 MICRO = MicroKernel("float32", 8, 1, 16, "float32", "float32")
+PAIRS = MicroKernel("int8", 8, 8, 14, "int32", "uint8", "pmadd", narrow=2)  # two words at once
 ANALYTICAL = Roofline({"float32": 1e11}, 1e10, find_target("x86-64-v2").memories, {"float32": 8}, launch_seconds=1e-6)
 
 
@@ -274,7 +275,7 @@ def test_keys_ignore_names_and_tell_kernels_apart() -> None:
 
 
 def test_tiles_are_the_ones_that_the_templates_choose() -> None:
-    for micro in (MICRO, MicroKernel("int8", 16, 4, 32, "int32", "uint8")):
+    for micro in (MICRO, MicroKernel("int8", 16, 4, 32, "int32", "uint8"), PAIRS):
         for n, channels, side, kernel in ((64, 64, 14, 3), (24, 10, 7, 1), (100, 3, 30, 5)):
             spec = ConvSpec(1, side, side, channels, n, (kernel, kernel))
             shape, plan = geometry(spec), default_schedule(spec, micro)

@@ -70,7 +70,8 @@ def default_schedule(shape: Geometry, micro: MicroKernel, cores: int = 1) -> Sch
     rows, columns, vectors = min(tiles_of(shape, micro), key=lambda tile: cycles(shape, micro, *tile))
     words = shape.words(micro.depth)
     # more than about 16 multiply-adds hide the loop; unrolling large tiles further makes LLVM spill (measured: 15 % slower)
-    unroll = next(count for count in (4, 2, 1) if rows * columns * vectors * count <= 32 or count == 1)
+    most = 32 // words_at_once(micro)
+    unroll = next(count for count in (4, 2, 1) if rows * columns * vectors * count <= most or count == 1)
     return _blocked(shape, micro, cores, Schedule(rows, columns, vectors, min(unroll, words), 1, 1, 1))
 
 
@@ -84,7 +85,8 @@ def tiles_of(shape: Geometry, micro: MicroKernel) -> Iterator[tuple[int, int, in
     most = shape.vectors(micro.lanes)
     for vectors, columns in itertools.product(range(1, min(most, 12) + 1), range(1, min(shape.columns, 30) + 1)):
         for rows in range(1, min(shape.rows, 8) + 1):
-            if _blocks(rows * columns, micro) * vectors + micro.rows * vectors + 1 > micro.registers:
+            accumulators = _blocks(rows * columns, micro) * vectors
+            if accumulators + words_at_once(micro) * (micro.rows * vectors + 1) > micro.registers:
                 break
             yield rows, columns, vectors
 
@@ -97,9 +99,22 @@ def cycles(shape: Geometry, micro: MicroKernel, rows: int, columns: int, vectors
         cuts_of(shape.rows, rows), cuts_of(shape.columns, columns), cuts_of(shape.vectors(micro.lanes), vectors)
     ):
         positions = _blocks(height * width, micro)
-        issue = max(positions * deep, positions + micro.rows * deep, LATENCY) / 2
+        issue = issued(positions, deep, micro)
         total += ys * xs * vs * (steps * (issue + 0.5) + 2.0 * positions * deep + 12)
     return total
+
+
+def issued(positions: int, vectors: int, micro: MicroKernel) -> float:
+    """Cycles of a tile's step: two multiply-adds and two loads a cycle; of several words at once, four instructions a cycle."""
+    loads = positions + micro.rows * vectors
+    if (words := words_at_once(micro)) > 1:
+        return max((2 * words + 1) * positions * vectors + words * loads, 4 * LATENCY) / 4
+    return max(positions * vectors, loads, LATENCY) / 2
+
+
+def words_at_once(micro: MicroKernel) -> int:
+    """Words of weights, and of data, that a step holds in registers."""
+    return max(1, micro.narrow)
 
 
 def _blocks(positions: int, micro: MicroKernel) -> int:

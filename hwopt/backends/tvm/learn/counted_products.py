@@ -27,14 +27,13 @@ from hwopt.backends.tvm.learn.counted import (
 )
 from hwopt.backends.tvm.learn.counted_winograd import by_winograd
 from hwopt.backends.tvm.learn.specs import spec_of
-from hwopt.backends.tvm.learn.tiles import cuts, tile_of
+from hwopt.backends.tvm.learn.tiles import cuts, issued, tile_of, unrolled
 from hwopt.target import MicroKernel, Workload
 
 if TYPE_CHECKING:  # the templates import TVM; listing targets must not
     from hwopt.backends.tvm.kernels.geometry import Geometry
 
 WORKSPACE = 256 << 10  # as in kernels/schedule.py
-LATENCY = 8  # multiply-adds under way that hide their latency
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def _loop(tiling: Tiling) -> Numbers:
             positions = -(-height * width // micro.rows) * micro.rows
             for deep, along in cuts(tiling.vectors, tile[2]):
                 count = down * across * along
-                found["issue"] += count * steps * max(positions * deep, positions + micro.rows * deep, LATENCY) / 2
+                found["issue"] += count * steps * float(issued(positions, deep, micro.rows, max(1, micro.narrow)))
                 found["products"] += count * steps * positions * deep / 2
                 found["turns"] += count * steps
                 found["tiles"] += count
@@ -124,7 +123,7 @@ def _loop(tiling: Tiling) -> Numbers:
 def _code(tiling: Tiling, behind: Steps) -> float:
     """Instructions of all variants of the tile; long epilogues are loops."""
     shape, tile, found = tiling.shape, tiling.tile, 100.0
-    turns = min(shape.words(tiling.micro.depth), unrolled(math.prod(tile)))
+    turns = min(shape.words(tiling.micro.depth), unrolled(math.prod(tile), max(1, tiling.micro.narrow)))
     for height, width, deep in itertools.product(*(dict(cuts(*one)) for one in zip(
         (shape.rows, shape.columns, tiling.vectors), tile, strict=True
     ))):  # fmt: skip
@@ -132,11 +131,6 @@ def _code(tiling: Tiling, behind: Steps) -> float:
         once = deep if behind.heavy else positions * deep
         found += turns * (positions * deep + positions + deep) + 2 * positions * deep + once * behind.instructions
     return found
-
-
-def unrolled(accumulators: int) -> int:
-    """As in kernels/schedule.py."""
-    return next(count for count in (4, 2, 1) if accumulators * count <= 32 or count == 1)
 
 
 def _times(work: Workload, tiling: Tiling) -> Numbers:
