@@ -14,14 +14,17 @@ from hwopt.backends.tvm.kernels.spec import ConvSpec, Mean
 from hwopt.target import MicroKernel
 
 WORTH = 0.92  # of the implicit GEMM's cycles: below, it pays
+SMALL_CACHE, LARGE_CACHE = 512 << 10, 2 << 20  # second ones, of processors with short and with long vectors
+FEW = 8  # accumulators of a tile of products: a second step in a loop's turn hides its end
+FAR = 6.0  # cycles of a cache line from beyond the second cache (measured on AVX2)
 # Cycles of a step of the implicit GEMM, over those of its schedule's model, whose unit for several words is another one: by the
 # micro-kernel's `narrow` (instructions; the last one measured beside this algorithm on AVX2)
-INSTRUCTIONS = (1.0, 1.5, 0.82)
+INSTRUCTIONS = (1.0, 1.5, 1.05)
 LEAST_CHANNELS = 16  # in and out
 MOST_COLUMNS, MOST_VECTORS = 16, 2  # of a tile of products: the transformed weights of more vectors fill the second cache
 # Bytes of transformed weights of a tile of channels, by lane (second caches grow with vectors): as many stay there until they
 # are used; of more, so many are made at a time.
-KEPT, PART = 48 << 10, 9 << 10
+KEPT, PART = 16 << 10, 9 << 10
 SPACE = 128 << 10  # bytes of workspace of a task by lane, of 8 and more, unless one row of tiles takes more
 
 
@@ -137,7 +140,8 @@ def schedules(spec: ConvSpec, micro: MicroKernel, cores: int) -> Iterator[Schedu
             break
         channel_tiles = -(-vectors // deep)
         for count in range(1, min(cores, channel_tiles) + 1):
-            yield Schedule(1, columns, deep, 1, rows, across, -(-channel_tiles // count))
+            unroll = 2 if columns * deep <= FEW and spec.in_channels % (2 * multiplier(spec, micro).depth) == 0 else 1
+            yield Schedule(1, columns, deep, unroll, rows, across, -(-channel_tiles // count))
 
 
 def words_at_once(spec: ConvSpec, found: Schedule, wide: MicroKernel) -> int:
@@ -148,7 +152,7 @@ def words_at_once(spec: ConvSpec, found: Schedule, wide: MicroKernel) -> int:
     if words * word <= KEPT or 8 * sums > PART:
         return words
     part = max(count for count in range(1, max(1, PART // word) + 1) if words % count == 0)
-    return part if 2 * part * word > PART else words
+    return part if 4 * part * word > 3 * PART else words
 
 
 def images_and_rows(spec: ConvSpec, found: Schedule) -> tuple[int, int]:
@@ -161,6 +165,19 @@ def _workspace(spec: ConvSpec, count: int, channels: int) -> int:
     """Bytes of transformed data and weights and of the sums, of a task with `count` tiles."""
     form = shape_of(spec)
     return form.points * (form.size * spec.in_channels * (count + channels) + 4 * count * channels)
+
+
+def _far(spec: ConvSpec, found: Schedule, count: int, wide: MicroKernel) -> float:
+    """Cache lines of transformed data and sums that a pass over a task's tiles meets no more in the second cache.
+
+    What is gone through again and again is lost altogether once it is half as large again as the cache.
+    """
+    form, channels = shape_of(spec), found.vectors * wide.lanes
+    weights = form.points * form.size * channels * wide.depth * words_at_once(spec, found, wide)
+    data, sums = form.points * form.size * count * spec.in_channels, 4 * form.points * count * channels
+    cache = SMALL_CACHE if wide.lanes <= 8 else LARGE_CACHE
+    beyond = 1 - cache / (data + sums + weights)
+    return min(1.0, max(0.0, 2 * beyond)) * (data + 2 * sums) / 64
 
 
 def _best_tile(spec: ConvSpec, count: int, wide: MicroKernel) -> tuple[int, int]:
@@ -189,6 +206,7 @@ class Parts:
     words: int
     patches: int
     multiplied: float
+    far: float = 0.0  # cache lines that a task reads from beyond the second cache
 
     @staticmethod
     def of(spec: ConvSpec, found: Schedule, micro: MicroKernel) -> Parts:
@@ -203,7 +221,9 @@ class Parts:
         multiplied = form.points * schedule.cycles(shape, wide, 1, found.tile_columns, found.vectors)
         tasks = spec.batch // images * -(-down // rows) * -(-every // block)
         patches = count * -(-spec.in_channels // form.lanes(micro))
-        return Parts(form, tasks, count, vectors, -(-spec.in_channels // wide.depth), patches, multiplied)
+        passes = -(-vectors // found.vectors)
+        far = passes * _far(spec, found, count, wide)
+        return Parts(form, tasks, count, vectors, -(-spec.in_channels // wide.depth), patches, multiplied, far)
 
     @property
     def weights(self) -> int:
@@ -217,7 +237,7 @@ class Parts:
     def cycles(self) -> float:
         form = self.form
         moved = self.patches * form.data_cycles + self.weights * form.weight_cycles + self.results * form.result_cycles
-        return moved + self.multiplied
+        return moved + self.multiplied + FAR * self.far
 
     def kept_bytes(self, channels: int, lanes: int) -> float:
         """Transformed data, and weights of `lanes` channels: what the products read."""
