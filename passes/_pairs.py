@@ -6,10 +6,12 @@ less: for normally distributed weights of 16 to 500 inputs that costs at most 5 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from hwopt.analysis.narrow import NARROW, fits, fitted
-from hwopt.ir import Node
+from hwopt.ir import Graph, Node
 
 COSTS = 0.25  # as much more squared error than rounding makes is not worth the speed
 LIMITS = range(NARROW, NARROW // 2 - 1, -4)  # of a channel's largest weight; with the last one everything fits
@@ -23,6 +25,19 @@ def paired(weight: np.ndarray, scale: np.ndarray, axis: int | None, node: Node) 
         _improve(weight, found, sizes, axis, node)
     error, plain = float(_error(weight, found, sizes, axis).sum()), float(_error(weight, steps, scale, axis).sum())
     return (found, sizes) if fits(found, node) and error <= (1 + COSTS) * plain else (steps, scale)
+
+
+def kept(after: Graph, before: Graph, names: Iterable[str], by: str) -> Graph:
+    """`after`, with weights of these layers that no longer fit made to fit again: rounding by outputs moves them by a step."""
+    edit = after.edit()
+    for node in (before.node[name] for name in names):
+        source = before.producer.get(node.inputs[1])
+        name = source.inputs[0] if source is not None and source.op == "DequantizeLinear" else ""
+        if name in before.params and before.params[name].dtype == np.int8 and fits(before.params[name], node):
+            steps = after.params[name]
+            if not fits(steps, node):
+                edit.set_param(name, fitted(steps.astype(np.float32), np.clip(steps, -NARROW, NARROW), node))
+    return edit.finish(by)
 
 
 def _improve(weight: np.ndarray, steps: np.ndarray, scale: np.ndarray, axis: int | None, node: Node) -> None:

@@ -18,6 +18,7 @@ from passes._adaround import adapted
 from passes._bfloat16 import Rounding, layer_problem
 from passes._calibrate import AUTO, grids_of, probe_of
 from passes._dynamic import dynamic, undynamic
+from passes._pairs import kept
 from passes._quantize_layers import OPS, QUANTIZED, Layer, layer_of
 from passes._quantize_places import places_of
 from passes._quantize_rewrite import rewrite
@@ -115,7 +116,9 @@ class Quantize(Pass):
         reduced = [name for name, layer in layers.items() if self._reduced(graph, layer, ctx)]
         after = rewrite(places, layers, grids, means, reduced=reduced, bits=bits).finish(str(self))
         weighted = [name for name, layer in layers.items() if layer.weight is not None and bits[name] == min(bits.values())]
-        return after if self.rounding == "nearest" else self._rounded(graph, after, weighted, ctx.calibration, ctx)
+        if self.rounding == "nearest":
+            return after
+        return kept(self._rounded(graph, after, weighted, ctx.calibration, ctx), after, reduced, str(self))
 
     def _bits(self, name: str) -> int:
         """Of the weights of a layer."""

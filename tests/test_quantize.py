@@ -12,6 +12,7 @@ import onnx
 import pytest
 
 import hwopt
+from hwopt.analysis.narrow import fits
 from hwopt.analysis.qdq import dequantized, quantization, quantized_weight
 from hwopt.analysis.regions import integer_operands, regions
 from hwopt.backends.ort import Session
@@ -23,6 +24,7 @@ from hwopt.ir import Graph, Node, frozen, of_op
 from hwopt.pipeline import Context, Refusal, merged, run_pass
 from hwopt.plugins import find_target
 from hwopt.samples import Samples
+from passes._pairs import kept
 from passes.low_rank import LowRank
 from passes.quantize import Quantize
 from passes.share_weights import ShareWeights
@@ -466,6 +468,19 @@ def test_weights_take_7_bits_where_the_targets_kernels_add_pairs_in_16_bits(dept
     assert max(int(np.abs(weight.astype(int)).max()) for weight in weights) == limit
     kept = quantized(graph, Context(target, random_samples(graph)), reduce_range=False)
     assert max(int(np.abs(array.astype(int)).max()) for array in kept.params.values() if array.dtype == np.int8) == 127
+
+
+def test_rounding_by_outputs_leaves_sums_within_16_bits_where_the_nearest_weights_had_them() -> None:
+    graph = residual()
+    nearest, adapted = (quantized(graph, reduce_range=True, rounding=one) for one in ("nearest", "adaround"))
+    layers = [(node, nearest.producer[node.inputs[1]].inputs[0]) for node in of_op(nearest, "Conv", "Gemm")]
+    known = [(node, name) for node, name in layers if fits(nearest.params[name], node)]
+    assert known and all(fits(adapted.params[name], node) for node, name in known)
+    large = adapted.edit()
+    for _, name in known:
+        large.set_param(name, np.full_like(adapted.params[name], 50))
+    settled = kept(large.finish("test"), nearest, [node.name for node, _ in known], "test")
+    assert all(fits(settled.params[name], node) for node, name in known)
 
 
 def test_candidates_are_the_layers_that_the_target_can_compute() -> None:
