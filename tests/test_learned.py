@@ -37,6 +37,7 @@ from hwopt.errors import UnsupportedError, UsageError
 from hwopt.plugins import find_target
 from hwopt.profiling import form_of, profile_target, sample_graph, seconds_of
 from hwopt.target import Coded, MicroKernel, Workload, origin
+from targets import _isa_x86
 from targets._roofline import Roofline
 from tests.test_lower import graph_of
 
@@ -218,6 +219,14 @@ def test_products_of_small_integers_follow_those_of_all_integers_where_only_they
     assert (full.source, found.source) == ("learned", "learned")
     gain = prior.estimate(small, 1).seconds / prior.estimate(work, 1).seconds
     assert gain < 0.9 and found.seconds / full.seconds == pytest.approx(gain)
+
+
+def test_products_of_two_words_are_priced_by_what_those_of_one_word_taught() -> None:
+    first = _isa_x86.microkernels({"avx2", "fma"})["int8"]
+    work = dataclasses.replace(layer(128, 64), dtype="int8")
+    one, two = (counted(dataclasses.replace(work, narrow=pairs), {"int8": first}, 1) for pairs in (1, 2))
+    assert one.family == two.family and one.times.keys() == two.times.keys()
+    assert two.times["products"] == pytest.approx(0.8 * one.times["products"])
 
 
 def test_a_number_of_threads_with_few_kernels_is_none_that_was_measured(target) -> None:

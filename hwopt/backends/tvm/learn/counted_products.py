@@ -27,13 +27,14 @@ from hwopt.backends.tvm.learn.counted import (
 )
 from hwopt.backends.tvm.learn.counted_winograd import by_winograd
 from hwopt.backends.tvm.learn.specs import spec_of
-from hwopt.backends.tvm.learn.tiles import cuts, issued, tile_of, unrolled
+from hwopt.backends.tvm.learn.tiles import LATENCY, cuts, tile_of, unrolled
 from hwopt.target import MicroKernel, Workload
 
 if TYPE_CHECKING:  # the templates import TVM; listing targets must not
     from hwopt.backends.tvm.kernels.geometry import Geometry
 
 WORKSPACE = 256 << 10  # as in kernels/schedule.py
+TWO_WORDS = 0.8  # of the time of a word by itself, for each of two whose products are added in 16 bits (measured)
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def product(work: Workload, micro: MicroKernel, threads: int) -> Counted:
     times = {name: value * tiling.several for name, value in loop.items()} | _times(work, tiling)
     times |= code_of(_code(tiling, steps_of(step_names(work)[1:])), work.footprint)
     facts = _schedule(tiling, loop) | _sizes(work, tiling) | memory_shape(work)
-    family = f"product {work.dtype}" + ("", " narrow", " paired")[micro.narrow]
+    family = f"product {work.dtype}" + (" narrow" if micro.narrow else "")  # of one word or two: facts have the depth
     return Counted(family, spread(times, threads, cycles * tiling.several), floats(facts))
 
 
@@ -108,13 +109,15 @@ def _loop(tiling: Tiling) -> Numbers:
     """Cycles of the inner loop: `issue` as multiply-adds, loads or their latency bound it, `products` by multiply-adds alone."""
     shape, micro, tile, steps = tiling.shape, tiling.micro, tiling.tile, tiling.steps
     found = dict.fromkeys(("issue", "products", "turns", "tiles"), 0.0)
+    words = micro.narrow * TWO_WORDS if micro.narrow > 1 else 1.0
     for height, down in cuts(shape.rows, tile[0]):
         for width, across in cuts(shape.columns, tile[1]):
             positions = -(-height * width // micro.rows) * micro.rows
             for deep, along in cuts(tiling.vectors, tile[2]):
                 count = down * across * along
-                found["issue"] += count * steps * float(issued(positions, deep, micro.rows, max(1, micro.narrow)))
-                found["products"] += count * steps * positions * deep / 2
+                bound = max(positions * deep, positions + micro.rows * deep, LATENCY)
+                found["issue"] += count * steps * words * bound / 2
+                found["products"] += count * steps * words * positions * deep / 2
                 found["turns"] += count * steps
                 found["tiles"] += count
     return found
