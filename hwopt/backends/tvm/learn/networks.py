@@ -24,7 +24,7 @@ MOBILE = (
 GLUE = ("images", "sequences", "pools")
 FAMILIES = (
     "residual", "bottleneck", "inverted", "plain", "transformer", "rows", "gated", "early", "fire", "mobile", "square",
-    *GLUE, "images", "sequences",
+    *GLUE, "images", "sequences", "single",
 )  # fmt: skip
 
 
@@ -55,6 +55,8 @@ class Net:
             return (1, 8, side, side if self.random.random() < 0.7 else int(self.random.choice(SIDES)))
         if self.family == "rows":
             return (int(self.random.choice((1, 1, 1, 2, 4, 8, 16, 32))), self.width(16, 2048))
+        if self.family == "single":  # one row: layers wait for their weights, from whichever cache they lie in
+            return (1, self.width(128, 2048))
         if self.family == "early":  # first layers: few channels, large images
             side = int(self.random.choice((28, 32, 64, 96, 128, 160, 192, 224)))
             wide = int(self.random.choice((max(16, side // 4), 2 * side, 320)))
@@ -254,6 +256,13 @@ class Net:
     def _rows(self, x: str, shape: tuple[int, ...]) -> tuple[str, tuple]:
         out = self.width(10, 8192 if self.random.random() < 0.2 else 2048)
         return self.activation(self.linear(x, shape[1], out, shape[0]), "Relu"), (shape[0], out)
+
+    def _single(self, x: str, shape: tuple[int, ...]) -> tuple[str, tuple]:
+        out = self.width(16, 4096 if self.random.random() < 0.2 else 2048)
+        self.macs += shape[1] * out
+        weight = self.normal(out, shape[1], scale=shape[1] ** -0.5)
+        kind = "Relu" if self.random.random() < 0.7 else ""
+        return self.activation(self.add("Gemm", x, weight, self.normal(out), transB=1), kind), (1, out)
 
     def _transformer(self, x: str, shape: tuple[int, ...]) -> tuple[str, tuple]:
         _, rows, hidden = shape
