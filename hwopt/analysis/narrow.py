@@ -45,7 +45,7 @@ def _remembered(weights: np.ndarray, turned: bool, groups: int, dilation: int) -
 def fits(weights: np.ndarray, node: Node) -> bool:
     """Whether both words fit; True for operators whose kernels do not add so."""
     turned, groups, dilation = _layout(node)
-    return not _adds(node, weights) or pairs_that_fit(weights.T if turned else weights, groups, dilation) == PAIRS
+    return not _adds(node, weights) or pairs_that_fit(weights.T if turned else weights, groups, dilation) == WORDS
 
 
 def fitted(weights: np.ndarray, steps: np.ndarray, node: Node) -> np.ndarray:
