@@ -24,7 +24,7 @@ MOBILE = (
 GLUE = ("images", "sequences", "pools")
 FAMILIES = (
     "residual", "bottleneck", "inverted", "plain", "transformer", "rows", "gated", "early", "fire", "mobile", "square",
-    *GLUE, "images", "sequences", "single",
+    *GLUE, "images", "sequences", "single", "mobile", "transformer", "gated",
 )  # fmt: skip
 
 
