@@ -36,7 +36,7 @@ from hwopt.recover import Recipe
 from hwopt.recovery import retrained, settled
 from hwopt.report.outcome import estimated_report, measured_report
 from hwopt.target import Target
-from hwopt.tuning import open_database, progress_line, read_database, tune_graph
+from hwopt.tuning import builders, open_database, progress_line, read_database, tune_graph
 
 if TYPE_CHECKING:  # TVM is imported when something is compiled
     from hwopt.backends.tvm.tune.database import Database
@@ -69,6 +69,7 @@ def compile_model(
     progress: Progress = quiet,
     tuning_db: Path | str | None = None,
     tune: Effort | None = None,
+    workers: str | None = None,
     measure: bool = True,
     form: Form = FORM,
     check: str = "doubtful",
@@ -83,16 +84,17 @@ def compile_model(
     `calibrate` and `evaluate` are an .npz file, arrays by input name (with `labels`), or for `evaluate` the text
     `module:function`. Without data nothing lossy is done. `name` begins the names of
     the C functions (the model file's if not given). `tuning_db` is a database of tuned schedules (see hwopt tune; none
-    is read unless it is named), `tune` how long to search for better ones before the result is compiled. Without `measure`
-    nothing is timed: the cost model alone decides, and the same inputs give the same bytes, as build systems want it. `form` says
-    which libraries, objects or sources are delivered. `check` says which changes are left out once, and stay out if the model is
-    faster without them: all, the doubtful ones or none. `preprocess` (`mean=..,std=..,layout=nhwc`) becomes the first part of
+    is read unless it is named), `tune` how long to search for better ones before the result is compiled; the Dask cluster at the
+    address `workers`, or local processes, build the candidates. Without `measure` nothing is timed: the cost model alone
+    decides, and the same inputs give the same bytes, as build systems want it. `form` says which libraries, objects or sources
+    are delivered. `check` says which changes are left out once, and stay out if the model is faster without them: all, the
+    doubtful ones or none. `preprocess` (`mean=..,std=..,layout=nhwc`) becomes the first part of
     the model, which then takes pixels, as do the data. `recover` trains the changed model (`distill{epochs=3}`, see
     hwopt.recover) on `train`: data as above (those of calibration if not given) or a loader, with a `loss` of yours if given;
     unfinished training is kept in the folder `checkpoints` until the artifact is there. Raises HwoptError with the reason and
     the next step.
     """
-    _check_options(tune is not None, measure, check)
+    _check_options(tune is not None, workers, measure, check)
     check_form(form)
     check_name(name)
     check_destination(out)
@@ -107,27 +109,35 @@ def compile_model(
     origin = {"original": original_of(model, shapes, binds, job.graph.digest), "preprocess": job.graph.metadata.get(KEY, "")}
     with tempfile.TemporaryDirectory(prefix="hwopt-") as scratch:
         make = _measured if measure else _estimated
-        plan_made, result, report = make(job, replay, Path(scratch), tune)
+        plan_made, result, report = make(job, replay, Path(scratch), Tuning(tune, workers) if tune else None)
         return _written(job, result, out, plan_made, report | origin)
 
 
 Outcome = tuple[Plan, Built, dict[str, Any]]  # the report last
 
 
-def _estimated(job: Job, replay: Plan | None, folder: Path, _: Effort | None) -> Outcome:
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How long schedules are searched, and the address of the Dask cluster that builds them; local processes if None."""
+
+    effort: Effort
+    workers: str | None
+
+
+def _estimated(job: Job, replay: Plan | None, folder: Path, _: Tuning | None) -> Outcome:
     """Decided by the cost model alone; nothing is timed."""
     found = decided(job, replay)
     result = _build(found.graph, job, folder / "result", job.form)
     return found.plan, result, estimated_report(job, found, result)
 
 
-def _measured(job: Job, replay: Plan | None, folder: Path, tune: Effort | None) -> Outcome:
+def _measured(job: Job, replay: Plan | None, folder: Path, tuning: Tuning | None) -> Outcome:
     """Decided by the cost model and by measurements against the model as it came."""
     baseline = _build(job.graph, job, folder / "baseline")
 
     def built(found: Found) -> Built:
-        _search_schedules(found.graph, job, tune)
-        same = found.graph is job.graph and tune is None
+        _search_schedules(found.graph, job, tuning)
+        same = found.graph is job.graph and tuning is None
         return baseline if same else _build(found.graph, job, Path(tempfile.mkdtemp(prefix="result", dir=folder)))
 
     found, result = decided_and_built(job, replay, baseline, built)
@@ -136,12 +146,16 @@ def _measured(job: Job, replay: Plan | None, folder: Path, tune: Effort | None) 
     return found.plan, delivered, report
 
 
-def _search_schedules(graph: Graph, job: Job, tune: Effort | None) -> None:
+def _search_schedules(graph: Graph, job: Job, tuning: Tuning | None) -> None:
     """Tune the graph's kernels where that was asked for; what is found lands in the job's database."""
-    if tune is None or job.database is None:
+    if tuning is None or job.database is None:
         return
     watch, compact = _watching(job.progress), job.budget.weight_bytes is not None
-    tune_graph(graph, job.target, job.threads, job.database, tune, seed=job.ctx.seed, watch=watch, compact=compact)
+    with builders(tuning.workers) as executor:
+        tune_graph(
+            graph, job.target, job.threads, job.database, tuning.effort, executor=executor, seed=job.ctx.seed, watch=watch,
+            compact=compact,
+        )  # fmt: skip
 
 
 def _written(job: Job, built: Built, out: Path | str, plan: Plan, report: dict[str, Any]) -> Artifact:
@@ -157,7 +171,9 @@ def _database(path: Path | str | None, tuned: bool, measure: bool, target: Targe
     return open_database(path, target) if path is not None or tuned else None
 
 
-def _check_options(tuned: bool, measure: bool, check: str) -> None:
+def _check_options(tuned: bool, workers: str | None, measure: bool, check: str) -> None:
+    if workers and not tuned:
+        raise UsageError("there is nothing to build", place="workers", hint="say how long to tune, too")
     if tuned and not measure:
         raise UsageError("tuning measures", place="measure=False", hint="tune first, and give the database (tuning_db)")
     if check not in CHECKS:

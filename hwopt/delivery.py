@@ -24,7 +24,7 @@ from hwopt.plan.backend import CUDA
 from hwopt.plan.plan import interrupted
 from hwopt.plugins import find_target
 
-UNKEYED = ("progress", "checkpoints")  # arguments that change nothing in the result
+UNKEYED = ("progress", "checkpoints", "workers")  # arguments that change nothing in the result
 
 
 def deliver(

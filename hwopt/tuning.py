@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,13 +96,11 @@ def tune_model(
     others are given. Raises UnsupportedError for a target that is not this machine or the device, and for models that run in
     TVM's virtual machine; DeviceError where the device cannot be reached, or stays away: what was measured is kept.
     """
-    from hwopt.backends.tvm.tune.builder import cluster
-
     graph, hardware, count = _subject(Path(model), target, threads, shapes, binds)
     compact = Path(model).is_dir() and _limited(Path(model), "weight_bytes")
     runner = _device_runner(device, hardware, count, seed) if device else None
     database = open_database(tuning_db, hardware, str(runner.device["name"]) if runner else "")
-    with cluster(workers) if workers else contextlib.nullcontext(executor) as chosen:
+    with builders(workers, executor) as chosen:
         state = tune_graph(
             graph, hardware, count, database, effort, executor=chosen, seed=seed, watch=watch, runner=runner, compact=compact
         )
@@ -111,6 +110,13 @@ def tune_model(
         _withdraw_all(state, database, after.median / before.median)
         after = before
     return Result(state, before, after, database.path)
+
+
+def builders(workers: str | None, executor: Executor | None = None) -> AbstractContextManager[Executor | None]:
+    """Who builds candidates: the Dask cluster at the address `workers`, an executor, or (None) local processes."""
+    from hwopt.backends.tvm.tune.builder import cluster
+
+    return cluster(workers) if workers else contextlib.nullcontext(executor)
 
 
 def _withdraw_all(state: State, database: Database, ratio: float) -> None:

@@ -26,6 +26,7 @@ from hwopt.cli.options import (
     THREADS,
     TRAIN,
     TUNING_DB,
+    WORKERS,
     building,
     form_arguments,
     job_arguments,
@@ -44,6 +45,7 @@ from hwopt.files import write_whole
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Replay this plan instead of searching.")
 @TUNING_DB
 @click.option("--tune", "effort", metavar="200|90s|5m", help="Search faster schedules first: so many candidates, or so long.")
+@WORKERS
 @click.option("--check", type=click.Choice(["none", "doubtful", "all"]), default="doubtful", show_default=True, help=CHECK)
 @recovering
 @building

@@ -40,6 +40,7 @@ TUNING_DB = click.option(
     type=click.Path(path_type=Path),
     help="Tuned schedules. tune writes to the user's own database if not given; compile reads only what is given.",
 )
+WORKERS = click.option("--workers", metavar="ADDRESS", help="A Dask cluster that builds candidates, not local processes.")
 PASSES = click.option(
     "--passes", "passes", default=None, help="Families to consider, by comma; name{...} is applied in any case."
 )

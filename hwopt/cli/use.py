@@ -10,7 +10,7 @@ import click
 
 from hwopt.cli.device import naming_device, take_device
 from hwopt.cli.files import check_parent, print_table
-from hwopt.cli.options import BIND, JSON, MODEL, SEED, SHAPE, THREADS, TUNING_DB, job_arguments
+from hwopt.cli.options import BIND, JSON, MODEL, SEED, SHAPE, THREADS, TUNING_DB, WORKERS, job_arguments
 from hwopt.cli.progress import TuningBar
 from hwopt.errors import UsageError
 from hwopt.plan.budget import parse_budget
@@ -51,7 +51,7 @@ def bench(artifact: Path, runs: int, threads: int | None, as_json: bool) -> None
 @click.option("--trials", type=click.IntRange(1), help="How many candidates to measure.")
 @click.option("--time", "duration", metavar="90s|5m|1h", help="How long to search.")
 @click.option("--target", default=None, help="The target; an artifact's own, else host.")
-@click.option("--workers", metavar="ADDRESS", help="A Dask cluster that builds the candidates; local processes if not given.")
+@WORKERS
 @naming_device
 @TUNING_DB
 @SHAPE
