@@ -531,6 +531,12 @@ def test_predictors_learn_from_the_fastest_of_several_records_and_from_steady_on
     assert fastest([slow, one, unsteady, elsewhere]) == [one, elsewhere]
 
 
+def test_on_several_threads_kernels_may_vary_more() -> None:
+    (one,) = synthetic(1)
+    pair = [dataclasses.replace(one, noise=0.15, threads=count) for count in (1, 2)]
+    assert [record.threads for record in fastest(pair)] == [2]
+
+
 @pytest.mark.usefixtures("few_trees")
 def test_a_kernel_whose_time_varied_is_priced_by_the_predictor(target) -> None:
     first, *others = synthetic(60)
