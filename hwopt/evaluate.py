@@ -196,11 +196,14 @@ def _joined(name: str, parts: Sequence[np.ndarray], batch: int, samples: Samples
 
 
 def make_scorer(graph: Graph, samples: Samples, run: Run, workers: int = 1) -> Scorer:
-    """The scorer that fits the data: accuracy where labels are given, agreement or similarity with `run` elsewhere."""
+    """The scorer that fits the data: accuracy where labels are given, agreement or similarity with `run` elsewhere.
+
+    Classifiers that name one class for all samples are held to similarity: agreement would hardly show a change.
+    """
     if samples.labels is not None:
         return TopOne(graph, samples, workers)
     references = floating_outputs(graph, samples, run, workers)
-    if len(references) == 1 and is_classifier(references[0]):
+    if len(references) == 1 and is_classifier(references[0]) and len(np.unique(references[0].argmax(1))) > 1:
         return Agreement(graph, samples, references[0], workers)
     return Cosine(graph, samples, references, workers)
 

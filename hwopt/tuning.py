@@ -263,6 +263,24 @@ def _remaining(state: State) -> str:
     return f"{left} left" + (f", about {left / rate:.0f} s" if rate and left else "")
 
 
+def _gain(result: Result) -> str:
+    """What the whole model gained; less than its times vary is a tie."""
+    before, after = result.before, result.after
+    if not result.state.gained:
+        return "no schedule was faster" if result.state.trials else "no schedule was tried"
+    tie = abs(before.median - after.median) < max(before.spread, after.spread)
+    how = f"{before.median / after.median:.3f} times as fast" + (": a tie, as its times vary by more" if tie else "")
+    return f"{after.median * 1e3:.4g} ms after ({how})"
+
+
+def _kept(result: Result) -> str:
+    state = result.state
+    if state.trials:
+        return f"kept in {result.path}"
+    short = state.effort.seconds is not None and state.elapsed >= state.effort.seconds
+    return "give more: that is not enough to measure a candidate" if short else f"nothing new to try beside {result.path}"
+
+
 def report_data(result: Result) -> dict[str, Any]:
     """What `hwopt tune` prints: one row per kernel, the whole model, and a line for people."""
     rows = [
@@ -275,10 +293,9 @@ def report_data(result: Result) -> dict[str, Any]:
     ]  # fmt: skip
     before, after, state = result.before.median, result.after.median, result.state
     failures = "".join(f", {count} {status}" for status, count in sorted(state.failures.items()))
-    gained = f"{after * 1e3:.4g} ms after ({before / after:.3f} times as fast)" if state.gained else "no schedule was faster"
     summary = (
-        f"whole model: {before * 1e3:.4g} ms before, {gained}; "
-        f"{state.trials} trials in {state.elapsed:.0f} s{failures}; kept in {result.path}"
+        f"whole model: {before * 1e3:.4g} ms before, {_gain(result)}; "
+        f"{state.trials} trials in {state.elapsed:.0f} s{failures}; {_kept(result)}"
     )
     return {
         "kernels": rows, "seconds_before": before, "seconds_after": after, "trials": state.trials, "seconds": state.elapsed,

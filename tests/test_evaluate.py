@@ -57,6 +57,8 @@ def test_scorer_follows_the_data() -> None:
     labelled = make_scorer(graph, Samples({"x": x}, np.array([2, 2, 2, 2, 2, 0])), run)
     assert isinstance(labelled, TopOne)
     assert labelled(run).tolist() == [1, 1, 1, 1, 1, 0]
+    assert isinstance(make_scorer(graph, Samples({"x": x}), run), Cosine)  # every sample is of class 2: agreement shows nothing
+    x[0] = x[0, ::-1]
     assert isinstance(make_scorer(graph, Samples({"x": x}), run), Agreement)
     unit = x / np.linalg.norm(x[:, :3], axis=1, keepdims=True) * np.array([1, -1, 1, 1], np.float32)
     similar = make_scorer(graph, Samples({"x": unit}), run)

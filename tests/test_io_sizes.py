@@ -43,8 +43,8 @@ def test_a_symbol_fixed_at_one_input_is_fixed_at_all() -> None:
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ({"x": (7, 4), "z": (8, 4)}, "dimension n is 7, not 8"),
-        ({"x": (7, 5), "z": (7, 5)}, "dimension 4 is 4, not 5"),
+        ({"x": (7, 4), "z": (8, 4)}, "axis 0 (n) is 7, not 8"),
+        ({"x": (7, 5), "z": (7, 5)}, "axis 1 is 4, not 5"),
         ({"x": (7,)}, "2 dimensions, not 1"),
         ({"x": (7, -4)}, "whole number"),
         ({"xx": (7, 4)}, "no input 'xx'; did you mean x"),

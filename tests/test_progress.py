@@ -6,10 +6,11 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
-from hwopt.cli.progress import ProgressBar
+from hwopt.cli.progress import ProgressBar, TuningBar
 from hwopt.errors import UsageError
 
 
@@ -53,3 +54,15 @@ def test_an_ignored_signal_stays_ignored() -> None:
     with ProgressBar() as advance:
         os.kill(os.getpid(), signal.SIGINT)
         advance("compiling", 0, 1)
+
+
+@pytest.mark.parametrize(("trials", "said"), [(0, "nothing had been measured yet"), (8, "what was measured is kept")])
+def test_an_interrupted_search_says_what_is_kept(trials: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    state = SimpleNamespace(
+        trials=trials, share=0.5, before=1.0, after=0.9, limit=0.5, elapsed=1.0, effort=SimpleNamespace(seconds=2.0, trials=None)
+    )
+    with pytest.raises(KeyboardInterrupt), TuningBar() as watch:
+        watch(state)
+        press()
+        watch(state)
+    assert said in capsys.readouterr().err

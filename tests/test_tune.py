@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,9 @@ from hwopt.build import build
 from hwopt.cli import main
 from hwopt.errors import ToolchainError, UnsupportedError, UsageError
 from hwopt.io.onnx import save
+from hwopt.measure import Timing
 from hwopt.plugins import find_target
-from hwopt.tuning import parse_effort, progress_line, tune_graph, tune_model
+from hwopt.tuning import Result, parse_effort, progress_line, report_data, tune_graph, tune_model
 from tests._kernels import HEAD
 from tests.test_compiler import small_net
 
@@ -499,6 +501,23 @@ def test_a_model_file_is_tuned_and_its_times_are_told(tmp_path: Path) -> None:
     assert found.state.trials == 4 and seen[-1] == 1.0
     assert found.before.median > 0 and found.after.median > 0
     assert len(Database(tmp_path / "t.jsonl")) == 4
+
+
+def told(trials: int, after: float, seconds: float | None = 8.0) -> str:
+    """The line for people of a search that took 20 s, for a model of 1 ms whose times vary by 0.1 ms."""
+    state = SimpleNamespace(
+        tasks=[], trials=trials, elapsed=20.0, failures={}, gained=after != 1.0, effort=Effort(None if seconds else 4, seconds)
+    )
+    before, found = (Timing(one * 1e-3, one * 0.95e-3, one * 1.05e-3, 40) for one in (1.0, after))
+    return str(report_data(Result(state, before, found, Path("t.jsonl")))["summary"])
+
+
+def test_the_line_for_people_says_what_the_search_is_worth() -> None:
+    assert "2.000 times as fast)" in told(8, 0.5) and told(8, 0.5).endswith("kept in t.jsonl")
+    assert "1.010 times as fast: a tie, as its times vary by more)" in told(8, 0.99)
+    assert "no schedule was faster" in told(8, 1.0)
+    assert "no schedule was tried" in told(0, 1.0) and "give more" in told(0, 1.0)
+    assert "nothing new to try beside t.jsonl" in told(0, 1.0, None)
 
 
 def test_the_benchmark_tells_what_was_reached_by_a_moment() -> None:

@@ -72,8 +72,14 @@ class ProgressBar:
 class PausableBar(ProgressBar):
     """The bar of work that keeps what it has measured; a subclass says in one line what it has reached."""
 
+    _kept = False
+
     def line(self, state: Any) -> str:
         """What has been reached, and what remains."""
+        raise NotImplementedError
+
+    def kept(self, state: Any) -> bool:
+        """Whether an interrupt now leaves something behind."""
         raise NotImplementedError
 
     def news(self, _: Any) -> bool:
@@ -85,6 +91,7 @@ class PausableBar(ProgressBar):
         return self._advance_state
 
     def _advance_state(self, state: Any) -> None:
+        self._kept = self.kept(state)
         self._check("")
         text = self.line(state)
         if self._bar.disable and self.news(state):
@@ -94,7 +101,8 @@ class PausableBar(ProgressBar):
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         if error and error[0] is KeyboardInterrupt:
-            click.echo("hwopt: what was measured is kept; run the same command to go on", err=True)
+            said = "what was measured is kept; run the same command to go on" if self._kept else "nothing had been measured yet"
+            click.echo(f"hwopt: {said}", err=True)
 
 
 class TuningBar(PausableBar):
@@ -104,6 +112,9 @@ class TuningBar(PausableBar):
         from hwopt.tuning import progress_line
 
         return progress_line(state)
+
+    def kept(self, state: Any) -> bool:
+        return bool(state.trials)
 
 
 class ProfilingBar(PausableBar):
@@ -120,3 +131,6 @@ class ProfilingBar(PausableBar):
         """Every two hundred kernels."""
         told, self._told = self._told, len(state.records) // 200
         return told != self._told
+
+    def kept(self, state: Any) -> bool:
+        return bool(state.records or state.waiting)

@@ -54,10 +54,11 @@ def _learn(name: str, kind: TensorType, shape: tuple[int, ...], symbols: dict[st
         raise UsageError(f"input {name} is {kind}: it has {len(kind.shape)} dimensions, not {len(shape)}", place="--shape")
     if any(not isinstance(size, int) or isinstance(size, bool) or size < 0 for size in shape):
         raise UsageError(f"input {name}: a dimension must be a whole number, not {shape}", place="--shape")
-    for dim, size in zip(kind.shape or (), shape, strict=False):
+    for axis, (dim, size) in enumerate(zip(kind.shape or (), shape, strict=False)):
         known = symbols.setdefault(dim, size) if isinstance(dim, str) and _named(dim) else dim
         if not _free(known) and known != size:
-            raise UsageError(f"input {name} is {kind}: dimension {dim} is {known}, not {size}", place="--shape")
+            known_as = f" ({dim})" if isinstance(dim, str) else ""
+            raise UsageError(f"input {name} is {kind}: axis {axis}{known_as} is {known}, not {size}", place="--shape")
 
 
 def _named(dim: Dim) -> bool:
