@@ -176,9 +176,8 @@ def _notes(job: Job, found: Found, result: Built, compared: Comparison | None) -
         notes.append(f"no training is in it: {job.training.recipe.name} made nothing better that keeps the limits")
     notes += [] if origin(job.target.cost) == "analytical" else [f"prices: {origin(job.target.cost)}"]
     if not found.plan.decisions:
-        notes.append(
-            "nothing was changed: " + (found.plan.refused[0].reason if found.plan.refused else "no pass had anything to do")
-        )
+        why = found.plan.refused[0].reason if found.plan.refused else "no pass had anything to do"
+        notes.append(f"nothing was changed beyond clean-up: {why}")
     if compared is not None and compared.baseline == 0:
         notes.append("the unchanged model scores 0 on the evaluation data: are the labels right?")
     if compared is not None and compared.drop > job.budget.max_drop:
