@@ -84,8 +84,9 @@ def compile_model(
     `calibrate` and `evaluate` are an .npz file, arrays by input name (with `labels`), or for `evaluate` the text
     `module:function`. Without data nothing lossy is done. `name` begins the names of
     the C functions (the model file's if not given). `tuning_db` is a database of tuned schedules (see hwopt tune; none
-    is read unless it is named), `tune` how long to search for better ones before the result is compiled; the Dask cluster at the
-    address `workers`, or local processes, build the candidates. Without `measure` nothing is timed: the cost model alone
+    is read unless it is named), `tune` how long to search for better ones before each result is compiled (a plan that is
+    corrected by measurements is compiled again, and its search goes on from the database); the Dask cluster at the address
+    `workers`, or local processes, build the candidates. Without `measure` nothing is timed: the cost model alone
     decides, and the same inputs give the same bytes, as build systems want it. `form` says which libraries, objects or sources
     are delivered. `check` says which changes are left out once, and stay out if the model is faster without them: all, the
     doubtful ones or none. `preprocess` (`mean=..,std=..,layout=nhwc`) becomes the first part of
@@ -98,6 +99,9 @@ def compile_model(
     check_form(form)
     check_name(name)
     check_destination(out)
+    if workers:
+        with builders(workers):  # a wrong address shows before anything else takes its time
+            pass
     replay = None if plan is None else read_plan(plan)
     job = prepare(model, target, shapes, binds, calibrate, evaluate, budget, passes, threads, seed, progress, preprocess)
     job = _generated(job, form)

@@ -12,7 +12,7 @@ from hwopt.backends.tvm.tune.database import Database
 from hwopt.backends.tvm.tune.session import Effort, tune
 from hwopt.backends.tvm.tune.task import Task
 from hwopt.compiler import compile_model
-from hwopt.errors import UsageError
+from hwopt.errors import ToolchainError, UsageError
 from hwopt.io.proto import to_model
 from hwopt.plugins import find_target
 from tests.test_compiler import small_net
@@ -64,3 +64,8 @@ def test_compiling_tunes_on_a_cluster(tmp_path: Path) -> None:
 def test_a_cluster_without_tuning_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is nothing to build"):
         compile_model(tmp_path / "small.onnx", out=tmp_path / "small", workers="tcp://127.0.0.1:1")
+
+
+def test_a_wrong_address_is_told_before_the_model_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ToolchainError, match="no Dask scheduler answers"):
+        compile_model(tmp_path / "none.onnx", out=tmp_path / "small", tune=Effort(trials=4), workers="tcp://127.0.0.1:1")

@@ -56,7 +56,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
         advance("compiling", 0, 1)
 
 
-@pytest.mark.parametrize(("trials", "said"), [(0, "nothing had been measured yet"), (8, "what was measured is kept")])
+@pytest.mark.parametrize(("trials", "said"), [(0, "nothing new was measured yet"), (8, "what was measured is kept")])
 def test_an_interrupted_search_says_what_is_kept(trials: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     state = SimpleNamespace(
         trials=trials, share=0.5, before=1.0, after=0.9, limit=0.5, elapsed=1.0, effort=SimpleNamespace(seconds=2.0, trials=None)
@@ -66,3 +66,10 @@ def test_an_interrupted_search_says_what_is_kept(trials: int, said: str, capsys:
         press()
         watch(state)
     assert said in capsys.readouterr().err
+
+
+def test_what_is_kept_is_said_where_the_interrupt_became_another_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt), TuningBar():
+        press()
+        raise RuntimeError("an exception that a library made of it")
+    assert "nothing new was measured yet" in capsys.readouterr().err

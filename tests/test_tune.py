@@ -138,7 +138,7 @@ def test_a_cut_off_line_costs_only_itself(tmp_path: Path) -> None:
     assert path.read_bytes().startswith(whole + whole[:100])
 
 
-@pytest.mark.parametrize("line", [b"[]", b'{"format": 99}', b"\xff\xfe", b'{"format": 1, "key": 3}', b"null"])
+@pytest.mark.parametrize("line", [b"[]", b'{"format": 99}', b"\xff\xfe", b'{"format": 1, "key": 3}', b"null", b"[" * 100_000])
 def test_foreign_lines_are_skipped_and_kept(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "t.jsonl"
     path.write_bytes(line + b"\n")

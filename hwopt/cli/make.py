@@ -44,7 +44,7 @@ from hwopt.files import write_whole
 @planning
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Replay this plan instead of searching.")
 @TUNING_DB
-@click.option("--tune", "effort", metavar="200|90s|5m", help="Search faster schedules first: so many candidates, or so long.")
+@click.option("--tune", "effort", metavar="200|90s|5m", help="Search faster schedules before a build: so many, or so long.")
 @WORKERS
 @click.option("--check", type=click.Choice(["none", "doubtful", "all"]), default="doubtful", show_default=True, help=CHECK)
 @recovering

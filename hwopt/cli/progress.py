@@ -99,10 +99,12 @@ class PausableBar(ProgressBar):
         self._bar.update(self._task, description=text, completed=int(100 * state.share), total=100)
 
     def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
-        if error and error[0] is KeyboardInterrupt:
-            said = "what was measured is kept; run the same command to go on" if self._kept else "nothing had been measured yet"
-            click.echo(f"hwopt: {said}", err=True)
+        try:
+            super().__exit__(*error)
+        finally:  # it raises what the end of the work hid
+            if error and (error[0] is KeyboardInterrupt or (self._pressed and error[0] is not None)):
+                kept = "what was measured is kept; run the same command to go on"
+                click.echo(f"hwopt: {kept if self._kept else 'nothing new was measured yet'}", err=True)
 
 
 class TuningBar(PausableBar):

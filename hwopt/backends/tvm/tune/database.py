@@ -90,7 +90,7 @@ class Database:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if file.tell() and not _ends_line(self.path):
+            if os.fstat(file.fileno()).st_size and not _ends_line(self.path):
                 data = b"\n" + data  # another process died in the middle of a line
             written = os.write(file.fileno(), data)
             while written < len(data):
@@ -126,7 +126,7 @@ def _parsed(line: bytes, cpu: str) -> tuple[str, Trial] | None:
     """A record of this processor ("": of any), of a format and of schedules that we know, else None."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(record, Mapping) or record.get("format") != FORMAT or (cpu and record.get("cpu") != cpu):
         return None
