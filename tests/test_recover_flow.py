@@ -119,12 +119,13 @@ def test_stated_passes_are_trained_too_and_only_kept_if_they_gain(model: Path) -
     assert harmful.plan.recovery is None and harmful.graph.digest == plain.graph.digest
 
 
+# a target that is stated: what widths are worth anything is another question on every processor
 def test_a_size_that_no_plan_reaches_untrained_is_reached_with_training(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("passes.quantize.INT4_OPSET", 99)  # with 4 bits a layer, plans of any size lose little here
     budget = Budget(0.03, weight_bytes=5500)
     with pytest.raises(BudgetError):
-        plan_model(model, budget=budget, **OPTIONS)
-    found = plan_model(model, budget=budget, recover=RECIPE, **OPTIONS)
+        plan_model(model, target="x86-64-v3", budget=budget, **OPTIONS)
+    found = plan_model(model, target="x86-64-v3", budget=budget, recover=RECIPE, **OPTIONS)
     assert found.plan.recovery and found.comparison and found.comparison.drop <= 0.03
 
 
@@ -132,9 +133,8 @@ def test_a_budget_that_training_cannot_keep_either_says_what_came_of_it(model: P
     monkeypatch.setattr("passes.quantize.INT4_OPSET", 99)
     brief = "distill{steps=8,batch=32,lr=0.001,threads=1,checks=1}"
     with pytest.raises(BudgetError, match=r"nearest plans.*no trained plan keeps it either \(\d tried, the least drop \+"):
-        plan_model(
-            model, budget=Budget(0.0005, weight_bytes=5500), recover=brief, **(OPTIONS | {"passes": "prune-channels,quantize"})
-        )
+        stated = OPTIONS | {"passes": "prune-channels,quantize"}
+        plan_model(model, target="x86-64-v3", budget=Budget(0.0005, weight_bytes=5500), recover=brief, **stated)
 
 
 def test_deeper_budgets_keep_the_other_limits() -> None:
